@@ -1,0 +1,98 @@
+# The first `make test` or `make bench` sets everything up: it needs Python >= 3.10 and a C++20 compiler, and compiles
+# the CUDA library when nvcc is on PATH. Requirements (and the pinned torch) are in requirements/.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+CMAKE := $(VENV)/bin/cmake
+# Only errors: pip warns at length about harmless things.
+PIP_INSTALL := -m pip install -qq --disable-pip-version-check
+
+SOURCES := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f)
+CXX_FILES := $(shell find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+NATIVE_SOURCES := $(wildcard tests/native/* csrc/common/*)
+PY_FILES := setup.py pysrc triton_kernels tests bench
+
+.DELETE_ON_ERROR:
+.PHONY: help venv build native lint format test bench bench-compare readme inplace gpu check-cuda wheel check-wheel clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+venv: $(VENV)/requirements.stamp ## .venv with everything in requirements/
+$(VENV)/requirements.stamp: requirements/build.txt requirements/dev.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("tilewise needs Python >= 3.10.")'
+	@echo "installing requirements into $(VENV)"
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@$(PY) $(PIP_INSTALL) -r requirements/dev.txt
+	@touch $@
+
+build: $(VENV)/build.stamp ## compile csrc/ and install tilewise editable
+$(VENV)/build.stamp: $(VENV)/requirements.stamp $(SOURCES)
+	@echo "building tilewise"
+	@$(PY) setup.py -q build_ext --inplace
+	@$(PY) $(PIP_INSTALL) --no-build-isolation --no-deps -e .
+	@touch $@
+
+native: build/native.stamp ## the Python module over csrc/common that tests/test_common.py uses
+build/native.stamp: $(VENV)/requirements.stamp $(NATIVE_SOURCES)
+	@echo "building the native test module"
+	@$(CMAKE) -S tests/native -B build/native -G Ninja --log-level=WARNING -DCMAKE_BUILD_TYPE=Release \
+		-DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja -DPython_EXECUTABLE=$(CURDIR)/$(PY) -DPYBIND11_FINDPYTHON=ON \
+		-Dpybind11_DIR="$$($(PY) -m pybind11 --cmakedir)" > /dev/null
+	@$(CMAKE) --build build/native
+	@touch $@
+
+lint: venv ## ruff and clang-format, changing nothing
+	@$(PY) -m ruff check -q $(PY_FILES)
+	@$(PY) -m ruff format -q --check $(PY_FILES)
+	@$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
+
+format: venv ## let ruff and clang-format change the files
+	@$(PY) -m ruff check -q --fix $(PY_FILES)
+	@$(PY) -m ruff format -q $(PY_FILES)
+	@$(VENV)/bin/clang-format -i $(CXX_FILES)
+
+test: build native lint ## lint and run every test that needs no GPU
+	@$(PY) -m pytest -x -q tests
+
+bench: build ## benchmarks on this machine, and the language model trained both ways
+	@$(PY) bench/run.py
+
+bench-compare: build ## the CPU regression suite, against its last saved run
+	@$(PY) -m pytest -q bench --benchmark-only --benchmark-autosave --benchmark-compare
+
+readme: build ## the tables of README.md from bench/results
+	@$(PY) bench/report.py --readme
+
+# Installs nothing: for machines whose Python has torch already. tilewise is then importable from build/inplace.
+inplace: ## compile with PYTHON's own torch, install nothing
+	@$(PYTHON) setup.py -q build_ext --inplace
+	@rm -rf build/inplace && mkdir -p build/inplace/tilewise
+	@ln -s $(CURDIR)/pysrc/* $(CURDIR)/triton_kernels build/inplace/tilewise
+
+gpu: export TILEWISE_CUDA = 1
+gpu: export TILEWISE_CUDA_ARCHS ?= native
+gpu: export PYTHONPATH := $(CURDIR)/build/inplace:$(CURDIR)
+gpu: inplace ## on a machine with an NVIDIA GPU: contract, compute-sanitizer, benchmarks
+	@$(PYTHON) -m bench.gpu
+
+check-cuda: build ## the CUDA library built here loads into an older CUDA build of torch (several GB)
+	@test -x .venv-cuda/bin/python || $(PYTHON) -m venv .venv-cuda
+	@.venv-cuda/bin/python $(PIP_INSTALL) torch==2.11.0 numpy
+	@.venv-cuda/bin/python tests/check_cuda.py
+
+wheel: venv ## a wheel in dist/
+	@$(PY) -m pip wheel -qq --no-build-isolation --no-deps -w dist .
+	@ls dist/*.whl
+
+check-wheel: ## install the wheel in a new venv and run the tests outside the source tree
+	@rm -rf dist build/check-wheel && mkdir -p build/check-wheel
+	@$(MAKE) --no-print-directory wheel
+	@$(PYTHON) -m venv build/check-wheel/venv
+	@build/check-wheel/venv/bin/python $(PIP_INSTALL) -r requirements/dev.txt dist/*.whl
+	@outside=$$(mktemp -d) && cp -r tests pyproject.toml $$outside && cd $$outside && \
+		$(CURDIR)/build/check-wheel/venv/bin/python -m pytest -x -q -p no:cacheprovider tests; \
+		status=$$?; rm -rf $$outside; exit $$status
+
+clean: ## remove what was built, keep .venv
+	@rm -rf build dist pysrc/lib *.egg-info $(VENV)/build.stamp

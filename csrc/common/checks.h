@@ -1,0 +1,110 @@
+// Argument checks, views and allocation for the binding files (host only, LibTorch stable ABI).
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#if defined(__linux__) && !defined(TILEWISE_CUDA)
+#include <sys/mman.h>
+#endif
+
+namespace tilewise {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Every message reads "tilewise.<op>: expected <argument> to be ..., got ...".
+template <typename... Parts>
+void require(bool condition, const char* op, const Parts&... parts) {
+  if (condition) return;
+  std::ostringstream message;
+  message << "tilewise." << op << ": ";
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+inline std::string shape_of(const Tensor& tensor) {
+  std::ostringstream text;
+  text << "(";
+  for (int64_t i = 0; i < tensor.dim(); ++i) text << (i > 0 ? ", " : "") << tensor.size(i);
+  text << (tensor.dim() == 1 ? ",)" : ")");
+  return text.str();
+}
+
+inline void require_shape(const Tensor& tensor, std::vector<int64_t> shape, const char* op, const char* name) {
+  bool same = tensor.dim() == static_cast<int64_t>(shape.size());
+  std::ostringstream expected;
+  for (size_t i = 0; i < shape.size(); ++i) {
+    same = same && tensor.size(static_cast<int64_t>(i)) == shape[i];
+    expected << (i > 0 ? ", " : "") << shape[i];
+  }
+  require(same, op, "expected ", name, " to have shape (", expected.str(), shape.size() == 1 ? ",)" : ")", ", got ",
+          shape_of(tensor));
+}
+
+inline void require_dtype(const Tensor& tensor, ScalarType dtype, const char* op, const char* name) {
+  require(tensor.scalar_type() == dtype, op, "expected ", name, " to have dtype ", toString(dtype), ", got ",
+          toString(tensor.scalar_type()));
+}
+
+inline void require_same_device(const Tensor& tensor, const Tensor& reference, const char* op, const char* name) {
+  require(tensor.device() == reference.device(), op, "expected ", name, " on the device of logits");
+}
+
+// A dense vector of statistics type; null when absent.
+template <typename T>
+const T* vector_or_null(const std::optional<Tensor>& tensor, int64_t size, const Tensor& reference, ScalarType dtype,
+                        const char* op, const char* name) {
+  if (!tensor.has_value()) return nullptr;
+  require_shape(*tensor, {size}, op, name);
+  require_dtype(*tensor, dtype, op, name);
+  require_same_device(*tensor, reference, op, name);
+  require(tensor->is_contiguous(), op, "expected ", name, " to be contiguous");
+  return static_cast<const T*>(tensor->data_ptr());
+}
+
+// Uninitialised output. Large CPU outputs ask for huge pages: first touch of 4 KiB pages costs more than the
+// arithmetic of a row kernel.
+inline Tensor new_output(const Tensor& like, std::vector<int64_t> sizes, ScalarType dtype) {
+  Tensor output = torch::stable::new_empty(like, sizes, dtype);
+#if defined(__linux__) && !defined(TILEWISE_CUDA)
+  constexpr uintptr_t kHuge = uintptr_t{2} << 20;
+  const auto begin = reinterpret_cast<uintptr_t>(output.data_ptr());
+  const uintptr_t end = begin + static_cast<uintptr_t>(output.numel()) * output.element_size();
+  const uintptr_t first = (begin + kHuge - 1) / kHuge * kHuge;
+  const uintptr_t last = end / kHuge * kHuge;
+  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+  return output;
+}
+
+// Makes the tensor's device the current one for a launch; nothing to do on the CPU.
+class DeviceScope {
+ public:
+#if defined(TILEWISE_CUDA)
+  explicit DeviceScope(const Tensor& tensor) : guard_(tensor.get_device_index()) {}
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+#else
+  explicit DeviceScope(const Tensor&) {}
+#endif
+};
+
+#if defined(TILEWISE_CUDA)
+inline void* current_stream(const Tensor& tensor) {
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  return stream;
+}
+#endif
+
+}  // namespace tilewise

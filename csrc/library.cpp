@@ -1,0 +1,36 @@
+// Every operator of the library: its schema, one entry each.
+#include <torch/csrc/stable/library.h>
+
+#include "common/isa.h"
+
+STABLE_TORCH_LIBRARY(tilewise, m) {
+  m.def(
+      "cross_entropy(Tensor logits, Tensor target, Tensor? weight=None, Tensor? row_weight=None, *, "
+      "int ignore_index=-100, float label_smoothing=0.0, float lse_square_scale=0.0, float? softcap=None, "
+      "float logit_scale=1.0, str reduction=\"mean\", bool return_stats=False, bool inplace_backward=False) "
+      "-> (Tensor loss, Tensor lse, Tensor entropy, Tensor argmax, Tensor row_state, Tensor total)");
+  m.def(
+      "cross_entropy_backward(Tensor? grad_loss, Tensor? grad_lse, Tensor? grad_entropy, Tensor logits, "
+      "Tensor target, Tensor? weight, Tensor? row_weight, Tensor? entropy, Tensor row_state, Tensor total, *, "
+      "int ignore_index, float label_smoothing, float lse_square_scale, float? softcap, float logit_scale, "
+      "str reduction) -> Tensor");
+  m.def(
+      "cross_entropy_backward_(Tensor? grad_loss, Tensor? grad_lse, Tensor? grad_entropy, Tensor(a!) logits, "
+      "Tensor target, Tensor? weight, Tensor? row_weight, Tensor? entropy, Tensor row_state, Tensor total, *, "
+      "int ignore_index, float label_smoothing, float lse_square_scale, float? softcap, float logit_scale, "
+      "str reduction) -> ()");
+  m.def(
+      "z_loss(Tensor logits, Tensor target, *, float a, float b, int ignore_index=-100, str reduction=\"mean\") "
+      "-> (Tensor loss, Tensor row_state, Tensor total)");
+  m.def(
+      "taylor_softmax_loss(Tensor logits, Tensor target, *, int ignore_index=-100, str reduction=\"mean\") "
+      "-> (Tensor loss, Tensor row_state, Tensor total)");
+  m.def(
+      "spherical_softmax_loss(Tensor logits, Tensor target, *, float eps=1e-6, int ignore_index=-100, "
+      "str reduction=\"mean\") -> (Tensor loss, Tensor row_state, Tensor total)");
+  m.def(
+      "spherical_family_backward(Tensor grad_loss, Tensor logits, Tensor target, Tensor row_state, Tensor total, *, "
+      "int ignore_index, str reduction) -> Tensor");
+}
+
+extern "C" __attribute__((visibility("default"))) const char* tilewise_cpu_isa() { return tilewise::cpu_isa(); }

@@ -1,0 +1,99 @@
+// How the CUDA row engine addresses a row: read as vectors or elements, cut at 16-byte boundaries, and with the
+// dense target coefficients that lie beside it.
+#pragma once
+
+#include "common/vector.cuh"
+#include "rows/rows.h"
+
+namespace tilewise {
+
+// One row of a matrix as it is read: as vectors if the first whole run is aligned (then all are).
+template <typename Storage>
+struct RowReader {
+  const Storage* data;
+  int64_t stride;
+  bool vectors;
+
+  __device__ RowReader(const void* base, int64_t offset, int64_t column_stride, int64_t first_run)
+      : data(static_cast<const Storage*>(base) + offset),
+        stride(column_stride),
+        vectors(column_stride == 1 && is_vector_aligned(data + first_run)) {}
+  __device__ RowReader(const RowMatrix& matrix, int64_t row, int64_t first_run)
+      : RowReader(matrix.data, row * matrix.row_stride, matrix.column_stride, first_run) {}
+
+  template <bool kLastUse, int kCount>
+  __device__ __forceinline__ Run<Storage, kCount> read(int64_t column) const {
+    if constexpr (kCount > 1) {
+      if (vectors) return load_vectors<kLastUse, kCount>(data + column);
+    }
+    Run<Storage, kCount> run;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) run.value[i] = data[(column + i) * stride];
+    return run;
+  }
+};
+
+// Whole vectors are columns [head, body_end).
+struct RowCut {
+  int64_t head;
+  int64_t body_end;
+  int64_t scalars;
+
+  template <typename Storage>
+  static __device__ __forceinline__ RowCut of(const RowMatrix& matrix, int64_t row) {
+    if (matrix.column_stride != 1) return {matrix.columns, matrix.columns, matrix.columns};
+    const uintptr_t address = reinterpret_cast<uintptr_t>(static_cast<Storage*>(matrix.data) + row * matrix.row_stride);
+    const int64_t to_boundary = static_cast<int64_t>((16 - address % 16) % 16 / sizeof(Storage));
+    const int64_t head = to_boundary < matrix.columns ? to_boundary : matrix.columns;
+    const int64_t body = (matrix.columns - head) / kVector<Storage> * kVector<Storage>;
+    return {head, head + body, matrix.columns - body};
+  }
+
+  // Column of the i-th element outside the body.
+  __device__ int64_t scalar_column(int64_t i) const { return i < head ? i : i - head + body_end; }
+};
+
+// The dense target coefficients c_k of a row; Probability is void where there are no probabilities.
+template <typename Probability>
+struct DenseRow {
+  using Stored = std::conditional_t<std::is_void_v<Probability>, float, Probability>;
+  static constexpr bool kProbabilities = !std::is_void_v<Probability>;
+
+  template <int kCount>
+  struct Side {
+    Run<Stored, kCount> probability;
+    Run<float, kCount> weight;
+  };
+
+  float uniform;
+  float soft;
+  bool active;
+  bool weighted;
+  RowReader<Stored> probability;
+  RowReader<float> weight;
+
+  __device__ DenseRow(const DenseTarget<float>& dense, int64_t row, int64_t first_run)
+      : uniform(dense.uniform),
+        soft(dense.soft),
+        active(!is_empty(dense)),
+        weighted(dense.weight != nullptr),
+        probability(dense.probabilities, row, first_run),
+        weight(dense.weight, 0, 1, first_run) {}
+
+  template <int kCount>
+  __device__ __forceinline__ Side<kCount> fetch(int64_t column) const {
+    Side<kCount> side;
+    if constexpr (kProbabilities) side.probability = probability.template read<true, kCount>(column);
+    if (weighted) side.weight = weight.template read<false, kCount>(column);
+    return side;
+  }
+
+  template <int kCount>
+  __device__ __forceinline__ float coefficient(const Side<kCount>& side, int i) const {
+    float c = uniform;
+    if constexpr (kProbabilities) c += soft * to_float(side.probability.value[i]);
+    return weighted ? c * side.weight.value[i] : c;
+  }
+};
+
+}  // namespace tilewise

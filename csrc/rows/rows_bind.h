@@ -1,0 +1,144 @@
+// What the binding files of row operators share: views, upstream gradients, the reduction, the row loop.
+#pragma once
+
+#include "common/checks.h"
+#include "rows/rows.h"
+
+namespace tilewise {
+
+inline RowMatrix row_matrix(const Tensor& tensor, const char* op, const char* name) {
+  require(tensor.dim() == 2, op, "expected ", name, " to be 2-D, got shape ", shape_of(tensor));
+  RowMatrix matrix;
+  switch (tensor.scalar_type()) {
+    case ScalarType::Double:
+      matrix.dtype = Dtype::kFloat64;
+      break;
+    case ScalarType::Float:
+      matrix.dtype = Dtype::kFloat32;
+      break;
+    case ScalarType::BFloat16:
+      matrix.dtype = Dtype::kBFloat16;
+      break;
+    case ScalarType::Half:
+      matrix.dtype = Dtype::kFloat16;
+      break;
+    default:
+      require(false, op, "expected ", name, " to be float64, float32, bfloat16 or float16, got ",
+              toString(tensor.scalar_type()));
+  }
+  matrix.data = tensor.data_ptr();
+  matrix.rows = tensor.size(0);
+  matrix.columns = tensor.size(1);
+  matrix.row_stride = tensor.stride(0);
+  matrix.column_stride = tensor.stride(1);
+  return matrix;
+}
+
+// Logits have at least one class, and on a GPU no float64 (its statistics would run at 1/64 of the rate).
+inline RowMatrix logits_matrix(const Tensor& logits, const char* op) {
+  const RowMatrix matrix = row_matrix(logits, op, "logits");
+  require(matrix.columns >= 1, op, "expected logits to have at least one class, got shape ", shape_of(logits));
+#if defined(TILEWISE_CUDA)
+  require(matrix.dtype != Dtype::kFloat64, op, "expected logits to be float32, bfloat16 or float16 on a GPU, got Double");
+#endif
+  return matrix;
+}
+
+inline ScalarType statistics_type(const Tensor& logits) {
+  return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline Reduction parse_reduction(const std::string& reduction, const char* op) {
+  if (reduction == "none") return Reduction::kNone;
+  if (reduction == "mean") return Reduction::kMean;
+  require(reduction == "sum", op, "expected reduction to be 'none', 'mean' or 'sum', got '", reduction, "'");
+  return Reduction::kSum;
+}
+
+// Class indices; on the CPU each must be a class or ignore_index. On a GPU the kernels give NaN instead: looking
+// would mean waiting for the device.
+inline const int64_t* class_indices(const Tensor& target, const Tensor& logits, int64_t ignore_index, const char* op) {
+  require_shape(target, {logits.size(0)}, op, "target");
+  require_dtype(target, ScalarType::Long, op, "target");
+  require_same_device(target, logits, op, "target");
+  require(target.is_contiguous(), op, "expected target to be contiguous");
+  const int64_t* indices = static_cast<const int64_t*>(target.data_ptr());
+#if !defined(TILEWISE_CUDA)
+  for (int64_t i = 0; i < target.numel(); ++i) {
+    const bool valid = (indices[i] >= 0 && indices[i] < logits.size(1)) || indices[i] == ignore_index;
+    require(valid, op, "expected target[", i, "] in [0, ", logits.size(1), ") or ignore_index (", ignore_index,
+            "), got ", indices[i]);
+  }
+#endif
+  return indices;
+}
+
+template <typename T>
+Upstream<T> upstream_of(const std::optional<Tensor>& grad_loss, const Tensor& logits, const T* row_weight,
+                        const Tensor& total, Reduction reduction, const char* op) {
+  Upstream<T> upstream;
+  upstream.row_weight = row_weight;
+  require_dtype(total, statistics_type(logits), op, "total");
+  require_shape(total, {}, op, "total");
+  upstream.total = static_cast<const T*>(total.data_ptr());
+  upstream.mean = reduction == Reduction::kMean;
+  if (!grad_loss.has_value()) return upstream;
+  require_dtype(*grad_loss, statistics_type(logits), op, "grad_loss");
+  require_same_device(*grad_loss, logits, op, "grad_loss");
+  if (reduction == Reduction::kNone) {
+    require_shape(*grad_loss, {logits.size(0)}, op, "grad_loss");
+    upstream.stride = grad_loss->stride(0);
+  } else {
+    require_shape(*grad_loss, {}, op, "grad_loss");
+  }
+  upstream.grad_loss = static_cast<const T*>(grad_loss->data_ptr());
+  return upstream;
+}
+
+// Loss rows, shares and the reduced results of one forward.
+struct LossOutputs {
+  Tensor loss_rows, share_rows, loss, total;
+
+  LossOutputs(const Tensor& logits, Reduction reduction)
+      : loss_rows(new_output(logits, {logits.size(0)}, statistics_type(logits))),
+        share_rows(new_output(logits, {logits.size(0)}, statistics_type(logits))),
+        loss(reduction == Reduction::kNone ? loss_rows : new_output(logits, {}, statistics_type(logits))),
+        total(new_output(logits, {}, statistics_type(logits))) {}
+
+  template <typename T>
+  RowReduction<T> reduction(Reduction kind) const {
+    return {.rows = loss_rows.size(0),
+            .loss_rows = static_cast<const T*>(loss_rows.data_ptr()),
+            .share_rows = static_cast<const T*>(share_rows.data_ptr()),
+            .reduction = kind,
+            .loss = static_cast<T*>(loss.data_ptr()),
+            .total = static_cast<T*>(total.data_ptr())};
+  }
+};
+
+#if !defined(TILEWISE_CUDA)
+
+// Sums in double and in row order, whatever the number of threads.
+template <typename T>
+void reduce_rows(const RowReduction<T>& reduction) {
+  double loss = 0;
+  double total = 0;
+  for (int64_t i = 0; i < reduction.rows; ++i) {
+    loss += reduction.loss_rows[i];
+    total += reduction.share_rows[i];
+  }
+  *reduction.total = static_cast<T>(total);
+  if (reduction.reduction == Reduction::kSum) *reduction.loss = static_cast<T>(loss);
+  if (reduction.reduction == Reduction::kMean) *reduction.loss = static_cast<T>(total == 0 ? 0 : loss / total);
+}
+
+// Rows over torch's threads, in shares of at least 32 Ki elements.
+template <typename Op>
+void for_rows(const Op& op, void (*kernel)(const Op&, int64_t, int64_t)) {
+  const int64_t grain = 1 + 32768 / op.logits.columns;
+  torch::stable::parallel_for(0, op.logits.rows, grain, [&](int64_t begin, int64_t end) { kernel(op, begin, end); });
+}
+
+#endif
+
+}  // namespace tilewise

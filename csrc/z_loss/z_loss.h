@@ -1,0 +1,138 @@
+// The spherical family (de Brebisson & Vincent 2016): losses that see a row o only through the target logit
+// o_c and the row's mean mu and variance M2 / D. Each member writes the coefficients of its gradient, so one
+// backward serves all:
+//
+//   dL/do_k = kappa + lambda (o_k - mu) + gamma 1[k = c]
+//
+//   z_loss     L = softplus(a (b - z)) / a,  z = (o_c - mu) / sd
+//   taylor     L = log Z - log n,  n = 1 + o_c + o_c^2 / 2,  Z = sum_k of the same
+//   spherical  L = log Z - log n,  n = o_c^2 + eps,          Z = sum_k of the same
+#pragma once
+
+#include "common/isa.h"
+#include "rows/rows.h"
+
+namespace tilewise {
+
+enum class SphericalKind : int32_t { kZ, kTaylor, kSpherical };
+
+template <typename T>
+struct SphericalForward {
+  RowMatrix logits;
+  SphericalKind kind = SphericalKind::kZ;
+  T a = 1;
+  T b = 0;
+  T eps = 0;
+  const int64_t* target = nullptr;  // (rows,)
+  int64_t ignore_index = -100;
+  T* loss_rows = nullptr;   // (rows,)
+  T* share_rows = nullptr;  // (rows,) 1 for kept rows, 0 for ignored
+  T* row_state = nullptr;   // (4, rows): mu, gamma, lambda, kappa
+};
+
+template <typename T>
+struct SphericalBackward {
+  RowMatrix logits;
+  RowMatrix gradient;
+  Transform<T> transform;  // identity: the engine's interface
+  DenseTarget<T> dense;    // empty
+  const int64_t* target = nullptr;
+  int64_t ignore_index = -100;
+  Upstream<T> upstream;
+  const T* row_state = nullptr;
+};
+
+// Loss of one row and the coefficients of its gradient.
+template <typename T>
+struct SphericalRow {
+  T loss = 0;
+  T gamma = 0;
+  T lambda = 0;
+  T kappa = 0;
+};
+
+template <typename T>
+TILEWISE_FN SphericalRow<T> z_row(const MomentStats<T>& stats, T target_logit, T a, T b) {
+  const T sd = ::sqrt(stats.m2 / stats.count);
+  if (sd == T(0)) return {softplus(a * b) / a, T(0), T(0), T(0)};
+  const T z = (target_logit - stats.mean) / sd;
+  const T s = sigmoid(a * (b - z));
+  return {softplus(a * (b - z)) / a, -s / sd, s * z / (stats.count * sd * sd), s / (sd * stats.count)};
+}
+
+template <typename T>
+TILEWISE_FN SphericalRow<T> taylor_row(const MomentStats<T>& stats, T target_logit) {
+  const T mu = stats.mean;
+  const T n = T(1) + target_logit + T(0.5) * target_logit * target_logit;
+  const T z = stats.count * (T(1) + mu + T(0.5) * mu * mu) + T(0.5) * stats.m2;
+  return {natural_log(z / n), -(T(1) + target_logit) / n, T(1) / z, (T(1) + mu) / z};
+}
+
+template <typename T>
+TILEWISE_FN SphericalRow<T> spherical_row(const MomentStats<T>& stats, T target_logit, T eps) {
+  const T n = target_logit * target_logit + eps;
+  const T z = stats.m2 + stats.count * (stats.mean * stats.mean + eps);
+  return {natural_log(z / n), T(-2) * target_logit / n, T(2) / z, T(2) * stats.mean / z};
+}
+
+template <typename T>
+TILEWISE_FN void write_row(const SphericalForward<T>& op, int64_t row, T share, T mu, const SphericalRow<T>& result) {
+  op.loss_rows[row] = result.loss;
+  op.share_rows[row] = share;
+  op.row_state[row] = mu;
+  op.row_state[op.logits.rows + row] = result.gamma;
+  op.row_state[2 * op.logits.rows + row] = result.lambda;
+  op.row_state[3 * op.logits.rows + row] = result.kappa;
+}
+
+template <typename T>
+TILEWISE_FN bool skip_row(const SphericalForward<T>& op, int64_t row) {
+  if (op.target[row] != op.ignore_index) return false;
+  write_row(op, row, T(0), T(0), SphericalRow<T>{});
+  return true;
+}
+
+template <typename T>
+TILEWISE_FN void finish_row(const SphericalForward<T>& op, int64_t row, const MomentStats<T>& stats) {
+  const int64_t y = op.target[row];
+  if (y < 0 || y >= op.logits.columns) {
+    const T nan = quiet_nan<T>();
+    write_row(op, row, T(1), nan, SphericalRow<T>{nan, nan, nan, nan});
+    return;
+  }
+  const T target_logit = read_element<T>(op.logits, row, y);
+  SphericalRow<T> result;
+  if (op.kind == SphericalKind::kZ) result = z_row(stats, target_logit, op.a, op.b);
+  if (op.kind == SphericalKind::kTaylor) result = taylor_row(stats, target_logit);
+  if (op.kind == SphericalKind::kSpherical) result = spherical_row(stats, target_logit, op.eps);
+  write_row(op, row, T(1), stats.mean, result);
+}
+
+template <typename T>
+TILEWISE_FN RowGradient<T> gradient_of_row(const SphericalBackward<T>& op, int64_t row) {
+  RowGradient<T> result;
+  const int64_t y = op.target[row];
+  const T g = y == op.ignore_index ? T(0) : upstream_of_row(op.upstream, row);
+  result.zero = g == T(0);
+  if (result.zero) return result;
+  result.mean = op.row_state[row];
+  result.gamma = g * op.row_state[op.logits.rows + row];
+  result.lambda = g * op.row_state[2 * op.logits.rows + row];
+  result.kappa = g * op.row_state[3 * op.logits.rows + row];
+  result.target = y >= 0 && y < op.logits.columns ? y : -1;
+  return result;
+}
+
+struct ZLossKernels {
+  void (*forward_float)(const SphericalForward<float>&, int64_t begin, int64_t end);
+  void (*forward_double)(const SphericalForward<double>&, int64_t begin, int64_t end);
+  void (*backward_float)(const SphericalBackward<float>&, int64_t begin, int64_t end);
+  void (*backward_double)(const SphericalBackward<double>&, int64_t begin, int64_t end);
+};
+TILEWISE_DECLARE_KERNELS(ZLossKernels, z_loss_kernels)
+
+// Both return a CUDA error string, or null.
+const char* z_loss_forward_cuda(const SphericalForward<float>& op, const RowReduction<float>& reduction, void* stream);
+const char* z_loss_backward_cuda(const SphericalBackward<float>& op, void* stream);
+
+}  // namespace tilewise

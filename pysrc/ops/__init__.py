@@ -1,0 +1,1 @@
+"""One module an operator: shape inference, autograd and the public function."""

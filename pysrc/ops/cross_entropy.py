@@ -1,0 +1,249 @@
+"""cross_entropy: softmax cross-entropy in one read of the logits, its gradient in one read and one write."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tilewise.ops import rows
+from tilewise.reference import cross_entropy as reference
+from tilewise.reference.rows import statistics_dtype
+
+OP = "cross_entropy"
+
+
+class CrossEntropyStats(NamedTuple):
+    """Statistics of each row of the scaled and capped logits; all have shape (N,).
+
+    Attributes:
+        lse: log sum_k exp(x_k), differentiable.
+        entropy: of softmax(x), in nats, differentiable.
+        argmax: int64, the lowest index on ties.
+        correct: bool, argmax equals the target (its most probable class); False for ignored rows.
+    """
+
+    lse: Tensor
+    entropy: Tensor
+    argmax: Tensor
+    correct: Tensor
+
+
+def cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    lse_square_scale: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    row_weight: Tensor | None = None,
+    reduction: str = "mean",
+    return_stats: bool = False,
+    inplace_backward: bool = False,
+) -> Tensor | tuple[Tensor, CrossEntropyStats]:
+    r"""Cross entropy between logits and class indices or class probabilities.
+
+    With x the effective logits and c_k the target coefficients of a row, its loss is
+    ``row_weight * (sum_k c_k (lse(x) - x_k) + lse_square_scale * lse(x)**2)``. Drop-in for
+    :func:`torch.nn.functional.cross_entropy` on 2-D logits, with these differences: statistics and the loss are
+    float32 (float64 for float64 logits) whatever the type of the logits; when every row is ignored the mean is 0, not
+    NaN; on a GPU an out-of-range target gives that row a NaN loss instead of stopping the device.
+
+    The forward pass keeps O(N) numbers beside its inputs, the backward allocates the gradient and nothing else.
+
+    Args:
+        logits: (N, V), V >= 1, float32, bfloat16, float16 or (on the CPU) float64; any strides.
+        target: (N,) integer class indices in [0, V) or ``ignore_index``, or (N, V) floating class probabilities.
+        weight: (V,) weight of each class. The mean divides by the sum of the targets' weights.
+        ignore_index: class indices equal to it give loss 0 and gradient 0 and do not count in the mean. It must stay
+            negative with probability targets, to which it does not apply.
+        label_smoothing: in [0, 1], the share of the target spread evenly over all V classes.
+        lse_square_scale: adds ``lse_square_scale * lse**2`` to each kept row's loss, which holds the softmax
+            normaliser near 1 (large language models' auxiliary loss; not :func:`tilewise.z_loss`).
+        softcap: positive; x becomes ``softcap * tanh(x / softcap)`` (after ``logit_scale``).
+        logit_scale: x = logit_scale * logits; the inverse temperature.
+        row_weight: (N,) factor on each row's loss. It does not enter the denominator of the mean.
+        reduction: "mean", "sum" or "none".
+        return_stats: also return the rows' :class:`CrossEntropyStats`, from the same pass.
+        inplace_backward: the backward pass overwrites ``logits`` with their gradient instead of allocating it. Other
+            operations that saved the logits, and a second backward, then raise.
+
+    Returns:
+        The loss: shape (), or (N,) with reduction "none"; a pair (loss, stats) with ``return_stats``.
+
+    Raises:
+        TypeError: a tensor argument is no tensor or of an unsupported dtype.
+        ValueError: a shape, a device or an option does not fit; ``target``, ``weight`` or ``row_weight`` requires a
+            gradient.
+        RuntimeError: on the CPU, a class index is out of range.
+
+    Differentiable twice with respect to ``logits``; the second derivative is composed of PyTorch operations that hold
+    (N, V) tensors. With ``inplace_backward`` it raises.
+
+    Reference: Mao, Mohri, Zhong, *Cross-Entropy Loss Functions: Theoretical Analysis and Applications*, ICML 2023;
+    Milakov, Gimelshein, *Online normalizer calculation for softmax*, arXiv 1805.02867.
+
+    Example:
+        >>> import torch, tilewise
+        >>> logits = torch.zeros(2, 4, requires_grad=True)
+        >>> loss = tilewise.cross_entropy(logits, torch.tensor([1, 3]))
+        >>> loss.backward()
+        >>> round(loss.item(), 4), logits.grad[0].tolist()
+        (1.3863, [0.125, -0.375, 0.125, 0.125])
+    """
+    rows.check_logits(OP, logits)
+    if isinstance(target, Tensor) and target.is_floating_point():
+        target = _check_probabilities(target, logits, ignore_index)
+    else:
+        target = rows.check_class_index(OP, target, logits)
+    rows.check_reduction(OP, reduction)
+    if inplace_backward:
+        _check_overwritable(logits)
+    loss, lse, entropy, argmax, _, _ = torch.ops.tilewise.cross_entropy(
+        logits,
+        target,
+        rows.check_vector(OP, "weight", weight, logits.shape[1], logits),
+        rows.check_vector(OP, "row_weight", row_weight, logits.shape[0], logits),
+        ignore_index=ignore_index,
+        label_smoothing=rows.check_number(OP, "label_smoothing", label_smoothing, low=0, high=1),
+        lse_square_scale=rows.check_number(OP, "lse_square_scale", lse_square_scale),
+        softcap=None if softcap is None else rows.check_positive(OP, "softcap", softcap),
+        logit_scale=rows.check_number(OP, "logit_scale", logit_scale),
+        reduction=reduction,
+        return_stats=return_stats,
+        inplace_backward=inplace_backward,
+    )
+    if not return_stats:
+        return loss
+    if target.is_floating_point():
+        correct = argmax == target.argmax(1)
+    else:
+        correct = (argmax == target) & (target != ignore_index)
+    return loss, CrossEntropyStats(lse, entropy, argmax, correct)
+
+
+def _check_probabilities(target: Tensor, logits: Tensor, ignore_index: int) -> Tensor:
+    if target.dtype not in rows.FLOATING:
+        raise TypeError(f"tilewise.{OP}: expected target probabilities in a 16 to 64 bit type, got {target.dtype}")
+    if target.shape != logits.shape:
+        raise ValueError(
+            f"tilewise.{OP}: expected target probabilities to have shape {tuple(logits.shape)} like logits, "
+            f"got {tuple(target.shape)}"
+        )
+    if ignore_index >= 0:
+        raise ValueError(f"tilewise.{OP}: ignore_index does not apply to target probabilities, got {ignore_index}")
+    rows.check_device(OP, "target", target, logits)
+    rows.check_constant(OP, "target", target)
+    return target if target.dtype == logits.dtype else target.to(statistics_dtype(logits))
+
+
+def _check_overwritable(logits: Tensor) -> None:
+    """Elements that share memory (expanded dimensions) cannot each hold their own gradient."""
+    (n, v), (row_stride, column_stride) = logits.shape, logits.stride()
+    by_rows = row_stride >= (v - 1) * column_stride + 1 and column_stride >= 1
+    by_columns = column_stride >= (n - 1) * row_stride + 1 and row_stride >= 1
+    if n > 1 and v > 1 and not (by_rows or by_columns):
+        raise ValueError(
+            f"tilewise.{OP}: inplace_backward expects logits whose elements do not share memory, "
+            f"got shape {(n, v)} with strides {(row_stride, column_stride)}"
+        )
+
+
+@torch.library.register_fake("tilewise::cross_entropy")
+def _forward_fake(
+    logits,
+    target,
+    weight=None,
+    row_weight=None,
+    *,
+    ignore_index=-100,
+    label_smoothing=0.0,
+    lse_square_scale=0.0,
+    softcap=None,
+    logit_scale=1.0,
+    reduction="mean",
+    return_stats=False,
+    inplace_backward=False,
+):
+    def empty(*shape, dtype=statistics_dtype(logits)):
+        return logits.new_empty(shape, dtype=dtype)
+
+    n = logits.shape[0]
+    loss = empty(n) if reduction == "none" else empty()
+    details = n if return_stats else 0
+    return loss, empty(details), empty(details), empty(details, dtype=torch.int64), empty(3, n), empty()
+
+
+@torch.library.register_fake("tilewise::cross_entropy_backward")
+def _backward_fake(grad_loss, grad_lse, grad_entropy, logits, *tensors, **options):
+    return logits.new_empty(logits.shape)
+
+
+@torch.library.register_fake("tilewise::cross_entropy_backward_")
+def _backward_in_place_fake(*tensors, **options):
+    return None
+
+
+def _setup_context(ctx, inputs, keyword_only_inputs, output):
+    logits, target, weight, row_weight = inputs
+    _, lse, entropy, argmax, row_state, total = output
+    ctx.options = dict(keyword_only_inputs)
+    stats = ctx.options.pop("return_stats")
+    ctx.inplace = ctx.options.pop("inplace_backward")
+    ctx.save_for_backward(logits, target, weight, row_weight, entropy if stats else None, row_state, total)
+    ctx.mark_non_differentiable(argmax, row_state, total, *(() if stats else (lse, entropy)))
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad_loss, grad_lse, grad_entropy, *_):
+    logits, *saved = ctx.saved_tensors
+    if not ctx.inplace:
+        arguments = (grad_loss, grad_lse, grad_entropy, logits, *saved)
+        return torch.ops.tilewise.cross_entropy_backward(*arguments, **ctx.options), None, None, None
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"tilewise.{OP}: inplace_backward cannot be differentiated twice (create_graph=True)")
+    gradient = logits.detach()
+    torch.ops.tilewise.cross_entropy_backward_(grad_loss, grad_lse, grad_entropy, gradient, *saved, **ctx.options)
+    return gradient, None, None, None
+
+
+torch.library.register_autograd("tilewise::cross_entropy", _backward, setup_context=_setup_context)
+
+
+# The second derivative differentiates the reference's gradient. The upstream gradients and the logits are the only
+# arguments that may carry one.
+def _setup_double(ctx, inputs, keyword_only_inputs, output):
+    ctx.save_for_backward(*inputs)
+    ctx.options = keyword_only_inputs
+
+
+def _double_backward(ctx, grad):
+    *grads, logits, target, weight, row_weight, _, _, _ = ctx.saved_tensors
+    with torch.enable_grad():
+        gradient = reference.gradient(tuple(grads), logits, target, weight, row_weight, **ctx.options)
+    wanted = [(i, t) for i, t in enumerate((*grads, logits)) if t is not None and t.requires_grad]
+    found = torch.autograd.grad(
+        gradient, [t for _, t in wanted], grad, create_graph=torch.is_grad_enabled(), allow_unused=True
+    )
+    result = [None] * len(ctx.saved_tensors)
+    for (i, _), value in zip(wanted, found, strict=True):
+        result[i] = value
+    return tuple(result)
+
+
+torch.library.register_autograd("tilewise::cross_entropy_backward", _double_backward, setup_context=_setup_double)
+
+
+# A C++ operator that writes to an argument does not bump its version by itself; without the bump, whoever saved the
+# logits would silently read their gradient.
+def _bump_version(keyset, *args, **kwargs):
+    torch.autograd.graph.increment_version(args[3])
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        op = torch.ops.tilewise.cross_entropy_backward_.default
+        return op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args, **kwargs)
+
+
+_library = torch.library.Library("tilewise", "FRAGMENT")
+_library.impl("cross_entropy_backward_", _bump_version, "ADInplaceOrView", with_keyset=True)

@@ -1,0 +1,81 @@
+"""Argument checks shared by the row operators. Each message: tilewise.<op>: expected <argument> ..., got ..."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from tilewise.reference.rows import statistics_dtype
+
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+INTEGER = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+REDUCTIONS = ("none", "mean", "sum")
+
+
+def check_logits(op: str, logits: Tensor) -> None:
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"tilewise.{op}: expected logits to be a tensor, got {type(logits).__name__}")
+    if logits.dim() != 2:
+        raise ValueError(f"tilewise.{op}: expected logits to be 2-D, got shape {tuple(logits.shape)}")
+    if logits.shape[1] == 0:
+        raise ValueError(f"tilewise.{op}: expected logits to have at least one class, got shape {tuple(logits.shape)}")
+    allowed = FLOATING[1:] if logits.is_cuda else FLOATING
+    if logits.dtype not in allowed:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+        raise TypeError(f"tilewise.{op}: expected {logits.device.type} logits to be {names}, got {logits.dtype}")
+
+
+def check_vector(op: str, name: str, vector: Tensor | None, size: int, logits: Tensor) -> Tensor | None:
+    """A constant (size,) vector on the device of logits, in the type of statistics."""
+    if vector is None:
+        return None
+    if not isinstance(vector, Tensor):
+        raise TypeError(f"tilewise.{op}: expected {name} to be a tensor or None, got {type(vector).__name__}")
+    if vector.shape != (size,):
+        raise ValueError(f"tilewise.{op}: expected {name} to have shape ({size},), got {tuple(vector.shape)}")
+    check_device(op, name, vector, logits)
+    check_constant(op, name, vector)
+    return vector.to(statistics_dtype(logits)).contiguous()
+
+
+def check_device(op: str, name: str, tensor: Tensor, logits: Tensor) -> None:
+    if tensor.device != logits.device:
+        raise ValueError(f"tilewise.{op}: expected {name} on {logits.device} like logits, got {tensor.device}")
+
+
+def check_constant(op: str, name: str, tensor: Tensor) -> None:
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"tilewise.{op}: expected {name} not to require a gradient (none is computed); detach it")
+
+
+def check_class_index(op: str, target: Tensor, logits: Tensor) -> Tensor:
+    """Class indices (N,) as contiguous int64."""
+    if not isinstance(target, Tensor):
+        raise TypeError(f"tilewise.{op}: expected target to be a tensor, got {type(target).__name__}")
+    if target.dtype not in INTEGER:
+        raise TypeError(f"tilewise.{op}: expected target to hold integer class indices, got {target.dtype}")
+    if target.dim() != 1 or target.shape[0] != logits.shape[0]:
+        raise ValueError(
+            f"tilewise.{op}: expected target to have shape ({logits.shape[0]},), got {tuple(target.shape)}"
+        )
+    check_device(op, "target", target, logits)
+    return target.to(torch.int64).contiguous()
+
+
+def check_reduction(op: str, reduction: str) -> None:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"tilewise.{op}: expected reduction to be 'none', 'mean' or 'sum', got {reduction!r}")
+
+
+def check_number(op: str, name: str, value: float, *, low: float = -math.inf, high: float = math.inf) -> float:
+    """A finite number in [low, high]."""
+    if isinstance(value, Tensor) or not math.isfinite(value) or not low <= value <= high:
+        bounds = f" in [{low:g}, {high:g}]" if math.isfinite(low) or math.isfinite(high) else ""
+        raise ValueError(f"tilewise.{op}: expected {name} to be a finite number{bounds}, got {value!r}")
+    return float(value)
+
+
+def check_positive(op: str, name: str, value: float) -> float:
+    if isinstance(value, Tensor) or not math.isfinite(value) or value <= 0:
+        raise ValueError(f"tilewise.{op}: expected {name} to be a finite number above 0, got {value!r}")
+    return float(value)
