@@ -59,7 +59,7 @@ bench: build ## benchmarks on this machine, and the language model trained both 
 	@$(PY) bench/run.py
 
 bench-compare: build ## the CPU regression suite, against its last saved run
-	@$(PY) -m pytest -q bench --benchmark-only --benchmark-autosave --benchmark-compare
+	@$(PY) -m pytest -q tests/benchmarks/bench_ops.py --benchmark-autosave --benchmark-compare
 
 readme: build ## the tables of README.md from bench/results
 	@$(PY) bench/report.py --readme
@@ -70,11 +70,12 @@ inplace: ## compile with PYTHON's own torch, install nothing
 	@rm -rf build/inplace && mkdir -p build/inplace/tilewise
 	@ln -s $(CURDIR)/pysrc/* $(CURDIR)/triton_kernels build/inplace/tilewise
 
-gpu: export TILEWISE_CUDA = 1
-gpu: export TILEWISE_CUDA_ARCHS ?= native
-gpu: export PYTHONPATH := $(CURDIR)/build/inplace:$(CURDIR)
-gpu: inplace ## on a machine with an NVIDIA GPU: contract, compute-sanitizer, benchmarks
-	@$(PYTHON) -m bench.gpu
+gpu: ## on a machine with an NVIDIA GPU, installing nothing: contract, compute-sanitizer, benchmarks
+	@architecture=$$($(PYTHON) -c 'import sys, torch; \
+		torch.cuda.is_available() or sys.exit("make gpu needs a machine with an NVIDIA GPU."); \
+		print("%d%d" % torch.cuda.get_device_capability())') && \
+		TILEWISE_CUDA=1 TILEWISE_CUDA_ARCHS=$$architecture $(MAKE) --no-print-directory inplace
+	@PYTHONPATH=$(CURDIR)/build/inplace $(PYTHON) bench/gpu.py
 
 check-cuda: build ## the CUDA library built here loads into an older CUDA build of torch (several GB)
 	@test -x .venv-cuda/bin/python || $(PYTHON) -m venv .venv-cuda
@@ -82,11 +83,12 @@ check-cuda: build ## the CUDA library built here loads into an older CUDA build 
 	@.venv-cuda/bin/python tests/check_cuda.py
 
 wheel: venv ## a wheel in dist/
+	@rm -rf dist build/lib.*
 	@$(PY) -m pip wheel -qq --no-build-isolation --no-deps -w dist .
 	@ls dist/*.whl
 
 check-wheel: ## install the wheel in a new venv and run the tests outside the source tree
-	@rm -rf dist build/check-wheel && mkdir -p build/check-wheel
+	@rm -rf build/check-wheel && mkdir -p build/check-wheel
 	@$(MAKE) --no-print-directory wheel
 	@$(PYTHON) -m venv build/check-wheel/venv
 	@build/check-wheel/venv/bin/python $(PIP_INSTALL) -r requirements/dev.txt dist/*.whl

@@ -46,34 +46,47 @@ __device__ __forceinline__ void store_vectors(Storage* address, const Run<Storag
   __stcs(reinterpret_cast<uint4*>(address), piece);
 }
 
+// Bfloat16 goes by words: a shift and a mask for two elements.
 template <typename Storage, int kCount>
 __device__ __forceinline__ void widen(const Run<Storage, kCount>& run, float (&out)[kCount]) {
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) out[i] = to_float(run.value[i]);
-}
-
-// Rounds to nearest even; in pairs on the device, where one instruction converts and packs two.
-template <typename Storage, int kCount>
-__device__ __forceinline__ Run<Storage, kCount> narrow(const float (&in)[kCount]) {
-  Run<Storage, kCount> run;
-#if defined(__CUDA_ARCH__)
-  if constexpr (kCount % 2 == 0 && sizeof(Storage) == 2) {
-    using Pair = std::conditional_t<std::is_same_v<Storage, BFloat16>, __nv_bfloat162, __half2>;
+  if constexpr (std::is_same_v<Storage, BFloat16> && kCount % 2 == 0) {
 #pragma unroll
     for (int i = 0; i < kCount; i += 2) {
-      Pair pair;
-      if constexpr (std::is_same_v<Storage, BFloat16>) {
-        pair = __floats2bfloat162_rn(in[i], in[i + 1]);
-      } else {
-        pair = __floats2half2_rn(in[i], in[i + 1]);
-      }
-      memcpy(run.value + i, &pair, sizeof(pair));
+      uint32_t word;
+      memcpy(&word, run.value + i, sizeof(word));
+      out[i] = bits_to_float(word << 16);
+      out[i + 1] = bits_to_float(word & 0xffff0000u);
     }
-    return run;
-  }
-#endif
+  } else {
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) from_float(in[i], run.value[i]);
+    for (int i = 0; i < kCount; ++i) out[i] = to_float(run.value[i]);
+  }
+}
+
+// Rounds a pair to nearest even and packs it: one instruction on the device for the two-byte types.
+template <typename Storage>
+__device__ __forceinline__ void narrow_pair(float low, float high, Storage* out) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (std::is_same_v<Storage, BFloat16>) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    memcpy(out, &pair, sizeof(pair));
+  } else if constexpr (std::is_same_v<Storage, Float16>) {
+    const __half2 pair = __floats2half2_rn(low, high);
+    memcpy(out, &pair, sizeof(pair));
+  } else
+#endif
+  {
+    from_float(low, out[0]);
+    from_float(high, out[1]);
+  }
+}
+
+template <typename Storage, int kCount>
+__device__ __forceinline__ Run<Storage, kCount> narrow(const float (&in)[kCount]) {
+  static_assert(kCount % 2 == 0);
+  Run<Storage, kCount> run;
+#pragma unroll
+  for (int i = 0; i < kCount; i += 2) narrow_pair(in[i], in[i + 1], run.value + i);
   return run;
 }
 

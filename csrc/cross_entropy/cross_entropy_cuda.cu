@@ -27,7 +27,7 @@ const char* forward(const CrossEntropyForward<float>& op, void* stream) {
 
 template <typename Storage>
 const char* backward(const CrossEntropyBackward<float>& op, void* stream) {
-  const bool uniform = op.dense.weight == nullptr && op.dense.soft == 0.0f;
+  const bool uniform = is_empty(op.dense) || (op.dense.weight == nullptr && op.dense.soft == 0.0f);
   if (is_identity(op.transform) && uniform && op.grad_entropy == nullptr)
     return launch_row_gradient<Storage, PlainSoftmaxGradient>(op, stream);
   return with_probability<Storage>(op.dense, op.logits.dtype, [&](auto* probability) {

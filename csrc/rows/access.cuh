@@ -53,17 +53,12 @@ struct RowCut {
   __device__ int64_t scalar_column(int64_t i) const { return i < head ? i : i - head + body_end; }
 };
 
-// The dense target coefficients c_k of a row; Probability is void where there are no probabilities.
+// The dense target coefficients c_k of a row; Probability is void where there are no probabilities. Probabilities are
+// fetched ahead with the logits; weights, shared by all rows and so in the caches, when they are used.
 template <typename Probability>
 struct DenseRow {
   using Stored = std::conditional_t<std::is_void_v<Probability>, float, Probability>;
   static constexpr bool kProbabilities = !std::is_void_v<Probability>;
-
-  template <int kCount>
-  struct Side {
-    Run<Stored, kCount> probability;
-    Run<float, kCount> weight;
-  };
 
   float uniform;
   float soft;
@@ -81,18 +76,20 @@ struct DenseRow {
         weight(dense.weight, 0, 1, first_run) {}
 
   template <int kCount>
-  __device__ __forceinline__ Side<kCount> fetch(int64_t column) const {
-    Side<kCount> side;
-    if constexpr (kProbabilities) side.probability = probability.template read<true, kCount>(column);
-    if (weighted) side.weight = weight.template read<false, kCount>(column);
-    return side;
+  __device__ __forceinline__ Run<Stored, kCount> fetch(int64_t column) const {
+    if constexpr (kProbabilities) return probability.template read<true, kCount>(column);
+    return {};
   }
 
   template <int kCount>
-  __device__ __forceinline__ float coefficient(const Side<kCount>& side, int i) const {
-    float c = uniform;
-    if constexpr (kProbabilities) c += soft * to_float(side.probability.value[i]);
-    return weighted ? c * side.weight.value[i] : c;
+  __device__ __forceinline__ void coefficients(const Run<Stored, kCount>& fetched, int64_t column,
+                                               float (&c)[kCount]) const {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) c[i] = kProbabilities ? uniform + soft * to_float(fetched.value[i]) : uniform;
+    if (!weighted) return;
+    const Run<float, kCount> w = weight.template read<false, kCount>(column);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) c[i] *= w.value[i];
   }
 };
 

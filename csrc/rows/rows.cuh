@@ -16,7 +16,7 @@ namespace tilewise {
 inline constexpr int kWarp = 32;
 inline constexpr float kLog2E = 1.44269504088896341f;
 
-struct NoSide {};
+inline constexpr int kMostThreads = 256;  // of a block
 
 // ---- merging over lanes
 
@@ -55,6 +55,9 @@ __device__ __forceinline__ float correction(float max, float reference) {
 struct PlainSoftmax {
   using Stats = SoftmaxStats<float>;
   static constexpr int kBatch = 4;
+  static constexpr int kBlocks = 4;
+  template <int kCount>
+  struct Side {};
   // The reference follows the maximum only when it lags by more than this: rescaling is then rare.
   static constexpr float kSlack = 4.0f;
 
@@ -67,12 +70,12 @@ struct PlainSoftmax {
   __device__ PlainSoftmax(const Op&, int64_t, int64_t) {}
 
   template <int kCount>
-  __device__ __forceinline__ NoSide fetch(int64_t) const {
+  __device__ __forceinline__ Side<kCount> fetch(int64_t) const {
     return {};
   }
 
   template <int kCount>
-  __device__ __forceinline__ void add(const float (&x)[kCount], NoSide, int64_t) {
+  __device__ __forceinline__ void add(const float (&x)[kCount], Side<kCount>, int64_t) {
     float top = x[0];
 #pragma unroll
     for (int i = 1; i < kCount; ++i) top = fmaxf(top, x[i]);
@@ -83,9 +86,9 @@ struct PlainSoftmax {
       reference = next;
       ceiling = top + kSlack;
     }
-    float part = 0.0f;
+    float part = fast_exp2(fmaf(x[0], kLog2E, -reference));
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) part += fast_exp2(fmaf(x[i], kLog2E, -reference));
+    for (int i = 1; i < kCount; ++i) part += fast_exp2(fmaf(x[i], kLog2E, -reference));
     sum += part;
   }
 
@@ -108,7 +111,10 @@ template <typename Probability>
 struct FullSoftmax {
   using Stats = SoftmaxStats<float>;
   using Dense = DenseRow<Probability>;
-  static constexpr int kBatch = 2;
+  static constexpr int kBatch = Dense::kProbabilities ? 2 : 4;
+  static constexpr int kBlocks = Dense::kProbabilities ? 2 : 3;
+  template <int kCount>
+  using Side = Run<typename Dense::Stored, kCount>;
 
   Transform<float> transform;
   bool plain;
@@ -124,12 +130,12 @@ struct FullSoftmax {
         dense(op.request.dense, row, first_run) {}
 
   template <int kCount>
-  __device__ __forceinline__ auto fetch(int64_t column) const {
+  __device__ __forceinline__ Side<kCount> fetch(int64_t column) const {
     return dense.template fetch<kCount>(column);
   }
 
   template <int kCount>
-  __device__ __forceinline__ void add(float (&x)[kCount], const typename Dense::template Side<kCount>& side,
+  __device__ __forceinline__ void add(float (&x)[kCount], const Side<kCount>& side,
                                       int64_t column) {
     if (!plain) {
 #pragma unroll
@@ -152,11 +158,12 @@ struct FullSoftmax {
       if (details) stats.spread += e * fmaxf(x[i] - base, ExpFloor<float>::value);
     }
     if (dense.active) {
+      float c[kCount];
+      dense.coefficients(side, column, c);
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
-        const float c = dense.template coefficient<kCount>(side, i);
-        stats.mass += c;
-        stats.cross += c != 0.0f ? c * (x[i] - base) : 0.0f;
+        stats.mass += c[i];
+        stats.cross += c[i] != 0.0f ? c[i] * (x[i] - base) : 0.0f;
       }
     }
   }
@@ -181,6 +188,9 @@ struct FullSoftmax {
 struct RowMoments {
   using Stats = MomentStats<float>;
   static constexpr int kBatch = 4;
+  static constexpr int kBlocks = 4;
+  template <int kCount>
+  struct Side {};
 
   Stats stats;
 
@@ -188,12 +198,12 @@ struct RowMoments {
   __device__ RowMoments(const Op&, int64_t, int64_t) {}
 
   template <int kCount>
-  __device__ __forceinline__ NoSide fetch(int64_t) const {
+  __device__ __forceinline__ Side<kCount> fetch(int64_t) const {
     return {};
   }
 
   template <int kCount>
-  __device__ __forceinline__ void add(const float (&x)[kCount], NoSide, int64_t) {
+  __device__ __forceinline__ void add(const float (&x)[kCount], Side<kCount>, int64_t) {
     if (stats.count == 0.0f) stats.mean = x[0];
     float sum = 0.0f;
     float square = 0.0f;
@@ -240,10 +250,13 @@ __device__ __forceinline__ typename Pass::Stats merge_over_row(typename Pass::St
   return Pass::merge_lanes(threadIdx.x < blockDim.x / kWarp ? partial[threadIdx.x] : Stats{});
 }
 
-// Block (threads of a row, rows): several rows only where a row is one warp.
+// Block (threads of a row, rows): several rows only where a row is one warp. A warp takes kBatch consecutive groups
+// of 32 vectors at a time, all loaded before the first is used.
 template <typename Storage, typename Pass, typename Op>
-__global__ void __launch_bounds__(512, 2) row_statistics_kernel(const __grid_constant__ Op op) {
+__global__ void __launch_bounds__(kMostThreads, Pass::kBlocks) row_statistics_kernel(const __grid_constant__ Op op) {
   constexpr int kRun = kVector<Storage>;
+  constexpr int kHop = kWarp * kRun;
+  constexpr int kChunk = Pass::kBatch * kHop;
   const int64_t row = flat_block() * blockDim.y + threadIdx.y;
   if (row >= op.logits.rows || skip_row(op, row)) return;  // all threads of the row alike
   const RowCut cut = RowCut::of<Storage>(op.logits, row);
@@ -257,38 +270,41 @@ __global__ void __launch_bounds__(512, 2) row_statistics_kernel(const __grid_con
     pass.template add<1>(x, pass.template fetch<1>(column), column);
   }
 
-  const int64_t step = static_cast<int64_t>(blockDim.x) * kRun;
-  for (int64_t first = cut.head + threadIdx.x * kRun; first < cut.body_end; first += step * Pass::kBatch) {
+  const auto add_chunk = [&](auto whole, int64_t first) {
+    constexpr bool kWhole = decltype(whole)::value;
     Run<Storage, kRun> runs[Pass::kBatch];
-    decltype(pass.template fetch<kRun>(0)) sides[Pass::kBatch];
+    typename Pass::template Side<kRun> sides[Pass::kBatch];
 #pragma unroll
     for (int u = 0; u < Pass::kBatch; ++u) {
-      const int64_t column = first + u * step;
-      if (column < cut.body_end) runs[u] = load_vectors<false, kRun>(logits.data + column);
-      if (column < cut.body_end) sides[u] = pass.template fetch<kRun>(column);
+      if (!kWhole && first + u * kHop >= cut.body_end) break;
+      runs[u] = load_vectors<false, kRun>(logits.data + first + u * kHop);
+      sides[u] = pass.template fetch<kRun>(first + u * kHop);
     }
 #pragma unroll
     for (int u = 0; u < Pass::kBatch; ++u) {
-      const int64_t column = first + u * step;
-      if (column >= cut.body_end) break;
+      if (!kWhole && first + u * kHop >= cut.body_end) break;
       float x[kRun];
       widen(runs[u], x);
-      pass.template add<kRun>(x, sides[u], column);
+      pass.template add<kRun>(x, sides[u], first + u * kHop);
     }
-  }
+  };
+  const int lane_offset = threadIdx.x % kWarp * kRun;
+  const int64_t stride = static_cast<int64_t>(blockDim.x / kWarp) * kChunk;
+  int64_t chunk = cut.head + threadIdx.x / kWarp * kChunk;
+  for (; chunk + kChunk <= cut.body_end; chunk += stride) add_chunk(std::true_type{}, chunk + lane_offset);
+  if (chunk < cut.body_end) add_chunk(std::false_type{}, chunk + lane_offset);
 
   const auto stats = merge_over_row<Pass>(pass.finish());
   if (threadIdx.x == 0) finish_row(op, row, stats);
 }
 
-// ---- formulas: x -> gradient, in place in registers
+// ---- formulas: x -> gradient, in place in registers. `target` is the target's place in the run, if 0 <= target < kCount.
 
 template <int kCount>
-__device__ __forceinline__ void add_at_target(float (&gradient)[kCount], const RowGradient<float>& g, int64_t column) {
-  const uint64_t offset = static_cast<uint64_t>(g.target - column);  // huge where there is no target
-  if (offset >= kCount) return;
+__device__ __forceinline__ void add_at_target(float (&gradient)[kCount], int target, float gamma) {
+  if (static_cast<unsigned>(target) >= kCount) return;
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) gradient[i] += static_cast<int>(offset) == i ? g.gamma : 0.0f;
+  for (int i = 0; i < kCount; ++i) gradient[i] += target == i ? gamma : 0.0f;
 }
 
 // p_k = e^(x_k - max - log_sum) as factor 2^(x_k log2e - reference)
@@ -304,6 +320,9 @@ struct Probability {
 // Identity transform, no g_entropy, coefficients c that are the same for every column:  p_k alpha - g c
 struct PlainSoftmaxGradient {
   static constexpr int kBatch = 4;
+  static constexpr int kBlocks = 4;
+  template <int kCount>
+  struct Side {};
 
   Probability probability;
   float scale;
@@ -314,15 +333,16 @@ struct PlainSoftmaxGradient {
       : probability(g), scale(g.alpha * probability.factor), constant(-g.dense * op.dense.uniform) {}
 
   template <int kCount>
-  __device__ __forceinline__ NoSide fetch(int64_t) const {
+  __device__ __forceinline__ Side<kCount> fetch(int64_t) const {
     return {};
   }
 
   template <int kCount>
-  __device__ __forceinline__ void apply(float (&x)[kCount], NoSide, int64_t column, const RowGradient<float>& g) const {
+  __device__ __forceinline__ void apply(float (&x)[kCount], Side<kCount>, int64_t, int target,
+                                        const RowGradient<float>& g) const {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) x[i] = fmaf(probability.unscaled(x[i]), scale, constant);
-    add_at_target(x, g, column);
+    add_at_target(x, target, g.gamma);
   }
 };
 
@@ -330,6 +350,9 @@ template <typename Stored>
 struct FullSoftmaxGradient {
   using Dense = DenseRow<Stored>;
   static constexpr int kBatch = 2;
+  static constexpr int kBlocks = Dense::kProbabilities ? 2 : 3;
+  template <int kCount>
+  using Side = Run<typename Dense::Stored, kCount>;
 
   Transform<float> transform;
   Probability probability;
@@ -340,13 +363,13 @@ struct FullSoftmaxGradient {
       : transform(op.transform), probability(g), dense(op.dense, row, first_run) {}
 
   template <int kCount>
-  __device__ __forceinline__ auto fetch(int64_t column) const {
+  __device__ __forceinline__ Side<kCount> fetch(int64_t column) const {
     return dense.template fetch<kCount>(column);
   }
 
   template <int kCount>
-  __device__ __forceinline__ void apply(float (&x)[kCount], const typename Dense::template Side<kCount>& side,
-                                        int64_t column, const RowGradient<float>& g) const {
+  __device__ __forceinline__ void apply(float (&x)[kCount], const Side<kCount>& side,
+                                        int64_t column, int target, const RowGradient<float>& g) const {
     float gradient[kCount];
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
@@ -355,10 +378,12 @@ struct FullSoftmaxGradient {
       gradient[i] = probability.unscaled(x[i]) * probability.factor * fmaf(g.beta, d, g.alpha);
     }
     if (dense.active) {
+      float c[kCount];
+      dense.coefficients(side, column, c);
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) gradient[i] -= g.dense * dense.template coefficient<kCount>(side, i);
+      for (int i = 0; i < kCount; ++i) gradient[i] -= g.dense * c[i];
     }
-    add_at_target(gradient, g, column);
+    add_at_target(gradient, target, g.gamma);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) x[i] = gradient[i] * slope(transform, x[i]);
   }
@@ -367,20 +392,24 @@ struct FullSoftmaxGradient {
 // lambda (x_k - mean) + kappa
 struct AffineGradient {
   static constexpr int kBatch = 4;
+  static constexpr int kBlocks = 4;
+  template <int kCount>
+  struct Side {};
 
   template <typename Op>
   __device__ AffineGradient(const Op&, int64_t, int64_t, const RowGradient<float>&) {}
 
   template <int kCount>
-  __device__ __forceinline__ NoSide fetch(int64_t) const {
+  __device__ __forceinline__ Side<kCount> fetch(int64_t) const {
     return {};
   }
 
   template <int kCount>
-  __device__ __forceinline__ void apply(float (&x)[kCount], NoSide, int64_t column, const RowGradient<float>& g) const {
+  __device__ __forceinline__ void apply(float (&x)[kCount], Side<kCount>, int64_t, int target,
+                                        const RowGradient<float>& g) const {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) x[i] = fmaf(g.lambda, x[i] - g.mean, g.kappa);
-    add_at_target(x, g, column);
+    add_at_target(x, target, g.gamma);
   }
 };
 
@@ -388,64 +417,83 @@ struct AffineGradient {
 
 inline constexpr int kTileRuns = 8;  // vectors of a tile per thread
 
-// Block (threads of a tile, rows) as above. The gradient may be the logits, in place: an element is read and written
-// by the same thread, the read first.
+// Block (threads of a tile, rows), chunks as above. The gradient may be the logits, in place: an element is read and
+// written by the same thread, the read first.
 template <typename Storage, typename Formula, typename Op>
-__global__ void __launch_bounds__(256, 4) row_gradient_kernel(const __grid_constant__ Op op, int64_t tiles) {
+__global__ void __launch_bounds__(kMostThreads, Formula::kBlocks)
+    row_gradient_kernel(const __grid_constant__ Op op, int64_t tiles) {
   constexpr int kRun = kVector<Storage>;
+  constexpr int kHop = kWarp * kRun;
+  constexpr int kChunk = Formula::kBatch * kHop;
   const int64_t unit = flat_block() * blockDim.y + threadIdx.y;
   const int64_t row = tiles == 1 ? unit : unit / tiles;
   if (row >= op.gradient.rows) return;
   const RowGradient<float> g = gradient_of_row(op, row);
 
+  // The tile holds scalars [begin, scalar_end) and, from column `base` on, `body` columns of whole vectors.
   const RowCut cut = RowCut::of<Storage>(op.gradient, row);
-  const int64_t step = static_cast<int64_t>(blockDim.x) * kRun;
-  const int64_t tile_begin = (unit - row * tiles) * kTileRuns * step;
-  const int64_t tile_end = tile_begin + kTileRuns * step;
-  const int64_t scalar_end = tile_end < cut.scalars ? tile_end : cut.scalars;
-  const int64_t run_begin = cut.head + tile_begin + threadIdx.x * kRun;
-  const int64_t run_end = cut.head + tile_end < cut.body_end ? cut.head + tile_end : cut.body_end;
-  Storage* out = static_cast<Storage*>(op.gradient.data) + row * op.gradient.row_stride;
+  const int tile = static_cast<int>(blockDim.x) * kTileRuns * kRun;
+  const int64_t begin = (unit - row * tiles) * tile;
+  const int64_t base = cut.head + begin;
+  const int64_t scalar_end = begin + tile < cut.scalars ? begin + tile : cut.scalars;
+  const int body = base + tile <= cut.body_end ? tile : static_cast<int>(cut.body_end - base);  // < 0: none
+  Storage* row_out = static_cast<Storage*>(op.gradient.data) + row * op.gradient.row_stride;
+  Storage* out = row_out + base;
 
   if (g.zero) {
-    const float zeros[kRun] = {};
-    for (int64_t i = tile_begin + threadIdx.x; i < scalar_end; i += blockDim.x)
-      from_float(0.0f, out[cut.scalar_column(i) * op.gradient.column_stride]);
-    for (int64_t column = run_begin; column < run_end; column += step)
-      store_vectors(out + column, narrow<Storage>(zeros));
+    for (int64_t i = begin + threadIdx.x; i < scalar_end; i += blockDim.x)
+      from_float(0.0f, row_out[cut.scalar_column(i) * op.gradient.column_stride]);
+    const Run<Storage, kRun> zeros = {};
+    for (int i = threadIdx.x * kRun; i < body; i += blockDim.x * kRun) store_vectors(out + i, zeros);
     return;
   }
 
   const RowReader<Storage> logits(op.logits, row, cut.head);
   const Formula formula(op, row, cut.head, g);
 
-  for (int64_t i = tile_begin + threadIdx.x; i < scalar_end; i += blockDim.x) {
+  for (int64_t i = begin + threadIdx.x; i < scalar_end; i += blockDim.x) {
     const int64_t column = cut.scalar_column(i);
     float x[1];
     widen(logits.template read<true, 1>(column), x);
-    formula.template apply<1>(x, formula.template fetch<1>(column), column, g);
-    from_float(x[0], out[column * op.gradient.column_stride]);
+    formula.template apply<1>(x, formula.template fetch<1>(column), column, g.target == column ? 0 : -1, g);
+    from_float(x[0], row_out[column * op.gradient.column_stride]);
   }
 
-  for (int64_t first = run_begin; first < run_end; first += step * Formula::kBatch) {
-    Run<Storage, kRun> runs[Formula::kBatch];
-    decltype(formula.template fetch<kRun>(0)) sides[Formula::kBatch];
-#pragma unroll
-    for (int u = 0; u < Formula::kBatch; ++u) {
-      const int64_t column = first + u * step;
-      if (column < run_end) runs[u] = logits.template read<true, kRun>(column);
-      if (column < run_end) sides[u] = formula.template fetch<kRun>(column);
-    }
-#pragma unroll
-    for (int u = 0; u < Formula::kBatch; ++u) {
-      const int64_t column = first + u * step;
-      if (column >= run_end) break;
-      float x[kRun];
-      widen(runs[u], x);
-      formula.template apply<kRun>(x, sides[u], column, g);
-      store_vectors(out + column, narrow<Storage>(x));
-    }
+  const int64_t target_place = g.target - base;
+  const int target = target_place >= 0 && target_place < tile ? static_cast<int>(target_place) : -1;
+  const auto write_run = [&](const Run<Storage, kRun>& run, const auto& side, int i) {
+    float x[kRun];
+    widen(run, x);
+    formula.template apply<kRun>(x, side, base + i, target - i, g);
+    store_vectors(out + i, narrow<Storage>(x));
+  };
+  if (!logits.vectors) {
+    for (int i = threadIdx.x * kRun; i < body; i += blockDim.x * kRun)
+      write_run(logits.template read<true, kRun>(base + i), formula.template fetch<kRun>(base + i), i);
+    return;
   }
+  const Storage* in = logits.data + base;
+  const auto write_chunk = [&](auto whole, int first) {
+    constexpr bool kWhole = decltype(whole)::value;
+    Run<Storage, kRun> runs[Formula::kBatch];
+    typename Formula::template Side<kRun> sides[Formula::kBatch];
+#pragma unroll
+    for (int u = 0; u < Formula::kBatch; ++u) {
+      if (!kWhole && first + u * kHop >= body) break;
+      runs[u] = load_vectors<true, kRun>(in + first + u * kHop);
+      sides[u] = formula.template fetch<kRun>(base + first + u * kHop);
+    }
+#pragma unroll
+    for (int u = 0; u < Formula::kBatch; ++u) {
+      if (!kWhole && first + u * kHop >= body) break;
+      write_run(runs[u], sides[u], first + u * kHop);
+    }
+  };
+  const int lane_offset = threadIdx.x % kWarp * kRun;
+  const int stride = blockDim.x / kWarp * kChunk;
+  int chunk = threadIdx.x / kWarp * kChunk;
+  for (; chunk + kChunk <= body; chunk += stride) write_chunk(std::true_type{}, chunk + lane_offset);
+  if (chunk < body) write_chunk(std::false_type{}, chunk + lane_offset);
 }
 
 // ---- reduction of the rows' losses
@@ -480,16 +528,15 @@ static __global__ void __launch_bounds__(512) row_reduction_kernel(const __grid_
 // ---- launches
 
 // (threads of a row, rows of a block)
-inline dim3 row_block(int64_t columns, unsigned most_threads) {
-  if (columns <= 1024) return dim3(kWarp, 8);
-  const unsigned threads = columns <= 8192 ? 128 : columns <= 32768 ? 256 : 512;
-  return dim3(threads < most_threads ? threads : most_threads);
+inline dim3 row_block(int64_t columns) {
+  if (columns <= 1024) return dim3(kWarp, kMostThreads / kWarp);
+  return dim3(columns <= 8192 ? kMostThreads / 2 : kMostThreads);
 }
 
 template <typename Storage, typename Pass, typename Op>
 const char* launch_row_statistics(const Op& op, void* stream) {
   if (op.logits.rows == 0) return nullptr;
-  const dim3 block = row_block(op.logits.columns, 512);
+  const dim3 block = row_block(op.logits.columns);
   const int64_t blocks = (op.logits.rows + block.y - 1) / block.y;
   return launch(row_statistics_kernel<Storage, Pass, Op>, flat_grid(blocks), block,
                 block.x / kWarp * sizeof(typename Pass::Stats), stream, op);
@@ -498,7 +545,7 @@ const char* launch_row_statistics(const Op& op, void* stream) {
 template <typename Storage, typename Formula, typename Op>
 const char* launch_row_gradient(const Op& op, void* stream) {
   if (op.gradient.rows == 0) return nullptr;
-  const dim3 block = row_block(op.gradient.columns, 256);
+  const dim3 block = row_block(op.gradient.columns);
   const int64_t tile = static_cast<int64_t>(block.x) * kTileRuns * kVector<Storage>;
   const int64_t tiles = (op.gradient.columns + tile - 1) / tile;
   const int64_t blocks = (op.gradient.rows * tiles + block.y - 1) / block.y;

@@ -69,13 +69,13 @@ def check_reduction(op: str, reduction: str) -> None:
 
 def check_number(op: str, name: str, value: float, *, low: float = -math.inf, high: float = math.inf) -> float:
     """A finite number in [low, high]."""
-    if isinstance(value, Tensor) or not math.isfinite(value) or not low <= value <= high:
-        bounds = f" in [{low:g}, {high:g}]" if math.isfinite(low) or math.isfinite(high) else ""
+    if isinstance(value, Tensor) or not -math.inf < value < math.inf or not low <= value <= high:
+        bounds = f" in [{low:g}, {high:g}]" if low > -math.inf or high < math.inf else ""
         raise ValueError(f"tilewise.{op}: expected {name} to be a finite number{bounds}, got {value!r}")
     return float(value)
 
 
 def check_positive(op: str, name: str, value: float) -> float:
-    if isinstance(value, Tensor) or not math.isfinite(value) or value <= 0:
+    if isinstance(value, Tensor) or not 0 < value < math.inf:
         raise ValueError(f"tilewise.{op}: expected {name} to be a finite number above 0, got {value!r}")
     return float(value)

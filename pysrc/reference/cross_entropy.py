@@ -36,7 +36,7 @@ def coefficients(
         nowhere = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         return w * ((1 - label_smoothing) * target.to(x.dtype) + uniform), x.new_ones(len(x)), nowhere, nowhere
     index, ignored, outside = split_target(target, classes, ignore_index, "cross_entropy")
-    one_hot = torch.nn.functional.one_hot(index, classes)
+    one_hot = torch.nn.functional.one_hot(index, classes).to(x.dtype)
     return w * ((1 - label_smoothing) * one_hot + uniform), w[index].masked_fill(ignored, 0), ignored, outside
 
 
@@ -64,15 +64,16 @@ def cross_entropy(
         x = x.masked_fill(ignored[:, None], 0)
     log_p = torch.log_softmax(x, 1)
     lse = torch.logsumexp(x, 1)
+    top, argmax = x.detach().max(1)
+    log_sum = torch.logsumexp(x.detach() - top[:, None], 1)
     rows = -torch.where(c == 0, 0, c * log_p).sum(1) + lse_square_scale * lse**2
     rows = rows.masked_fill(outside, torch.nan)
     rows = torch.where(ignored, 0, rows if row_weight is None else rows * row_weight)
     p = log_p.exp()
     entropy = -(p * log_p.masked_fill(p == 0, 0)).sum(1)
     loss, total = reduce_rows(rows, shares, reduction)
-    top, argmax = x.max(1) if x.numel() else (lse, torch.zeros_like(lse, dtype=torch.int64))
     mass = c.sum(1).masked_fill(ignored, 0).masked_fill(outside, torch.nan)
-    return Result(loss, lse, entropy, argmax, torch.stack([top, lse - top, mass]).detach(), total.detach())
+    return Result(loss, lse, entropy, argmax, torch.stack([top, log_sum, mass]), total.detach())
 
 
 def gradient(grads: tuple[Tensor | None, ...], logits: Tensor, *tensors, **options) -> Tensor:

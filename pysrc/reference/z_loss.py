@@ -72,9 +72,9 @@ def spherical_coefficients(o_c, mu, m2, v, eps) -> tuple[Tensor, ...]:
     return -2 * o_c / (o_c.square() + eps), 2 / total, 2 * mu / total
 
 
-def _member(op, rows, coefficients, *names):
+def _member(op, rows, coefficients, **defaults):
     def forward(logits, target, *, ignore_index=-100, reduction="mean", **parameters):
-        values = [parameters[name] for name in names]
+        values = (defaults | parameters).values()
         loss, total = _reduced(rows, op, logits, target, ignore_index, reduction, *values)
         o = logits.to(statistics_dtype(logits))
         index, ignored, outside = split_target(target, logits.shape[1], ignore_index, op)
@@ -100,8 +100,8 @@ def _backward(grad_loss, logits, target, row_state, total, *, ignore_index, redu
 
 
 OPS = {
-    "z_loss": _member("z_loss", z_rows, z_coefficients, "a", "b"),
+    "z_loss": _member("z_loss", z_rows, z_coefficients, a=1.0, b=0.0),
     "taylor_softmax_loss": _member("taylor_softmax_loss", taylor_rows, taylor_coefficients),
-    "spherical_softmax_loss": _member("spherical_softmax_loss", spherical_rows, spherical_coefficients, "eps"),
+    "spherical_softmax_loss": _member("spherical_softmax_loss", spherical_rows, spherical_coefficients, eps=1e-6),
     "spherical_family_backward": _backward,
 }

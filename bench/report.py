@@ -1,0 +1,262 @@
+"""Build the HTML report, or with --readme the table in README.md, from the JSON under bench/results."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from html import escape
+from pathlib import Path
+
+import plots
+import results
+from plots import Bar, number
+from results import COPY, EAGER, ROOT
+
+STYLE = Path(__file__).with_name("report.css")
+README = ROOT / "README.md"
+REPORT = ROOT / "bench" / "report" / "index.html"
+MARKS = "<!-- bench:begin -->", "<!-- bench:end -->"
+CEILINGS = {
+    "copy_gbs": ("copy, read + written", "GB/s"),
+    "gemm_float32_gflops": ("float32 matrix product", "GFLOP/s"),
+    "gemm_bfloat16_gflops": ("bfloat16 matrix product", "GFLOP/s"),
+    "exp_giga": ("float32 exp", "billion/s"),
+}
+METHOD = (
+    "Medians of interleaved runs; whiskers are the quartiles. Every contender starts from the same restored logits, "
+    "makes its own gradient through torch.autograd.grad, and is timed with cold caches. GB/s counts one traffic for "
+    "all: the forward pass reads the logits once, the backward pass reads them again and writes the gradient (a plain "
+    "copy: one read, one write). Errors are relative to float64: of the mean loss, and of the worst gradient row among "
+    "64, about an eighth of which have a target probability near 0.99. A result of tilewise that misses the tolerance "
+    "is not timed; one of the others is shown in red as inexact."
+)
+
+
+def shape_text(shape: tuple[int, ...]) -> str:
+    return " × ".join(map(str, shape))
+
+
+def kind(row: dict) -> str:
+    return "ours" if row["ours"] else "floor" if row["contender"] == COPY else "peer"
+
+
+def size(count: int | None) -> str:
+    if count is None:
+        return "–"
+    return f"{number(count / 2**20)} MiB" if count >= 2**20 else f"{number(count / 2**10)} KiB"
+
+
+def environment_facts(environment: dict, ceilings: dict) -> str:
+    named = {
+        "clocks": environment["clocks"],
+        "python": environment["python"],
+        "torch": environment["torch"],
+        "triton": environment["triton"],
+        "tilewise": environment["tilewise"],
+        "revision": environment["revision"],
+        "date": environment["date"],
+    }
+    for key, (name, unit) in CEILINGS.items():
+        if key in ceilings:
+            named[name] = f"{number(ceilings[key])} {unit}"
+    cells = "".join(f"<div><dt>{k}</dt><dd>{escape(str(v))}</dd></div>" for k, v in named.items() if v is not None)
+    return f'<dl class="facts">{cells}</dl>'
+
+
+def tiles(content: dict) -> str:
+    """The first case's speed-ups over torch, the figures a reader looks for first."""
+    first = next(iter(results.groups(content["results"]).items()), None)
+    if first is None:
+        return ""
+    (op, shape, dtype), group = first
+    found = [
+        f'<div class="tile"><b>{ratio:.1f}×</b><span>{escape(ours)}<br>against {escape(other)}</span></div>'
+        for ours, other, ratio in results.speedups(group)
+        if other in (EAGER, "torch.compile")
+    ]
+    title = f"{op}, {shape_text(shape)} {dtype}, forward + backward: how many times faster"
+    return f'<p class="tiles-title">{title}</p><div class="tiles">{"".join(found)}</div>'
+
+
+def case_card(title: str, group: dict[str, dict], forward: dict[str, dict], copy_gbs: float) -> str:
+    rows = list(group.values())
+    times = []
+    for row in rows:
+        parts = [f"{number(row['median_ms'])} ms"]
+        if EAGER in group and row["contender"] not in (EAGER, COPY):
+            parts.append(f"{group[EAGER]['median_ms'] / row['median_ms']:.1f}× eager")
+        parts.append(f"{row['copy_fraction']:.0%} of copy speed")
+        first = forward[row["contender"]]["median_ms"] if row["contender"] in forward else None
+        times.append(
+            Bar(row["contender"], row["median_ms"], ", ".join(parts), kind(row), row["q25_ms"], row["q75_ms"], first)
+        )
+    model = next((row["traffic_bytes"] for row in rows if row["contender"] != COPY), 0)
+    marker = (model / copy_gbs / 1e6, "two reads and one write at copy speed") if model else None
+    chart = plots.bars(f"{title}: forward and backward in milliseconds", "ms", times, marker=marker)
+    held = [row for row in rows if row["peak_extra_bytes"] is not None]
+    memory = ""
+    if held:
+        items = [
+            Bar(row["contender"], row["peak_extra_bytes"] / 2**20, size(row["peak_extra_bytes"]), kind(row))
+            for row in held
+        ]
+        memory = "<h5>Peak memory beyond the inputs</h5>" + plots.bars(f"{title}: peak extra memory", "MiB", items)
+    body = [
+        [
+            row["contender"] + (" (inexact)" if row["correct"] is False else ""),
+            number(forward[row["contender"]]["median_ms"]) if row["contender"] in forward else "–",
+            number(row["median_ms"]),
+            f"{number(row['q25_ms'])} – {number(row['q75_ms'])}",
+            str(row["runs"]),
+            number(row["gbs"]),
+            f"{row['error']['loss']:.1e}" if row["error"] else "–",
+            f"{row['error']['gradient']:.1e}" if row["error"] else "–",
+        ]
+        for row in rows
+    ]
+    head = ["", "forward ms", "both ms", "quartiles", "runs", "GB/s", "loss error", "gradient error"]
+    marks = ["inexact" if row["correct"] is False else kind(row) for row in rows]
+    return (
+        f'<div class="card"><h4>{title}</h4><h5>Forward, then backward</h5>{chart}{memory}'
+        f"{plots.table(head, body, marks.__getitem__)}</div>"
+    )
+
+
+def operator_section(op: str, content: dict) -> str:
+    forward: dict[tuple, dict[str, dict]] = {}
+    for row in content["results"]:
+        if row["phase"] == "forward":
+            forward.setdefault((row["case"], tuple(row["shape"]), row["dtype"]), {})[row["contender"]] = row
+    cards = [
+        case_card(f"{shape_text(key[1])}, {key[2]}", group, forward.get(key, {}), content["ceilings"]["copy_gbs"])
+        for key, group in results.groups(content["results"]).items()
+    ]
+    absent = "; ".join(f"{name}: {reason}" for name, reason in content["absent"].items())
+    note = f'<p class="soft">Not measured: {escape(absent)}.</p>' if absent else ""
+    return f"<h3>{op}</h3>{''.join(cards)}{note}"
+
+
+def training_section(training: dict) -> str:
+    found = training["contenders"]
+    series = {row["contender"]: row["losses"] for row in found}
+    kinds = {row["contender"]: "ours" if row["ours"] else "peer" for row in found}
+    swatches = {name: f"c{order}" for order, name in enumerate(series)}
+    steps = [
+        Bar(
+            row["contender"],
+            row["median_ms"],
+            f"{number(row['median_ms'])} ms, held-out loss {row['held_out_loss']:.4f}",
+            kinds[row["contender"]],
+            row["q25_ms"],
+            row["q75_ms"],
+        )
+        for row in found
+    ]
+    off = max(row["largest_difference"] for row in found)
+    return (
+        "<h3>Main job: a word-level language model</h3>"
+        f'<p class="soft">{training["words"]:,} words of the English text that ships with Python, '
+        f"{training['classes']:,} classes, {training['batch']} words a step, {training['steps']} steps, one seed for "
+        f"all. The curves differ by at most {off:.1e}.</p>"
+        f'<div class="card"><h4>Training loss</h4>{plots.legend(swatches)}'
+        f"{plots.curves('Training loss by step', 'step', series, kinds)}"
+        f"<h5>Time of one whole training step</h5>{plots.bars('Time of a training step', 'ms', steps)}</div>"
+    )
+
+
+def machine_section(files: dict[str, dict]) -> str:
+    some = next(iter(files.values()))
+    machine = results.machine_title(some["environment"])
+    ceilings = files.get("roofline", some).get("ceilings", {})
+    operators = {op: content for op, content in files.items() if "results" in content}
+    parts = [f"<h2>{escape(machine)}</h2>", environment_facts(some["environment"], ceilings)]
+    if operators:
+        parts.append(tiles(next(iter(operators.values()))))
+    parts += [operator_section(op, content) for op, content in operators.items()]
+    parts += [training_section(content["training"]) for content in files.values() if "training" in content]
+    return "".join(parts)
+
+
+def page(machines: dict[str, dict[str, dict]]) -> str:
+    legend = plots.legend(
+        {"tilewise forward": "ours-deep", "backward": "ours", "others forward": "peer-deep", "others backward": "peer"}
+        | {"plain copy": "floor"}
+    )
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"><title>tilewise measurements</title>'
+        f"<style>{STYLE.read_text()}</style></head><body><h1>tilewise measurements</h1>"
+        f'<p class="soft">{METHOD}</p>{legend}{"".join(map(machine_section, machines.values()))}</body></html>\n'
+    )
+
+
+def write(machines: dict[str, dict[str, dict]], out: Path) -> Path:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(page(machines))
+    return out
+
+
+def readme_table(machines: dict[str, dict[str, dict]]) -> str:
+    """Markdown: per machine one row a case, each cell the median of forward + backward and its speed against eager."""
+    parts = []
+    for files in machines.values():
+        environment = next(iter(files.values()))["environment"]
+        measured = [row for content in files.values() for row in content.get("results", [])]
+        if not measured:
+            continue
+        names = list(dict.fromkeys(row["contender"] for row in measured))
+        parts.append(
+            f"{results.machine_title(environment)}, torch {environment['torch']}, {environment['date']}. "
+            "Forward + backward in ms, and how many times faster than torch eager:\n"
+        )
+        parts.append("| operator | logits | " + " | ".join(names) + " |")
+        parts.append("| --- | --- |" + " ---: |" * len(names))
+        for (op, shape, dtype), group in results.groups(measured).items():
+            cells = [readme_cell(group.get(name), group.get(EAGER)) for name in names]
+            parts.append(f"| {op} | {shape_text(shape)} {dtype} | " + " | ".join(cells) + " |")
+        parts.append("")
+        for content in files.values():
+            if "training" in content:
+                steps = content["training"]["contenders"]
+                times = ", ".join(f"{row['contender']} {number(row['median_ms'])} ms" for row in steps)
+                off = max(row["largest_difference"] for row in steps)
+                parts.append(f"One training step of the language model: {times}; loss curves within {off:.0e}.\n")
+    return "\n".join(parts) or "Not measured yet.\n"
+
+
+def readme_cell(row: dict | None, eager: dict | None) -> str:
+    if row is None:
+        return "–"
+    text = number(row["median_ms"])
+    if row["correct"] is False:
+        return f"{text} (inexact)"
+    if eager is None or row["contender"] in (EAGER, COPY):
+        return text
+    return f"{text} ({eager['median_ms'] / row['median_ms']:.1f}×)"
+
+
+def update_readme(readme: Path, machines: dict[str, dict[str, dict]]):
+    begin, end = MARKS
+    pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.S)
+    text = readme.read_text()
+    if not pattern.search(text):
+        raise SystemExit(f"{readme} lacks the marks {begin} and {end}")
+    body = f"{begin}\n{readme_table(machines)}{end}"
+    readme.write_text(pattern.sub(lambda _: body, text))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--readme", action="store_true", help="rewrite the table in README.md instead of the report")
+    parser.add_argument("--results", type=Path, default=results.RESULTS)
+    parser.add_argument("--out", type=Path, default=REPORT)
+    options = parser.parse_args()
+    machines = results.load(options.results)
+    if options.readme:
+        update_readme(README, machines)
+    else:
+        print(write(machines, options.out))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""Result files: what they hold, where they lie, and the figures derived from them."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from case import PHASES, Case, Contender
+from measure import Error, quartiles
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+EAGER, COPY = "torch eager", "plain copy"
+
+
+def run_text(*command: str) -> str | None:
+    """Output of a command, or None where it is missing or fails."""
+    if not shutil.which(command[0]):
+        return None
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def cpu_info(key: str) -> str | None:
+    path = Path("/proc/cpuinfo")
+    found = re.search(rf"^{key}\s*:\s*(.+)$", path.read_text(), re.M) if path.exists() else None
+    return found.group(1).strip() if found else None
+
+
+def device_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return cpu_info("model name") or platform.processor() or platform.machine()
+
+
+def machine_name(device: str) -> str:
+    """Folder name of a machine's results: its processor, and for a CPU how many cores took part."""
+    name = device_name(device) if device == "cuda" else f"{device_name(device)} {torch.get_num_threads()} cores"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def clocks(device: str) -> str | None:
+    if device == "cuda":
+        query = "--query-gpu=clocks.sm,clocks.mem"
+        return run_text("nvidia-smi", query, "--format=csv,noheader")
+    megahertz = cpu_info("cpu MHz")
+    return f"{float(megahertz):.0f} MHz" if megahertz else None
+
+
+def version(module: str) -> str | None:
+    try:
+        return __import__(module).__version__
+    except ImportError:
+        return None
+
+
+def revision() -> str | None:
+    commit = run_text("git", "rev-parse", "--short=12", "HEAD")
+    changed = run_text("git", "status", "--porcelain", "--", "csrc", "pysrc", "triton_kernels")
+    return commit and commit + ("-dirty" if changed else "")
+
+
+def environment(device: str) -> dict:
+    return {
+        "device": device_name(device),
+        "gpu": device == "cuda",
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "clocks": clocks(device),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": version("triton"),
+        "tilewise": version("tilewise"),
+        "revision": revision(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def machine_title(environment: dict) -> str:
+    """One machine's name for a reader; threads only matter where the CPU does the work."""
+    device, gpu = environment["device"], environment["gpu"]
+    return device if gpu else f"{device}, {environment['threads']} threads"
+
+
+def rows(
+    case: Case, contender: Contender, times: dict[str, list[float]], peak: int | None, error: Error | None, copy: float
+):
+    """One result per phase. GB/s counts the case's stated traffic, so it compares times, not implementations."""
+    for phase in PHASES:
+        if phase not in times:
+            continue
+        q25, median, q75 = quartiles(times[phase])
+        traffic = 2 * case.traffic["forward"] if contender.loss is None else case.traffic[phase]
+        gbs = traffic / median / 1e6
+        yield {
+            "case": case.op,
+            "shape": list(case.shape),
+            "dtype": case.dtype_name,
+            "backend": contender.backend,
+            "contender": contender.name,
+            "ours": contender.ours,
+            "phase": phase,
+            "median_ms": median,
+            "q25_ms": q25,
+            "q75_ms": q75,
+            "runs": len(times[phase]),
+            "traffic_bytes": traffic,
+            "flops": 0 if contender.loss is None else case.flops[phase],
+            "gbs": gbs,
+            "copy_fraction": gbs / copy,
+            "peak_extra_bytes": peak if phase == "both" else None,
+            "error": asdict(error) if error else None,
+            "correct": error.within(case.dtype) if error else None,
+        }
+
+
+def groups(results: list[dict]) -> dict[tuple, dict[str, dict]]:
+    """(operator, shape, dtype) -> contender -> its result for forward + backward, in the order measured."""
+    found: dict[tuple, dict[str, dict]] = {}
+    for row in results:
+        if row["phase"] == "both":
+            key = row["case"], tuple(row["shape"]), row["dtype"]
+            found.setdefault(key, {})[row["contender"]] = row
+    return found
+
+
+def speedups(group: dict[str, dict]) -> list[tuple[str, str, float]]:
+    """(ours, other, how many times faster) for one case; a wrong result of ours claims nothing."""
+    mine = [row for row in group.values() if row["ours"] and row["correct"]]
+    others = [row for row in group.values() if not row["ours"]]
+    return [(a["contender"], b["contender"], b["median_ms"] / a["median_ms"]) for a in mine for b in others]
+
+
+def save(path: Path, content: dict):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1, allow_nan=True) + "\n")
+
+
+def load_machine(folder: Path) -> dict[str, dict]:
+    """File stem -> content of one machine's measurements."""
+    found = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    return {stem: content for stem, content in found.items() if "environment" in content}
+
+
+def load(folder: Path) -> dict[str, dict[str, dict]]:
+    """machine -> file stem -> content, for every machine's folder under `folder`."""
+    found = {path.name: load_machine(path) for path in sorted(folder.glob("*/"))}
+    return {machine: files for machine, files in found.items() if files}
+
+
+def say(line: str):
+    print(line, flush=True)

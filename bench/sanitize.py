@@ -1,0 +1,107 @@
+"""Small launches of every operator on one backend, to run under compute-sanitizer. Checks numbers as well.
+
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python bench/sanitize.py --backend cuda
+
+Without torch's caching allocator every tensor is its own allocation, so a read one element too far is seen.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+import tilewise
+
+SHAPES = [(1, 1), (3, 5), (7, 33), (5, 1024), (4, 1027), (2, 50257)]
+SMALL = SHAPES[:4]
+SHAPES_OF = {torch.float32: SHAPES, torch.bfloat16: SHAPES[2:5], torch.float16: SHAPES[2:4]}
+SPHERICAL = {
+    "z_loss": {"a": 1.0, "b": 2.0},
+    "taylor_softmax_loss": {},
+    "spherical_softmax_loss": {},
+}
+
+
+def logits_of(shape: tuple[int, int], dtype: torch.dtype, device: str, strided: bool = False) -> torch.Tensor:
+    """Contiguous, or columns that lie two rows apart."""
+    rows, classes = shape
+    base = torch.randn(classes, 2 * rows, device=device).to(dtype) if strided else None
+    return (torch.randn(shape, device=device).to(dtype) if base is None else base[:, ::2].T).detach().requires_grad_()
+
+
+def labels_of(shape: tuple[int, int], device: str) -> torch.Tensor:
+    """Class indices; the last row is ignored where there is more than one."""
+    target = torch.randint(shape[1], (shape[0],), device=device)
+    if shape[0] > 1:
+        target[-1] = -100
+    return target
+
+
+def check(name: str, output: torch.Tensor, logits: torch.Tensor):
+    (gradient,) = torch.autograd.grad(output.sum(), logits)
+    if not (output.isfinite().all() and gradient.isfinite().all()):
+        raise SystemExit(f"{name}: not finite for {tuple(logits.shape)} {logits.dtype}")
+
+
+def cross_entropy(shape: tuple[int, int], dtype: torch.dtype, device: str):
+    rows, classes = shape
+    target = labels_of(shape, device)
+    options = [
+        {},
+        {"reduction": "none", "label_smoothing": 0.1, "weight": torch.rand(classes, device=device) + 0.5},
+        {"reduction": "sum", "lse_square_scale": 1e-3, "softcap": 20.0, "logit_scale": 0.7},
+        {"row_weight": torch.rand(rows, device=device), "inplace_backward": True},
+    ]
+    for chosen in options:
+        logits = logits_of(shape, dtype, device)
+        check("cross_entropy", tilewise.cross_entropy(logits, target, **chosen), logits)
+    logits = logits_of(shape, dtype, device)
+    loss, stats = tilewise.cross_entropy(logits, target, return_stats=True)
+    check("cross_entropy with statistics", loss + stats.lse.sum() + stats.entropy.sum(), logits)
+    logits = logits_of(shape, dtype, device)
+    shares = torch.softmax(torch.randn(shape, device=device), -1).to(dtype)
+    check("cross_entropy of probabilities", tilewise.cross_entropy(logits, shares, label_smoothing=0.1), logits)
+    if shape in SMALL:
+        logits = logits_of(shape, dtype, device, strided=True)
+        check("cross_entropy of strided logits", tilewise.cross_entropy(logits, target, inplace_backward=True), logits)
+
+
+def spherical_family(shape: tuple[int, int], dtype: torch.dtype, device: str):
+    target = labels_of(shape, device)
+    for name, options in SPHERICAL.items():
+        for strided in (False, True) if shape in SMALL else (False,):
+            logits = logits_of(shape, dtype, device, strided)
+            check(name, getattr(tilewise, name)(logits, target, **options), logits)
+
+
+def out_of_range(device: str):
+    """Labels far outside the classes: NaN for their rows, no access, the other rows untouched."""
+    target = torch.tensor([0, 10**9, -7], device=device)
+    for name, options in {"cross_entropy": {}, **SPHERICAL}.items():
+        logits = logits_of((3, 33), torch.float32, device)
+        loss = getattr(tilewise, name)(logits, target, reduction="none", **options)
+        torch.autograd.grad(loss.sum(), logits)
+        if loss.isnan().tolist() != [False, True, True]:
+            raise SystemExit(f"{name}: labels out of range gave {loss.tolist()}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backend", default="cuda", choices=("cpu", "cuda", "triton"))
+    backend = parser.parse_args().backend
+    device = "cpu" if backend == "cpu" else "cuda"
+    torch.manual_seed(0)
+    with tilewise.backend(backend):
+        for dtype, shapes in SHAPES_OF.items():
+            for shape in shapes:
+                cross_entropy(shape, dtype, device)
+                spherical_family(shape, dtype, device)
+        if device == "cuda":
+            out_of_range(device)
+            torch.cuda.synchronize()
+    print(f"{backend}: {sum(map(len, SHAPES_OF.values()))} shapes and types, all finite")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,362 @@
+"""The contract that every operator keeps on every backend.
+
+An operator's test file describes it once (`Operator`) and calls `contract_tests(operator)` for the checks here; what
+is special to the operator stands in its own file. TILEWISE_BACKEND chooses who is tested:
+
+    unset            the C++ kernels, CPU tensors
+    triton           Triton: CUDA tensors, or CPU tensors when TRITON_INTERPRET=1
+    cuda             the CUDA library, CUDA tensors
+    reference        the plain PyTorch reference, CPU tensors
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import Tensor
+
+from tilewise.testing import allocated_bytes, assert_accurate, class_targets, confident_logits, masked_logits
+
+BACKEND = os.environ.get("TILEWISE_BACKEND", "cpu")
+INTERPRETED = BACKEND == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if BACKEND in ("cuda", "triton") and not INTERPRETED else "cpu"
+NATIVE_CPU = DEVICE == "cpu" and not INTERPRETED
+
+# The interpreter runs one program after another in Python: it gets the small shapes.
+SHAPES = [(7, 5), (1, 33), (5, 1030)] + ([(9, 4099), (64, 50257)] if not INTERPRETED else [])
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Keyword options of one call; tensors are built for the shape by `options`."""
+
+    name: str
+    options: Callable[[int, int], dict] = lambda n, v: {}
+    soft: bool = False  # probability targets
+
+
+@dataclass(frozen=True)
+class Operator:
+    """An operator over rows of logits.
+
+    call(logits, target, **options): the public function under test.
+    reference(...): the same from the formula, for float64.
+    eager(...): what a user would write today, in the type of the logits.
+    """
+
+    name: str
+    call: Callable[..., Tensor]
+    reference: Callable[..., Tensor]
+    eager: Callable[..., Tensor]
+    cases: Sequence[Case]
+    state_per_row: int  # numbers kept for the backward, per row
+    required: dict = field(default_factory=dict)  # options without a default
+
+
+def to(device_or_dtype, options: dict) -> dict:
+    """Options with their floating tensors moved or cast."""
+    return {k: v.to(device_or_dtype) if isinstance(v, Tensor) else v for k, v in options.items()}
+
+
+def soft_targets(n: int, v: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.softmax(2 * torch.randn(n, v), 1).to(dtype)
+
+
+def logits_of(kind: str, target: Tensor, v: int, dtype: torch.dtype) -> Tensor:
+    if kind == "confident":
+        return confident_logits(target, v, dtype)
+    if kind == "masked":
+        return masked_logits(target, v, dtype)
+    scale = {"random": 3.0, "huge": 1e4}[kind]
+    return (scale * torch.randn(len(target), v)).to(dtype)
+
+
+def value_and_gradient(function, logits: Tensor, target: Tensor, grad: Tensor | None = None, **options):
+    """The loss and its gradient in the logits, on the CPU."""
+    logits = logits.detach().requires_grad_()
+    loss = function(logits, target, **options)
+    (gradient,) = torch.autograd.grad(loss, logits, torch.ones_like(loss) if grad is None else grad.to(loss))
+    return loss.detach().cpu(), gradient.cpu()
+
+
+def check_against_reference(op: Operator, logits: Tensor, target: Tensor, options: dict) -> None:
+    """Loss and gradient against float64, judged by what the eager composition achieves in the same type."""
+    dtype = logits.dtype
+    ours = value_and_gradient(op.call, logits.to(DEVICE), target.to(DEVICE), **to(DEVICE, options))
+    wide = target.double() if target.is_floating_point() else target
+    truth = value_and_gradient(op.reference, logits.double(), wide, **to(torch.float64, options))
+    narrow = target.to(dtype) if target.is_floating_point() else target
+    eager = value_and_gradient(op.eager, logits, narrow, **to(dtype, options))
+    assert_accurate(ours[0], truth[0], eager[0], ours[0].dtype, "loss")
+    # Triton's interpreter truncates to bfloat16 where the device rounds: once more the rounding error.
+    slack = torch.finfo(dtype).eps / 2 if INTERPRETED and dtype == torch.bfloat16 else 0.0
+    assert_accurate(ours[1], truth[1], eager[1], dtype, "gradient", slack=slack)
+
+
+def check_more_than_2_31_elements(call: Callable[..., Tensor]) -> None:
+    """The last row of a matrix of zero pages (4.3 GB, never written) is found beyond 2^31 elements."""
+    n, v = 2**16 + 1, 2**15
+    logits = torch.zeros(n, v, dtype=torch.bfloat16)
+    logits[-1, -1] = 2.0
+    target = torch.zeros(n, dtype=torch.int64)
+    target[-1] = v - 1
+    rows = call(logits, target, reduction="none")
+    expected = call(logits[-1:].clone(), target[-1:], reduction="none")
+    assert torch.equal(rows[-1:], expected) and rows[-1] != rows[-2]
+
+
+def contract_tests(op: Operator) -> type:
+    """A test class of everything below for one operator."""
+    by_case = pytest.mark.parametrize("case", op.cases, ids=lambda case: case.name)
+    plain = op.cases[0]
+
+    def call(logits, target, **options):
+        return op.call(logits, target, **{**op.required, **options})
+
+    def options_of(case: Case, n: int, v: int) -> dict:
+        return {**op.required, **case.options(n, v)}
+
+    def target_of(case: Case, n: int, v: int, dtype: torch.dtype, ignored: float = 0.2) -> Tensor:
+        return soft_targets(n, v, dtype) if case.soft else class_targets(n, v, ignored=ignored if n > 1 else 0)
+
+    class Contract:
+        @pytest.fixture(autouse=True)
+        def _seed(self):
+            torch.manual_seed(0)
+
+        @by_case
+        @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+        @pytest.mark.parametrize("shape", SHAPES, ids=str)
+        def test_accuracy(self, shape, dtype, case):
+            n, v = shape if shape[1] < 50257 or case is plain else (4, shape[1])
+            target = target_of(case, n, v, dtype)
+            check_against_reference(op, logits_of("random", target[:, 0] if case.soft else target, v, dtype), target,
+                                    options_of(case, n, v))
+
+        @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+        @pytest.mark.parametrize("kind", ["confident", "masked", "huge"])
+        def test_hard_rows(self, kind, dtype):
+            if kind == "masked" and "inf" not in op.reference.__doc__:
+                pytest.skip(f"{op.name} of a row with -inf is not finite")
+            if kind == "huge" and dtype == torch.float16:
+                pytest.skip("squares of 1e4 exceed float16 in the eager composition")
+            target = class_targets(16, 1030, ignored=0.1)
+            check_against_reference(op, logits_of(kind, target, 1030, dtype), target, dict(op.required))
+
+        @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+        @by_case
+        def test_reductions(self, case, reduction):
+            target = target_of(case, 7, 33, torch.float32)
+            logits = 3 * torch.randn(7, 33)
+            options = options_of(case, 7, 33) | {"reduction": reduction}
+            grad = torch.randn(7) if reduction == "none" else torch.tensor(-1.7)
+            ours = value_and_gradient(op.call, logits.to(DEVICE), target.to(DEVICE), grad.to(DEVICE),
+                                      **to(DEVICE, options))
+            wide = target.double() if case.soft else target
+            truth = value_and_gradient(op.reference, logits.double(), wide, grad, **to(torch.float64, options))
+            for value, expected in zip(ours, truth, strict=True):
+                torch.testing.assert_close(value.double(), expected, rtol=2e-5, atol=2e-6)
+
+        @by_case
+        @pytest.mark.parametrize("layout", ["transposed", "sliced", "step 2", "row stride", "broadcast"])
+        def test_strides(self, layout, case):
+            base = torch.randn(64, 64, device=DEVICE)
+            logits = {
+                "transposed": base.t()[:9, :40],
+                "sliced": base[:9, 3:43],
+                "step 2": base[:9, ::2],
+                "row stride": base[::5, :40],
+                "broadcast": base[:1, :40].expand(9, 40),
+            }[layout]
+            n, v = logits.shape
+            target = target_of(case, n, v, torch.float32).to(DEVICE)
+            options = to(DEVICE, options_of(case, n, v))
+            ours = value_and_gradient(op.call, logits, target, **options)
+            packed = value_and_gradient(op.call, logits.contiguous(), target, **options)
+            torch.testing.assert_close(ours, packed, rtol=1e-6, atol=1e-7)
+
+        def test_gradient_is_contiguous_and_typed(self):
+            for dtype in DTYPES:
+                logits = torch.randn(33, 9, device=DEVICE, dtype=dtype).t().requires_grad_()
+                call(logits, class_targets(9, 33, device=DEVICE)).backward()
+                assert logits.grad.dtype == dtype and logits.grad.shape == (9, 33)
+
+        @by_case
+        def test_one_class(self, case):
+            """The gradient is a difference of equal terms: its error is absolute, one rounding of a term."""
+            target = target_of(case, 3, 1, torch.float32, ignored=0)
+            logits, options = 3 * torch.randn(3, 1), options_of(case, 3, 1)
+            ours = value_and_gradient(op.call, logits.to(DEVICE), target.to(DEVICE), **to(DEVICE, options))
+            wide = target.double() if case.soft else target
+            truth = value_and_gradient(op.reference, logits.double(), wide, **to(torch.float64, options))
+            for value, expected in zip(ours, truth, strict=True):
+                torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=2e-7)
+
+        def test_no_rows(self):
+            logits = torch.randn(0, 5, device=DEVICE, requires_grad=True)
+            target = torch.empty(0, dtype=torch.int64, device=DEVICE)
+            for reduction in ("mean", "sum"):
+                loss = call(logits, target, reduction=reduction)
+                assert loss.item() == 0
+            (gradient,) = torch.autograd.grad(loss, logits)
+            assert gradient.shape == (0, 5)
+            assert call(logits, target, reduction="none").shape == (0,)
+
+        def test_all_rows_ignored(self):
+            logits = torch.randn(4, 5, device=DEVICE, requires_grad=True)
+            target = torch.full((4,), -100, device=DEVICE)
+            for reduction in ("mean", "sum"):
+                loss = call(logits, target, reduction=reduction)
+                (gradient,) = torch.autograd.grad(loss, logits)
+                assert loss.item() == 0 and gradient.count_nonzero() == 0
+
+        def test_ignored_rows_are_not_read(self):
+            logits = torch.randn(5, 40, device=DEVICE)
+            logits[2] = torch.nan
+            target = torch.tensor([1, 2, -100, 4, 5], device=DEVICE)
+            loss, gradient = value_and_gradient(call, logits, target)
+            kept = [0, 1, 3, 4]
+            expected = value_and_gradient(call, logits[kept], target[kept])
+            torch.testing.assert_close(loss, expected[0])
+            torch.testing.assert_close(gradient[kept], expected[1])
+            assert gradient[2].count_nonzero() == 0
+
+        def test_custom_ignore_index(self):
+            logits = torch.randn(4, 5, device=DEVICE)
+            target = torch.tensor([0, 3, 3, 1], device=DEVICE)
+            ours = value_and_gradient(call, logits, target, ignore_index=3)
+            expected = value_and_gradient(call, logits[[0, 3]], target[[0, 3]])
+            torch.testing.assert_close(ours[0], expected[0])
+            torch.testing.assert_close(ours[1][[0, 3]], expected[1])
+
+        def test_stride_zero_upstream(self):
+            logits = torch.randn(6, 9, device=DEVICE, requires_grad=True)
+            target = class_targets(6, 9, device=DEVICE)
+            rows = call(logits, target, reduction="none")
+            (expanded,) = torch.autograd.grad(rows.sum(), logits, retain_graph=True)
+            (dense,) = torch.autograd.grad(rows, logits, torch.ones(6, device=DEVICE))
+            torch.testing.assert_close(expanded, dense, rtol=0, atol=0)
+
+        def test_every_output_is_written(self):
+            """Deterministic mode fills fresh memory with NaN: an element nobody writes shows."""
+            torch.use_deterministic_algorithms(True)
+            try:
+                for dtype in DTYPES:
+                    logits = torch.randn(5, 1037, device=DEVICE).to(dtype)
+                    loss, gradient = value_and_gradient(call, logits, class_targets(5, 1037, device=DEVICE, ignored=0.3))
+                    assert loss.isfinite().all() and gradient.isfinite().all()
+            finally:
+                torch.use_deterministic_algorithms(False)
+
+        def test_same_bits_every_time(self):
+            logits = torch.randn(65, 1500, device=DEVICE)
+            target = class_targets(65, 1500, device=DEVICE)
+            first = value_and_gradient(call, logits, target)
+            threads = torch.get_num_threads()
+            torch.set_num_threads(1)
+            second = value_and_gradient(call, logits, target)
+            torch.set_num_threads(threads)
+            assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+        @pytest.mark.skipif(BACKEND == "reference", reason="the reference holds the big matrix")
+        def test_memory(self):
+            """The forward keeps O(N); the backward allocates the gradient and a few rows."""
+            n, v = 64, 2048
+            logits = torch.randn(n, v, device=DEVICE, requires_grad=True)
+            target = class_targets(n, v, device=DEVICE)
+            loss = call(logits, target)
+            spare = 4096 if DEVICE == "cuda" else 0  # the allocator's granularity
+            assert allocated_bytes(lambda: call(logits, target), DEVICE) <= 4 * n * (op.state_per_row + 2) + 16 + spare
+            backward = allocated_bytes(lambda: torch.autograd.grad(loss, logits, retain_graph=True), DEVICE)
+            assert 4 * n * v <= backward <= 4 * n * v + 16 + spare
+
+        @pytest.mark.skipif(not NATIVE_CPU, reason="float64 belongs to the CPU kernels and the reference")
+        @by_case
+        def test_gradcheck(self, case):
+            logits = torch.randn(5, 9, dtype=torch.float64, requires_grad=True)
+            target = target_of(case, 5, 9, torch.float64)
+            options = to(torch.float64, options_of(case, 5, 9))
+            assert torch.autograd.gradcheck(lambda x: op.call(x, target, reduction="none", **options), logits)
+
+        @pytest.mark.skipif(INTERPRETED, reason="torch.compile does not trace into the interpreter's NumPy")
+        @by_case
+        def test_compile_and_export(self, case):
+            options = to(DEVICE, options_of(case, 6, 12))
+
+            def step(logits, target):
+                return op.call(logits * 2, target, **options)
+
+            torch._dynamo.reset()  # the cases share one code object, whose recompilations are limited
+            compiled = torch.compile(step, fullgraph=True, dynamic=True)
+            for n in (6, 11):
+                if n != 6 and any(isinstance(o, Tensor) and len(o) == 6 for o in options.values()):
+                    continue  # a per-row option fixes the number of rows
+                logits = torch.randn(n, 12, device=DEVICE)
+                target = target_of(case, n, 12, torch.float32).to(DEVICE)
+                torch.testing.assert_close(
+                    value_and_gradient(compiled, logits, target), value_and_gradient(step, logits, target)
+                )
+
+            class Step(torch.nn.Module):
+                def forward(self, logits, target):
+                    return step(logits, target)
+
+            logits, target = torch.randn(6, 12, device=DEVICE), target_of(case, 6, 12, torch.float32).to(DEVICE)
+            exported = torch.export.export(Step(), (logits, target)).module()
+            torch.testing.assert_close(exported(logits, target), step(logits, target))
+
+        def test_autocast(self):
+            """Under autocast nothing is cast: statistics are float32 already."""
+            logits, target = torch.randn(6, 40, device=DEVICE), class_targets(6, 40, device=DEVICE)
+            expected = value_and_gradient(call, logits.bfloat16(), target)
+            with torch.autocast(DEVICE, dtype=torch.bfloat16):
+                ours = value_and_gradient(call, logits.bfloat16(), target)
+            assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(ours, expected, strict=True))
+
+        def test_out_of_range_target(self):
+            logits = torch.randn(4, 5, device=DEVICE, requires_grad=True)
+            for bad in (5, -1, 2**40, -(2**40)):
+                target = torch.tensor([0, bad, 2, 3], device=DEVICE)
+                if DEVICE == "cpu" and BACKEND != "triton":
+                    with pytest.raises(RuntimeError, match=rf"tilewise\.{op.name}: .*target\[1\].* got {bad}"):
+                        call(logits, target)
+                    continue
+                loss = call(logits, target, reduction="none")
+                (gradient,) = torch.autograd.grad(loss.sum(), logits)
+                assert loss.isnan().tolist() == [False, True, False, False]
+                assert gradient[1].isnan().all() and gradient[[0, 2, 3]].isfinite().all()
+
+        @pytest.mark.parametrize(
+            "logits, target, error, message",
+            [
+                (torch.randn(3, 4, 5), torch.zeros(3).long(), ValueError, r"logits to be 2-D, got shape \(3, 4, 5\)"),
+                (torch.randn(3, 0), torch.zeros(3).long(), ValueError, r"at least one class, got shape \(3, 0\)"),
+                (torch.ones(3, 4).long(), torch.zeros(3).long(), TypeError, r"logits to be float.*got torch.int64"),
+                (torch.randn(3, 4), torch.zeros(4).long(), ValueError, r"target to have shape \(3,\), got \(4,\)"),
+                (torch.randn(3, 4), torch.zeros(3, 1).long(), ValueError, r"target to have shape \(3,\), got \(3, 1\)"),
+                (torch.randn(3, 4), [0, 1, 2], TypeError, "target to be a tensor, got list"),
+                ([[0.0]], torch.zeros(1).long(), TypeError, "logits to be a tensor, got list"),
+                (torch.randn(3, 4), torch.zeros(3, dtype=torch.bool), TypeError, "got torch.bool"),
+            ],
+        )
+        def test_bad_arguments(self, logits, target, error, message):
+            def place(value):
+                return value.to(DEVICE) if isinstance(value, Tensor) else value
+
+            with pytest.raises(error, match=rf"^tilewise\.{op.name}: expected .*{message}"):
+                call(place(logits), place(target))
+
+        def test_bad_reduction(self):
+            with pytest.raises(ValueError, match=rf"tilewise\.{op.name}: .*'none', 'mean' or 'sum', got 'median'"):
+                call(torch.randn(3, 4, device=DEVICE), torch.zeros(3, device=DEVICE).long(), reduction="median")
+
+        def test_narrow_integer_targets(self):
+            logits = torch.randn(4, 5, device=DEVICE)
+            target = torch.tensor([0, 4, 2, 1], device=DEVICE)
+            for dtype in (torch.int32, torch.int16, torch.uint8):
+                assert torch.equal(call(logits, target.to(dtype)), call(logits, target))
+
+    return Contract

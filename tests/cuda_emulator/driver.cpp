@@ -1,0 +1,153 @@
+// A flat C interface to the launch functions of the .cu files, for ctypes: `Call` is mirrored in
+// tests/test_cuda_emulated.py. Strides are in elements; null pointers are absent tensors.
+#include "common/launch.cuh"
+#include "cross_entropy/cross_entropy.h"
+#include "z_loss/z_loss.h"
+
+namespace {
+
+struct Matrix {
+  void* data;
+  int64_t dtype, row_stride, column_stride;
+};
+
+struct Call {
+  int64_t rows, columns;
+  Matrix logits, gradient, probabilities;
+  int64_t* target;
+  float* weight;
+  float* row_weight;
+  int64_t ignore_index, reduction, details, kind;
+  double scale, softcap, label_smoothing, lse_square_scale, a, b, eps;
+  float *loss_rows, *share_rows, *row_state, *loss, *total, *lse, *entropy;
+  int64_t* argmax;
+  float *grad_loss, *grad_lse, *grad_entropy;
+  int64_t grad_loss_stride, grad_lse_stride, grad_entropy_stride;
+};
+
+tilewise::RowMatrix matrix_of(const Call& call, const Matrix& m) {
+  return {.data = m.data,
+          .dtype = static_cast<tilewise::Dtype>(m.dtype),
+          .rows = call.rows,
+          .columns = call.columns,
+          .row_stride = m.row_stride,
+          .column_stride = m.column_stride};
+}
+
+tilewise::Transform<float> transform_of(const Call& call) {
+  return {.scale = static_cast<float>(call.scale), .softcap = static_cast<float>(call.softcap)};
+}
+
+tilewise::DenseTarget<float> dense_of(const Call& call) {
+  tilewise::DenseTarget<float> dense;
+  dense.uniform = static_cast<float>(call.label_smoothing / static_cast<double>(call.columns));
+  dense.soft = call.probabilities.data != nullptr ? static_cast<float>(1.0 - call.label_smoothing) : 0.0f;
+  dense.weight = call.weight;
+  dense.probabilities = matrix_of(call, call.probabilities);
+  return dense;
+}
+
+tilewise::RowReduction<float> reduction_of(const Call& call) {
+  tilewise::RowReduction<float> reduction;
+  reduction.rows = call.rows;
+  reduction.loss_rows = call.loss_rows;
+  reduction.share_rows = call.share_rows;
+  reduction.reduction = static_cast<tilewise::Reduction>(call.reduction);
+  reduction.loss = call.loss;
+  reduction.total = call.total;
+  return reduction;
+}
+
+tilewise::Upstream<float> upstream_of(const Call& call) {
+  tilewise::Upstream<float> upstream;
+  upstream.grad_loss = call.grad_loss;
+  upstream.stride = call.grad_loss_stride;
+  upstream.row_weight = call.row_weight;
+  upstream.total = call.total;
+  upstream.mean = static_cast<tilewise::Reduction>(call.reduction) == tilewise::Reduction::kMean;
+  return upstream;
+}
+
+// Wrong on purpose: half of a block leaves before the barrier; half of a warp before a shuffle; an odd address.
+void divergent_barrier() {
+  if (threadIdx.x < 64) __syncthreads();
+}
+
+void divergent_shuffle() {
+  if (threadIdx.x % 32 < 16) __shfl_xor_sync(0xffffffffu, 1.0f, 1);
+}
+
+void misaligned_load(const char* data) { __ldg(reinterpret_cast<const uint4*>(data + 8)); }
+
+}  // namespace
+
+extern "C" const char* wrong_kernel(int which) {
+  alignas(16) const char data[32] = {};
+  if (which == 0) return tilewise::launch(divergent_barrier, dim3(1), dim3(128), 0, nullptr);
+  if (which == 1) return tilewise::launch(divergent_shuffle, dim3(1), dim3(128), 0, nullptr);
+  return tilewise::launch(misaligned_load, dim3(1), dim3(32), 0, nullptr, static_cast<const char*>(data));
+}
+
+extern "C" const char* cross_entropy_forward(const Call& call) {
+  tilewise::CrossEntropyForward<float> op;
+  op.logits = matrix_of(call, call.logits);
+  op.request = {.transform = transform_of(call), .dense = dense_of(call), .details = call.details != 0};
+  op.target = call.target;
+  op.row_weight = call.row_weight;
+  op.ignore_index = call.ignore_index;
+  op.confidence = static_cast<float>(1.0 - call.label_smoothing);
+  op.lse_square_scale = static_cast<float>(call.lse_square_scale);
+  op.loss_rows = call.loss_rows;
+  op.share_rows = call.share_rows;
+  op.row_state = call.row_state;
+  op.lse = call.lse;
+  op.entropy = call.entropy;
+  op.argmax = call.argmax;
+  return tilewise::cross_entropy_forward_cuda(op, reduction_of(call), nullptr);
+}
+
+extern "C" const char* cross_entropy_backward(const Call& call) {
+  tilewise::CrossEntropyBackward<float> op;
+  op.logits = matrix_of(call, call.logits);
+  op.gradient = matrix_of(call, call.gradient);
+  op.transform = transform_of(call);
+  op.dense = dense_of(call);
+  op.target = call.target;
+  op.ignore_index = call.ignore_index;
+  op.confidence = static_cast<float>(1.0 - call.label_smoothing);
+  op.lse_square_scale = static_cast<float>(call.lse_square_scale);
+  op.upstream = upstream_of(call);
+  op.grad_lse = call.grad_lse;
+  op.grad_lse_stride = call.grad_lse_stride;
+  op.grad_entropy = call.grad_entropy;
+  op.grad_entropy_stride = call.grad_entropy_stride;
+  op.entropy = call.entropy;
+  op.row_state = call.row_state;
+  return tilewise::cross_entropy_backward_cuda(op, nullptr);
+}
+
+extern "C" const char* z_loss_forward(const Call& call) {
+  tilewise::SphericalForward<float> op;
+  op.logits = matrix_of(call, call.logits);
+  op.kind = static_cast<tilewise::SphericalKind>(call.kind);
+  op.a = static_cast<float>(call.a);
+  op.b = static_cast<float>(call.b);
+  op.eps = static_cast<float>(call.eps);
+  op.target = call.target;
+  op.ignore_index = call.ignore_index;
+  op.loss_rows = call.loss_rows;
+  op.share_rows = call.share_rows;
+  op.row_state = call.row_state;
+  return tilewise::z_loss_forward_cuda(op, reduction_of(call), nullptr);
+}
+
+extern "C" const char* z_loss_backward(const Call& call) {
+  tilewise::SphericalBackward<float> op;
+  op.logits = matrix_of(call, call.logits);
+  op.gradient = matrix_of(call, call.gradient);
+  op.target = call.target;
+  op.ignore_index = call.ignore_index;
+  op.upstream = upstream_of(call);
+  op.row_state = call.row_state;
+  return tilewise::z_loss_backward_cuda(op, nullptr);
+}

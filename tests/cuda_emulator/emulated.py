@@ -1,0 +1,122 @@
+"""Builds the .cu files for the CPU emulator and calls their launch functions on CPU tensors through ctypes.
+
+Every tensor a kernel sees lies inside a larger buffer of NaNs (floating) or a sentinel (integers), so a read outside
+it shows in the result and a write outside it is found by `check_guards`.
+"""
+
+import ctypes
+import hashlib
+import math
+import os
+import shutil
+import subprocess
+from ctypes import c_char_p, c_double, c_int64, c_void_p
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+SOURCES = [ROOT / "csrc/cross_entropy/cross_entropy_cuda.cu", ROOT / "csrc/z_loss/z_loss_cuda.cu", HERE / "driver.cpp"]
+COMPILER = shutil.which(os.environ.get("CXX", "g++"))
+FLAGS = ["-std=c++20", "-O1", "-fPIC", "-Wno-unknown-pragmas", "-Wno-pragmas", f"-I{ROOT / 'csrc'}", f"-I{HERE}"]
+
+GUARD = 64  # elements around every tensor
+SENTINEL = -(2**62) + 12345
+DTYPES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+KINDS = {"z": 0, "taylor": 1, "spherical": 2}
+
+
+class Matrix(ctypes.Structure):
+    _fields_ = [("data", c_void_p), ("dtype", c_int64), ("row_stride", c_int64), ("column_stride", c_int64)]
+
+    @classmethod
+    def of(cls, tensor: Tensor | None) -> "Matrix":
+        return cls(0, 1, 0, 0) if tensor is None else cls(tensor.data_ptr(), DTYPES[tensor.dtype], *tensor.stride())
+
+
+class Call(ctypes.Structure):
+    """Mirrors `Call` of driver.cpp."""
+
+    _fields_ = [
+        *[(name, c_int64) for name in ("rows", "columns")],
+        *[(name, Matrix) for name in ("logits", "gradient", "probabilities")],
+        *[(name, c_void_p) for name in ("target", "weight", "row_weight")],
+        *[(name, c_int64) for name in ("ignore_index", "reduction", "details", "kind")],
+        *[(name, c_double) for name in ("scale", "softcap", "label_smoothing", "lse_square_scale", "a", "b", "eps")],
+        *[(name, c_void_p) for name in ("loss_rows", "share_rows", "row_state", "loss", "total", "lse", "entropy")],
+        *[(name, c_void_p) for name in ("argmax", "grad_loss", "grad_lse", "grad_entropy")],
+        *[(name, c_int64) for name in ("grad_loss_stride", "grad_lse_stride", "grad_entropy_stride")],
+    ]
+
+
+def build() -> ctypes.CDLL:
+    """Compiles once per content of the sources, into build/cuda_emulator."""
+    digest = hashlib.sha256(" ".join([str(COMPILER), *FLAGS]).encode())
+    inputs = [*ROOT.glob("csrc/**/*.h"), *ROOT.glob("csrc/**/*.cu*"), *HERE.glob("*.h"), *HERE.glob("*.cpp")]
+    for file in sorted(inputs):
+        digest.update(file.read_bytes())
+    folder = ROOT / "build" / "cuda_emulator"
+    library = folder / f"{digest.hexdigest()[:16]}.so"
+    if not library.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        objects = [folder / f"{source.name}.o" for source in SOURCES]
+        pairs = zip(SOURCES, objects, strict=True)
+        jobs = [subprocess.Popen([COMPILER, *FLAGS, "-x", "c++", "-c", source, "-o", out]) for source, out in pairs]
+        if any([job.wait() for job in jobs]):
+            raise RuntimeError("the .cu files do not compile for the emulator (the compiler's output is above)")
+        unfinished = library.with_suffix(".tmp")
+        subprocess.run([COMPILER, *FLAGS, "-shared", *objects, "-o", unfinished], check=True)
+        unfinished.rename(library)
+    loaded = ctypes.CDLL(str(library))
+    for name in ("cross_entropy_forward", "cross_entropy_backward", "z_loss_forward", "z_loss_backward"):
+        getattr(loaded, name).argtypes = [ctypes.POINTER(Call)]
+        getattr(loaded, name).restype = c_char_p
+    loaded.wrong_kernel.restype = c_char_p
+    return loaded
+
+
+class Guards:
+    """Allocates tensors inside poisoned buffers and checks afterwards that nothing around them was written."""
+
+    def __init__(self):
+        self.kept: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def empty(self, *shape: int, dtype=torch.float32, strides: tuple | None = None, offset: int = 0) -> Tensor:
+        """A poisoned tensor whose first element lies `offset` elements past a 64-byte boundary."""
+        if strides is None:
+            strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+        extent = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if math.prod(shape) else 0
+        poison = math.nan if dtype.is_floating_point else SENTINEL
+        buffer = torch.full((extent + 3 * GUARD + offset,), poison, dtype=dtype)
+        first = (-buffer.data_ptr() % 64) // buffer.element_size() + GUARD + offset
+        inside = torch.zeros_like(buffer, dtype=torch.bool)
+        distinct = [1 if s == 0 else n for n, s in zip(shape, strides, strict=True)]  # a broadcast dimension once
+        inside.as_strided(distinct, strides, first).fill_(True)
+        self.kept.append((buffer, inside, buffer.clone()))
+        return buffer.as_strided(shape, strides, first)
+
+    def put(self, values: Tensor | None, strides: tuple | None = None, offset: int = 0) -> Tensor | None:
+        if values is None:
+            return None
+        out = self.empty(*values.shape, dtype=values.dtype, strides=strides, offset=offset)
+        if strides is not None and strides[0] == 0:
+            out[:1] = values[:1]
+            return out
+        return out.copy_(values)
+
+    def check(self) -> None:
+        for buffer, inside, before in self.kept:
+            same = torch.eq(buffer, before) | (buffer.isnan() & before.isnan())
+            assert bool((same | inside).all()), "written outside a tensor"
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def checked(message: bytes | None) -> None:
+    assert message is None, message.decode()

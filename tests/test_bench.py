@@ -1,0 +1,300 @@
+"""The benchmark suite reports what it claims to: numbers, errors, tables, stages."""
+
+import importlib
+import json
+import math
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCH = Path(__file__).resolve().parent.parent / "bench"
+if not BENCH.exists():
+    pytest.skip("bench/ is not part of an installed tilewise", allow_module_level=True)
+sys.path.insert(0, str(BENCH))
+case, gpu, measure, plots, report, results, run, train_lm = map(
+    importlib.import_module, ("case", "gpu", "measure", "plots", "report", "results", "run", "train_lm")
+)
+z_loss = importlib.import_module("cases.z_loss")
+
+TIMES = {"tilewise": 10.0, "torch eager": 40.0, "torch.compile": 20.0, "plain copy": 5.0}
+
+
+def eager(logits, target):
+    return torch.nn.functional.cross_entropy(logits, target)
+
+
+def row_loss(logits, target):
+    return torch.nn.functional.cross_entropy(logits, target, reduction="none")
+
+
+def make_case(*contenders, rows=16, classes=50, dtype=torch.float32):
+    return case.Case(
+        op="cross_entropy",
+        shape=(rows, classes),
+        dtype=dtype,
+        device="cpu",
+        inputs=partial(case.row_inputs, rows, classes, dtype, "cpu"),
+        reference=partial(case.row_reference, row_loss),
+        contenders=list(contenders),
+        traffic=case.row_traffic(rows, classes, dtype),
+        flops=dict.fromkeys(case.PHASES, 8 * rows * classes),
+        runs=4,
+        seconds=1.0,
+    )
+
+
+def contenders():
+    return [case.Contender(name, None if name == "plain copy" else eager, ours=name == "tilewise") for name in TIMES]
+
+
+@pytest.fixture
+def content():
+    """A result file whose every figure follows from TIMES: at 2048 x 32000 float32 one matrix is 262.144 MB."""
+    sized = make_case(*contenders(), rows=2048, classes=32000)
+    found = []
+    for contender in sized.contenders:
+        middle = TIMES[contender.name]
+        times = {"both": [middle * f for f in (0.8, 0.9, 1.0, 1.1, 1.2)]}
+        if contender.loss:
+            times |= {"forward": [middle * 0.4] * 5, "backward": [middle * 0.6] * 5}
+        error = measure.Error(2e-8, 3e-6) if contender.loss else None
+        peak = 2 * 262_144_000 if contender.loss else None
+        found += results.rows(sized, contender, times, peak, error, copy=100.0)
+    return {
+        "environment": results.environment("cpu") | {"device": "Test CPU", "threads": 2, "date": "2026-01-02"},
+        "ceilings": {"copy_gbs": 100.0},
+        "results": found,
+        "absent": {"quack": "not installed"},
+    }
+
+
+@pytest.fixture
+def training():
+    rows = [
+        {"contender": name, "ours": ours, "median_ms": ms, "q25_ms": ms, "q75_ms": ms, "runs": 3}
+        | {"losses": [8.0, 6.0, 5.0 + off], "largest_difference": off, "held_out_loss": 5.25}
+        for name, ours, ms, off in [("torch eager", False, 50.0, 0.0), ("tilewise", True, 30.0, 1e-6)]
+    ]
+    return {"words": 1000, "classes": 90, "batch": 16, "steps": 3, "contenders": rows}
+
+
+def test_quartiles_of_known_lists():
+    assert measure.quartiles([5, 1, 4, 2, 3]) == (2, 3, 4)
+    assert measure.quartiles([1, 2, 3, 4]) == (1.75, 2.5, 3.25)
+    assert measure.quartiles([7.0]) == (7.0, 7.0, 7.0)
+
+
+def test_traffic_is_two_reads_and_one_write():
+    assert case.row_traffic(2048, 32000, torch.float32) == {
+        "forward": 262_144_000,
+        "backward": 524_288_000,
+        "both": 786_432_000,
+    }
+    assert case.row_traffic(8192, 128256, torch.bfloat16)["both"] == 3 * 8192 * 128256 * 2
+
+
+def test_rows_hold_bandwidth_and_fractions(content):
+    both = {row["contender"]: row for row in content["results"] if row["phase"] == "both"}
+    ours, copy = both["tilewise"], both["plain copy"]
+    assert (ours["q25_ms"], ours["median_ms"], ours["q75_ms"]) == (9.0, 10.0, 11.0)
+    assert ours["gbs"] == pytest.approx(78.6432) and ours["copy_fraction"] == pytest.approx(0.786432)
+    assert copy["gbs"] == pytest.approx(104.8576) and copy["error"] is None
+    assert {row["phase"] for row in content["results"] if row["contender"] == "tilewise"} == set(case.PHASES)
+    assert json.loads(json.dumps(content)) == content
+
+
+def test_speedups_claim_nothing_for_a_wrong_result(content):
+    (group,) = results.groups(content["results"]).values()
+    expected = [("tilewise", "torch eager", 4.0), ("tilewise", "torch.compile", 2.0), ("tilewise", "plain copy", 0.5)]
+    assert results.speedups(group) == expected
+    group["tilewise"]["correct"] = False
+    assert results.speedups(group) == []
+
+
+def test_inputs_hold_confident_rows():
+    (logits,), (target,) = case.row_inputs(64, 32000, torch.float32, "cpu")
+    right = logits.softmax(-1).gather(-1, target[:, None]).squeeze(-1)[::8]
+    assert right.min() > 0.98 and right.max() < 0.995
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_error_of_right_and_wrong_contenders(dtype):
+    pytest.importorskip("tilewise")
+    good = case.Contender("good", lambda x, y: eager(x.float(), y))
+    doubled = case.Contender("doubled", lambda x, y: eager(2 * x, y))
+    broken = case.Contender("broken", lambda x, y: eager(x * float("nan"), y), backend="cpu", ours=True)
+    problem = measure.Problem(make_case(good, doubled, broken, dtype=dtype), measure.HostClock())
+    reference = problem.case.reference(*problem.leaves, *problem.constants)
+    assert measure.error(problem, good, reference).within(dtype)
+    assert measure.error(problem, doubled, reference).gradient > 0.5
+    assert math.isnan(measure.error(problem, broken, reference).loss)
+    fit, errors = run.checked(problem, reference)
+    assert [c.name for c in fit] == ["good", "doubled"] and not errors["broken"].within(dtype)
+
+
+def test_reference_gradient_is_that_of_the_mean():
+    (logits,), (target,) = case.row_inputs(100, 30, torch.float32, "cpu")
+    loss, index, gradient = case.row_reference(row_loss, logits, target, checked=10)
+    whole = logits.double().requires_grad_()
+    expected = eager(whole, target)
+    (rows,) = torch.autograd.grad(expected, whole)
+    assert loss == pytest.approx(expected.item(), rel=1e-12)
+    assert index.tolist() == [0, 11, 22, 33, 44, 55, 66, 77, 88, 99]
+    torch.testing.assert_close(gradient, rows[index], rtol=1e-12, atol=0)
+
+
+def test_z_loss_composition_by_hand():
+    logits = torch.tensor([[1.0, 2.0, 3.0]], dtype=torch.float64)
+    z = 1.0 / math.sqrt(2.0 / 3.0)
+    expected = math.log1p(math.exp(z_loss.A * (z_loss.B - z))) / z_loss.A
+    assert z_loss.row_loss(logits, torch.tensor([2])).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_inputs_are_restored_and_turns_rotate():
+    calls = []
+
+    def destructive(name, logits, target):
+        calls.append((name, logits.sum().item()))
+        loss = eager(logits, target)
+        with torch.no_grad():
+            logits.detach().fill_(0.0)
+        return loss
+
+    names = ("a", "b", "c")
+    problem = measure.Problem(
+        make_case(*(case.Contender(name, partial(destructive, name)) for name in names)), measure.HostClock()
+    )
+    times = measure.interleave(problem, problem.case.contenders, 4, 10.0, lambda _: None)
+    assert "".join(name for name, _ in calls) == "abcbcacababc"
+    assert len({total for _, total in calls}) == 1 and calls[0][1] != 0.0
+    assert all(len(times[name][phase]) == 4 for name in names for phase in case.PHASES)
+
+
+@pytest.mark.skipif(not measure.CLEAR_REFS.exists(), reason="no resident high-water mark on this system")
+def test_peak_memory_sees_what_was_taken_and_freed():
+    def work():
+        held = torch.ones(64 << 18)  # 64 MiB
+        return held.sum().item()
+
+    work()
+    assert measure.resident_peak(work) / 2**20 == pytest.approx(64, abs=4)
+
+
+def test_ticks_and_numbers():
+    assert plots.ticks(0, 100) == [0, 20, 40, 60, 80, 100]
+    assert plots.ticks(4.4, 8.3) == [5, 6, 7, 8]
+    assert [plots.number(v) for v in (0, 0.01234, 1.2345, 48.06, 319.4, 12345.6)] == [
+        "0",
+        "0.0123",
+        "1.23",
+        "48.1",
+        "319",
+        "12,346",
+    ]
+
+
+def test_report_shows_the_figures(content, training, tmp_path):
+    machine = {"cross_entropy": content, "train_lm": {"environment": content["environment"], "training": training}}
+    page = report.write({"test-cpu": machine}, tmp_path / "index.html").read_text()
+    for shown in (
+        "Test CPU, 2 threads",
+        "2048 × 32000, float32",
+        "10.0 ms, 4.0× eager, 79% of copy speed",
+        "20.0 ms, 2.0× eager, 39% of copy speed",
+        "500 MiB",
+        "2.0e-08",
+        "9.00 – 11.0",
+        "quack: not installed",
+        "30.0 ms, held-out loss 5.2500",
+        "differ by at most 1.0e-06",
+        "<b>4.0×</b><span>tilewise<br>against torch eager",
+        "prefers-color-scheme: dark",
+    ):
+        assert shown in page
+    assert page.count("<polyline") == 2 and "http" not in page and "<script" not in page
+
+
+def test_readme_table_replaces_only_what_is_between_the_marks(content, training, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- bench:begin -->\nold\n<!-- bench:end -->\nafter\n")
+    machine = {"cross_entropy": content, "train_lm": {"environment": content["environment"], "training": training}}
+    report.update_readme(readme, {"test-cpu": machine})
+    text = readme.read_text()
+    assert text.startswith("before\n<!-- bench:begin -->\nTest CPU, 2 threads, torch")
+    assert text.endswith("<!-- bench:end -->\nafter\n") and "old" not in text
+    assert "| operator | logits | tilewise | torch eager | torch.compile | plain copy |" in text
+    assert "| cross_entropy | 2048 × 32000 float32 | 10.0 (4.0×) | 40.0 | 20.0 (2.0×) | 5.00 |" in text
+    assert "torch eager 50.0 ms, tilewise 30.0 ms; loss curves within 1e-06" in text
+    report.update_readme(readme, {"test-cpu": machine})
+    assert readme.read_text() == text
+    with pytest.raises(SystemExit, match="lacks the marks"):
+        readme.write_text("no marks")
+        report.update_readme(readme, {})
+
+
+def test_readme_of_the_project_has_the_marks():
+    assert report.README.read_text().count(report.MARKS[0]) == report.README.read_text().count(report.MARKS[1]) == 1
+
+
+def test_gpu_stages_report_failure_overrun_and_absence(tmp_path):
+    python, log = sys.executable, tmp_path / "log"
+    outcomes = [
+        gpu.run(gpu.Stage("passes", [python, "-c", "print('fine')"], 20.0), 20.0, log),
+        gpu.run(gpu.Stage("fails", [python, "-c", "raise SystemExit(3)"], 20.0), 20.0, log),
+        gpu.run(gpu.Stage("hangs", [python, "-c", "import time; time.sleep(60)"], 0.5), 0.5, log),
+        gpu.run(gpu.Stage("missing", ["no-such-sanitizer"], 1.0), 1.0, log),
+    ]
+    assert [o.state for o in outcomes] == ["passed", "failed", "overran", "unavailable"]
+    assert outcomes[0].detail == "fine" and outcomes[2].seconds < 20
+    assert [o.good for o in outcomes] == [True, False, False, True]
+    names = [stage.name for stage in gpu.stages(tmp_path)]
+    assert gpu.bench_table(log) == ""
+    log.write_text("case by case\n\ncase   contender\nfirst  1.0\n")
+    assert gpu.bench_table(log) == "\ncase   contender\nfirst  1.0\n"
+    assert names[:2] == ["tests cuda", "tests triton"] and names[-1] == "benchmarks"
+
+
+def test_quick_run_end_to_end(tmp_path):
+    pytest.importorskip("tilewise")
+    began = time.perf_counter()
+    assert run.main(["--quick", "--device", "cpu", "--out", str(tmp_path / "quick")]) == 0
+    assert time.perf_counter() - began < 60
+    files = results.load(tmp_path)["quick"]
+    assert set(files) == {"cross_entropy", "roofline", "train_lm", "z_loss"}
+    assert files["roofline"]["ceilings"]["copy_gbs"] > 0
+    for op, names in {
+        "cross_entropy": ["tilewise", "tilewise in place", "torch eager", "plain copy"],
+        "z_loss": ["tilewise", "torch eager", "plain copy"],
+    }.items():
+        (group,) = results.groups(files[op]["results"]).values()
+        assert list(group) == names
+        for row in group.values():
+            assert 0 < row["q25_ms"] <= row["median_ms"] <= row["q75_ms"] and row["runs"] >= 3
+            assert row["error"] is None or row["error"]["gradient"] < 1e-3
+    training = files["train_lm"]["training"]
+    curves = {row["contender"]: torch.tensor(row["losses"]) for row in training["contenders"]}
+    assert list(curves) == ["torch eager", "tilewise", "tilewise in place"]
+    for curve in curves.values():
+        torch.testing.assert_close(curve, curves["torch eager"], rtol=0, atol=1e-5)
+    assert curves["tilewise"][0].item() == pytest.approx(math.log(training["classes"]), rel=0.1)
+    assert "tilewise in place" in (tmp_path / "quick" / "report.html").read_text()
+
+
+def test_corpus_is_english_and_split():
+    seen, held, vocabulary = train_lm.corpus()
+    assert len(seen) > 80_000 and len(held) == pytest.approx(len(seen) / 19, rel=0.01)
+    assert vocabulary[0] == "<unknown>" and {"the", "statement", "expression"} <= set(vocabulary)
+    assert seen.max() == len(vocabulary) - 1 and (seen == 0).sum() == 0
+    context, target = train_lm.examples(seen, torch.tensor([0, 5]))
+    assert context.shape == (2, 8) and target.tolist() == [seen[8], seen[13]]
+
+
+def test_a_case_can_be_quickened():
+    short = replace(make_case(case.Contender("eager", eager)), runs=3)
+    found, right = run.measured(short, copy_gbs=10.0)
+    assert right and {row["runs"] for row in found} == {3}

@@ -1,0 +1,378 @@
+"""cross_entropy: the contract, and what is its own: options, statistics, in-place backward, second derivatives."""
+
+import contract
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+import torch
+import torch.nn.functional as F
+from contract import BACKEND, DEVICE, INTERPRETED, NATIVE_CPU, Case, Operator, soft_targets
+
+import tilewise
+from tilewise.reference.cross_entropy import cross_entropy as reference
+from tilewise.testing import allocated_bytes, class_targets, relative_error
+
+
+def truth(logits, target, weight=None, *, row_weight=None, **options):
+    """From the formula; finite for rows with -inf."""
+    return reference(logits, target, weight, row_weight, return_stats=False, **options).loss
+
+
+def eager(
+    logits,
+    target,
+    weight=None,
+    *,
+    row_weight=None,
+    lse_square_scale=0.0,
+    softcap=None,
+    logit_scale=1.0,
+    reduction="mean",
+    **options,
+):
+    """The composition of PyTorch operations that a user would write."""
+    x = logits * logit_scale if logit_scale != 1 else logits
+    x = x if softcap is None else softcap * torch.tanh(x / softcap)
+    if lse_square_scale == 0 and row_weight is None:
+        return F.cross_entropy(x, target, weight, reduction=reduction, **options)
+    rows = F.cross_entropy(x, target, weight, reduction="none", **options)
+    kept = torch.ones_like(rows) if target.is_floating_point() else (target != options.get("ignore_index", -100)).to(rows)
+    rows = rows + lse_square_scale * torch.logsumexp(x, 1) ** 2 * kept
+    rows = rows if row_weight is None else rows * row_weight
+    if reduction == "none":
+        return rows
+    share = kept if weight is None or target.is_floating_point() else kept * weight[target.clamp(min=0)]
+    return rows.sum() / share.sum() if reduction == "mean" else rows.sum()
+
+
+def weights(n, v):
+    return {"weight": torch.rand(v) + 0.5}
+
+
+OP = Operator(
+    name="cross_entropy",
+    call=tilewise.cross_entropy,
+    reference=truth,
+    eager=eager,
+    state_per_row=3,
+    cases=[
+        Case("plain"),
+        Case("weight", weights),
+        Case("smoothing", lambda n, v: {"label_smoothing": 0.1}),
+        Case("weight, smoothing", lambda n, v: weights(n, v) | {"label_smoothing": 0.3}),
+        Case("lse square", lambda n, v: {"lse_square_scale": 1e-2}),
+        Case("softcap", lambda n, v: {"softcap": 5.0}),
+        Case("softcap, scale", lambda n, v: {"softcap": 3.0, "logit_scale": 1.7}),
+        Case("row weight", lambda n, v: {"row_weight": torch.rand(n)}),
+        Case("all", lambda n, v: weights(n, v) | {"label_smoothing": 0.2, "lse_square_scale": 1e-3, "softcap": 8.0,
+                                                  "logit_scale": 0.7, "row_weight": torch.rand(n)}),
+        Case("soft", soft=True),
+        Case("soft, weight, smoothing", lambda n, v: weights(n, v) | {"label_smoothing": 0.1}, soft=True),
+        Case("soft, all", lambda n, v: weights(n, v) | {"label_smoothing": 0.2, "lse_square_scale": 1e-3,
+                                                        "softcap": 8.0, "row_weight": torch.rand(n)}, soft=True),
+    ],
+)  # fmt: skip
+
+
+class TestContract(contract.contract_tests(OP)):
+    pass
+
+
+def example(n=6, v=40, dtype=torch.float32):
+    torch.manual_seed(1)
+    return (3 * torch.randn(n, v)).to(DEVICE, dtype), class_targets(n, v, ignored=0.2, device=DEVICE)
+
+
+@pytest.mark.skipif(not NATIVE_CPU, reason="float64 belongs to the CPU kernels and the reference")
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("smoothing", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_equals_torch_in_float64(soft, weighted, smoothing, reduction):
+    logits, target = example(dtype=torch.float64)
+    target = soft_targets(6, 40, torch.float64) if soft else target
+    weight = torch.rand(40, dtype=torch.float64) if weighted else None
+    options = {"label_smoothing": smoothing, "reduction": reduction}
+    ours = contract.value_and_gradient(tilewise.cross_entropy, logits, target, weight=weight, **options)
+    theirs = contract.value_and_gradient(F.cross_entropy, logits, target, weight=weight, **options)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+
+
+def test_confident_rows_keep_the_gradient():
+    """p - 1 of a bfloat16 row with p = 0.999: rounding p before subtracting loses all of it."""
+    target = torch.arange(8, device=DEVICE)
+    logits = torch.zeros(8, 1000, device=DEVICE)
+    logits[target, target] = torch.tensor(13.8)
+    logits = logits.bfloat16()
+    _, gradient = contract.value_and_gradient(tilewise.cross_entropy, logits, target, reduction="sum")
+    _, expected = contract.value_and_gradient(truth, logits.cpu().double(), target.cpu(), reduction="sum")
+    assert relative_error(gradient, expected) < 4e-3
+    assert (expected[0, 0] > -2e-3) and (expected[0, 0] < 0)
+
+
+def test_statistics():
+    logits, target = example(v=1037)
+    logits[1, 5:9] = logits.max() + 1  # a tie: the lowest index wins
+    _, stats = tilewise.cross_entropy(logits, target, return_stats=True)
+    p = torch.softmax(logits.double(), 1)
+    torch.testing.assert_close(stats.lse.double(), torch.logsumexp(logits.double(), 1), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(stats.entropy.double(), -(p * p.log()).sum(1), rtol=2e-6, atol=2e-6)
+    assert torch.equal(stats.argmax, logits.argmax(1)) and stats.argmax[1] == 5
+    assert torch.equal(stats.correct, logits.argmax(1) == target)
+
+
+def test_statistics_with_masked_classes_and_probability_targets():
+    logits, _ = example()
+    logits[:, ::3] = -torch.inf
+    target = soft_targets(6, 40).to(DEVICE)
+    target[:, ::3] = 0
+    loss, stats = tilewise.cross_entropy(logits, target, return_stats=True)
+    p = torch.softmax(logits, 1)
+    torch.testing.assert_close(stats.entropy, -torch.special.xlogy(p, p).sum(1), rtol=1e-5, atol=1e-6)
+    assert torch.equal(stats.correct, logits.argmax(1) == target.argmax(1))
+    assert loss.isfinite()
+
+
+def test_statistics_are_differentiable():
+    logits, target = example()
+    logits = logits.requires_grad_()
+
+    def total(stats_of):
+        loss, lse, entropy = stats_of()
+        return 0.3 * loss + (lse * torch.linspace(1, 2, 6).to(lse)).sum() + (entropy * 0.7).sum()
+
+    def ours():
+        loss, stats = tilewise.cross_entropy(logits, target, return_stats=True)
+        return loss, stats.lse, stats.entropy
+
+    (gradient,) = torch.autograd.grad(total(ours), logits)
+    wide = logits.detach().double().cpu().requires_grad_()
+    result = reference(wide, target.cpu())
+    (expected,) = torch.autograd.grad(total(lambda: result[:3]), wide)
+    assert relative_error(gradient, expected) < 2e-6
+    loss, stats = tilewise.cross_entropy(logits, target, return_stats=True)
+    assert not stats.argmax.requires_grad and not stats.correct.requires_grad
+    (only_lse,) = torch.autograd.grad(stats.lse.sum(), logits)
+    torch.testing.assert_close(only_lse, torch.softmax(logits.detach(), 1), rtol=2e-5, atol=1e-7)
+
+
+@pytest.mark.skipif(not NATIVE_CPU, reason="float64 belongs to the CPU kernels and the reference")
+@pytest.mark.parametrize("soft", [False, True])
+def test_second_derivative(soft):
+    torch.manual_seed(2)
+    logits = torch.randn(4, 7, dtype=torch.float64, requires_grad=True)
+    target = soft_targets(4, 7, torch.float64) if soft else torch.tensor([1, -100, 3, 6])
+    weight, row_weight = torch.rand(7, dtype=torch.float64), torch.rand(4, dtype=torch.float64)
+
+    def function(logits):
+        loss, stats = tilewise.cross_entropy(
+            logits, target, weight, row_weight=row_weight, label_smoothing=0.1, lse_square_scale=0.1, softcap=3.0,
+            logit_scale=1.3, return_stats=True
+        )  # fmt: skip
+        return loss, stats.lse, stats.entropy
+
+    assert torch.autograd.gradcheck(function, logits)
+    assert torch.autograd.gradgradcheck(function, logits)
+
+
+def test_hessian_vector_product_in_float32():
+    logits, target = example()
+    logits = logits.requires_grad_()
+    v = torch.randn_like(logits)
+    (gradient,) = torch.autograd.grad(tilewise.cross_entropy(logits, target), logits, create_graph=True)
+    (product,) = torch.autograd.grad(gradient, logits, v)
+    (expected,) = torch.autograd.grad(F.cross_entropy(logits, target), logits, create_graph=True)
+    (expected,) = torch.autograd.grad(expected, logits, v)
+    torch.testing.assert_close(product, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", contract.DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["packed", "transposed", "sliced"])
+def test_inplace_backward(dtype, layout):
+    base = (3 * torch.randn(48, 48, device=DEVICE)).to(dtype)
+    view = {"packed": base, "transposed": base.t(), "sliced": base[:17, 2:35]}[layout]
+    target = class_targets(*view.shape, ignored=0.2, device=DEVICE)
+    expected = contract.value_and_gradient(tilewise.cross_entropy, view, target)[1]
+    leaf = view.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    logits = leaf * 1
+    version = logits._version
+    gradients = []
+    logits.register_hook(gradients.append)
+    tilewise.cross_entropy(logits, target, inplace_backward=True).backward()
+    assert gradients[0].data_ptr() == logits.data_ptr(), "the gradient lies in the memory of the logits"
+    assert logits._version > version
+    assert torch.equal(leaf.grad.cpu(), expected)
+
+
+@pytest.mark.skipif(BACKEND == "reference", reason="the reference holds the big matrix")
+def test_inplace_backward_allocates_nothing():
+    n, v = 64, 2048
+    leaf = torch.randn(n, v, device=DEVICE, requires_grad=True)
+    logits = leaf * 1
+    loss = tilewise.cross_entropy(logits, class_targets(n, v, device=DEVICE), inplace_backward=True)
+    spare = 4096 if DEVICE == "cuda" else 0
+    assert allocated_bytes(lambda: torch.autograd.grad(loss, logits), DEVICE) <= 16 + spare
+
+
+def test_inplace_backward_is_refused_where_it_would_corrupt():
+    leaf = torch.randn(4, 6, device=DEVICE, requires_grad=True)
+    target = torch.tensor([1, 2, 3, 0], device=DEVICE)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        tilewise.cross_entropy(leaf.tanh(), target, inplace_backward=True).backward()
+    loss = tilewise.cross_entropy(leaf * 2, target, inplace_backward=True)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    logits = leaf * 2
+    loss = tilewise.cross_entropy(logits, target, inplace_backward=True)
+    with pytest.raises(RuntimeError, match="inplace_backward cannot be differentiated twice"):
+        torch.autograd.grad(loss, logits, create_graph=True)
+    with pytest.raises(ValueError, match="elements do not share memory"):
+        tilewise.cross_entropy(leaf[:1].expand(4, 6), target, inplace_backward=True)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="torch.compile does not trace into the interpreter's NumPy")
+def test_inplace_backward_compiles():
+    leaf = torch.randn(8, 12, device=DEVICE, requires_grad=True)
+    target = class_targets(8, 12, device=DEVICE)
+
+    def step(leaf):
+        return tilewise.cross_entropy(leaf * 2, target, inplace_backward=True)
+
+    (expected,) = torch.autograd.grad(step(leaf), leaf)
+    (gradient,) = torch.autograd.grad(torch.compile(step, fullgraph=True)(leaf), leaf)
+    torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="opcheck traces; the interpreter is NumPy")
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_opcheck(soft, reduction):
+    logits, target = example(4, 7)
+    target = soft_targets(4, 7).to(DEVICE) if soft else target
+    weight, row_weight = torch.rand(7, device=DEVICE), torch.rand(4, device=DEVICE)
+    options = {"ignore_index": -100, "label_smoothing": 0.1, "lse_square_scale": 0.1, "softcap": 3.0, "logit_scale": 2.0,
+               "reduction": reduction}  # fmt: skip
+    for leaf in (logits, logits.clone().requires_grad_()):
+        torch.library.opcheck(
+            torch.ops.tilewise.cross_entropy.default, (leaf, target, weight, row_weight), options | {"return_stats": True}
+        )
+    outputs = torch.ops.tilewise.cross_entropy(logits, target, weight, row_weight, **options, return_stats=True)
+    loss, lse, entropy, _, row_state, total = outputs
+    arguments = (torch.ones_like(loss), torch.ones_like(lse), torch.ones_like(lse), logits, target, weight, row_weight,
+                 entropy, row_state, total)  # fmt: skip
+    torch.library.opcheck(torch.ops.tilewise.cross_entropy_backward.default, arguments, options)
+    torch.library.opcheck(torch.ops.tilewise.cross_entropy_backward_.default, arguments, options)
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({"label_smoothing": 1.5}, ValueError, r"label_smoothing to be a finite number in \[0, 1\], got 1.5"),
+        ({"label_smoothing": float("nan")}, ValueError, "label_smoothing to be a finite number"),
+        ({"softcap": 0.0}, ValueError, "softcap to be a finite number above 0, got 0.0"),
+        ({"lse_square_scale": float("inf")}, ValueError, "lse_square_scale to be a finite number, got inf"),
+        ({"weight": torch.ones(4)}, ValueError, r"weight to have shape \(5,\), got \(4,\)"),
+        ({"weight": 0.5}, TypeError, "weight to be a tensor or None, got float"),
+        ({"weight": torch.ones(5, requires_grad=True)}, ValueError, "weight not to require a gradient"),
+        ({"row_weight": torch.ones(5)}, ValueError, r"row_weight to have shape \(3,\), got \(5,\)"),
+    ],
+)
+def test_bad_options(options, error, message):
+    options = {k: v.to(DEVICE).detach().requires_grad_(v.requires_grad) if isinstance(v, torch.Tensor) else v
+               for k, v in options.items()}  # fmt: skip
+    with pytest.raises(error, match=f"tilewise.cross_entropy: expected {message}"):
+        tilewise.cross_entropy(torch.randn(3, 5, device=DEVICE), torch.tensor([0, 1, 2], device=DEVICE), **options)
+
+
+def test_bad_probability_targets():
+    logits = torch.randn(3, 5, device=DEVICE)
+    with pytest.raises(ValueError, match="ignore_index does not apply to target probabilities, got 1"):
+        tilewise.cross_entropy(logits, soft_targets(3, 5).to(DEVICE), ignore_index=1)
+    with pytest.raises(ValueError, match=r"target probabilities to have shape \(3, 5\) like logits, got \(3, 4\)"):
+        tilewise.cross_entropy(logits, soft_targets(3, 4).to(DEVICE))
+    with pytest.raises(ValueError, match="target not to require a gradient"):
+        tilewise.cross_entropy(logits, soft_targets(3, 5).to(DEVICE).requires_grad_())
+
+
+@pytest.mark.skipif(BACKEND not in ("cpu", "cuda"), reason="the message comes from the compiled binding")
+def test_the_operator_checks_what_it_is_given():
+    """torch.ops callers skip the public function: nothing may be read out of bounds."""
+    op = torch.ops.tilewise.cross_entropy
+    logits, target = torch.randn(3, 5, device=DEVICE), torch.tensor([0, 1, 2], device=DEVICE)
+    for arguments, message in [
+        ((logits[0], target), r"expected logits to be 2-D, got shape \(5,\)"),
+        ((logits, target[:2]), r"expected target to have shape \(3,\), got \(2,\)"),
+        ((logits, target, torch.ones(4, device=DEVICE)), r"expected weight to have shape \(5,\), got \(4,\)"),
+        ((logits, target, torch.ones(5, device=DEVICE).double()), "expected weight to have dtype Float, got Double"),
+        ((logits, target, None, torch.ones(6, device=DEVICE)[::2]), "expected row_weight to be contiguous"),
+        ((logits, target.int()), r"expected target to have shape \(3, 5\), got \(3,\)"),
+    ]:
+        with pytest.raises(RuntimeError, match=rf"^tilewise\.cross_entropy: {message}"):
+            op(*arguments)
+
+
+def test_module_equals_function():
+    logits, target = example()
+    weight = torch.rand(40, device=DEVICE)
+    module = tilewise.nn.CrossEntropyLoss(weight, label_smoothing=0.1, reduction="sum")
+    assert torch.equal(module(logits, target), tilewise.cross_entropy(logits, target, weight, label_smoothing=0.1,
+                                                                      reduction="sum"))  # fmt: skip
+    assert "weight" in module.state_dict() and "label_smoothing=0.1" in repr(module)
+
+
+@pytest.mark.skipif(BACKEND != "cpu", reason="4.3 GB of zero pages exist only in the CPU's memory")
+def test_more_than_2_31_elements():
+    contract.check_more_than_2_31_elements(tilewise.cross_entropy)
+
+
+@hypothesis.settings(max_examples=10 if INTERPRETED else 40, deadline=None)
+@hypothesis.given(n=st.integers(1, 5), v=st.integers(2, 70), seed=st.integers(0, 2**20), shift=st.floats(-50, 50))
+def test_invariances(n, v, seed, shift):
+    """Shifting a row changes neither loss nor gradient; permuting the classes permutes the gradient; it sums to 0."""
+    torch.manual_seed(seed)
+    logits, target = torch.randn(n, v, device=DEVICE), class_targets(n, v, device=DEVICE)
+    order = torch.randperm(v, device=DEVICE)
+    loss, gradient = contract.value_and_gradient(tilewise.cross_entropy, logits, target)
+    shifted = contract.value_and_gradient(tilewise.cross_entropy, logits + shift, target)
+    permuted = contract.value_and_gradient(tilewise.cross_entropy, logits[:, order], torch.argsort(order)[target])
+    torch.testing.assert_close(shifted, (loss, gradient), rtol=1e-3, atol=2e-5)
+    torch.testing.assert_close(permuted, (loss, gradient[:, order.cpu()]), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradient.sum(1), torch.zeros(n), rtol=0, atol=1e-6)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(DEVICE != "cuda", reason="a GPU backend is tested with TILEWISE_BACKEND=cuda or triton")
+def test_cuda_graph():
+    """Nothing synchronises: forward and backward are captured, and replayed on new values."""
+    logits, target = (t.clone() for t in example(64, 1000))
+    logits.requires_grad_()
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            torch.autograd.grad(tilewise.cross_entropy(logits, target), logits)
+    side.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = tilewise.cross_entropy(logits, target)
+        (gradient,) = torch.autograd.grad(loss, logits)
+    with torch.no_grad():
+        logits.normal_()
+    graph.replay()
+    expected = contract.value_and_gradient(tilewise.cross_entropy, logits, target)
+    torch.testing.assert_close((loss.detach().cpu(), gradient.cpu()), expected)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(DEVICE != "cuda", reason="a GPU backend is tested with TILEWISE_BACKEND=cuda or triton")
+def test_more_than_2_31_elements_on_the_device():
+    n, v = 2**14 + 1, 2**17 + 8
+    logits = torch.randn(n, v, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    target = class_targets(n, v, device="cuda")
+    loss = tilewise.cross_entropy(logits, target, reduction="none")
+    (gradient,) = torch.autograd.grad(loss.sum(), logits)
+    rows = [0, n // 2, n - 1]
+    expected = contract.value_and_gradient(truth, logits.detach()[rows].cpu().double(), target[rows].cpu(),
+                                           reduction="sum")  # fmt: skip
+    assert relative_error(gradient[rows], expected[1]) < 4e-3

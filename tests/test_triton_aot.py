@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiles the Triton kernels ahead of time, without a GPU, exactly as the operators launch them on large inputs.
+
+The operators run on meta tensors with kernel launches recorded instead of made; every recorded launch is compiled for
+Hopper and Blackwell, and the machine code must not spill registers and must fit into shared memory. Triton decides at
+import whether it interprets, so the compilation happens in a process where TRITON_INTERPRET is not set: this file, run
+as a script with the architecture as its argument, which prints one JSON line per kernel.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.slow
+
+ARCHITECTURES = (90, 100)
+DTYPES = ("bfloat16", "float16", "float32")
+SHARED_MEMORY_LIMIT = 227 * 1024
+ROWS = 8192
+ALL_OPTIONS = {"label_smoothing": 0.1, "lse_square_scale": 1e-4, "softcap": 30.0, "logit_scale": 0.5}
+PLAIN = {"label_smoothing": 0.0, "lse_square_scale": 0.0, "softcap": None, "logit_scale": 1.0}
+
+
+def run_cross_entropy(logits, *, options=PLAIN, probabilities=False, everything=False, reduction="mean"):
+    """Forward and backward launches of cross entropy; `everything` adds weights and statistics to the options."""
+    from tilewise.triton_kernels.cross_entropy import OPS
+
+    N, V = logits.shape
+    target = torch.empty_like(logits) if probabilities else torch.empty(N, dtype=torch.int64, device="meta")
+    options = {**options, "ignore_index": -100, "reduction": reduction}
+    weight, row_weight = (torch.empty(n, device="meta") if everything else None for n in (V, N))
+    outputs = OPS["cross_entropy"](logits, target, weight, row_weight, return_stats=everything, **options)
+    loss, lse, entropy, _, row_state, total = outputs
+    grads = (torch.empty_like(loss), *((lse, entropy) if everything else (None, None)))
+    saved = (target, weight, row_weight, entropy if everything else None, row_state, total)
+    OPS["cross_entropy_backward"](*grads, logits, *saved, **options)
+
+
+def run_spherical_family(logits, names):
+    """Forward launches of the named losses and one backward launch."""
+    from tilewise.triton_kernels.z_loss import OPS
+
+    target = torch.empty(logits.shape[0], dtype=torch.int64, device="meta")
+    for name in names:
+        constants = {"a": 1.0, "b": 0.0} if name == "z_loss" else {}
+        loss, row_state, total = OPS[name](logits, target, **constants)
+    options = {"ignore_index": -100, "reduction": "mean"}
+    OPS["spherical_family_backward"](loss, logits, target, row_state, total, **options)
+
+
+def run_operators(dtype):
+    """Long rows with 16-byte accesses, long rows without, short rows that share a program, V = 1, transposed rows."""
+
+    def logits(V):
+        return torch.empty(ROWS, V, dtype=dtype, device="meta")
+
+    run_cross_entropy(logits(128256))
+    run_cross_entropy(logits(128256), options=ALL_OPTIONS, everything=True)
+    run_cross_entropy(logits(128256), options=ALL_OPTIONS, everything=True, probabilities=True)
+    run_cross_entropy(logits(50257), reduction="sum")
+    run_cross_entropy(logits(1000), options=ALL_OPTIONS, everything=True, reduction="none")
+    run_cross_entropy(logits(1))
+    run_cross_entropy(torch.empty(128256, ROWS, dtype=dtype, device="meta").t())
+    run_spherical_family(logits(128256), ("z_loss", "taylor_softmax_loss", "spherical_softmax_loss"))
+    run_spherical_family(logits(1000), ("z_loss",))
+
+
+def compile_launches(arch):
+    """Prints a JSON line with the resources of every distinct kernel that run_operators launches."""
+    import triton
+    from triton._utils import find_paths_if, get_iterable_path
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, make_backend
+    from triton.runtime.jit import JITFunction, create_function_from_signature
+
+    launches = []
+    JITFunction.run = lambda kernel, *args, grid, warmup, **kwargs: launches.append((kernel, args, kwargs))
+
+    def compile_launch(kernel, args, kwargs, target):
+        """What JITFunction.run does on a cache miss, for a target that need not be present."""
+        backend = make_backend(target)
+        binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+        bound, specialization, options = binder(*args, **kwargs)
+        types = [kind for kind, _ in specialization]
+        keys = [key for _, key in specialization]
+        values = list(bound.values())
+        constants = {
+            path: get_iterable_path(values, path) for path in find_paths_if(types, lambda _, kind: kind == "constexpr")
+        }
+        attributes = {
+            path: backend.parse_attr(get_iterable_path(keys, path))
+            for path in find_paths_if(keys, lambda _, key: isinstance(key, str))
+        }
+        source = ASTSource(kernel, dict(zip(bound, types, strict=True)), constants, attributes)
+        return triton.compile(source, target=target, options=options)
+
+    def resources(compiled):
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+            cubin.write(compiled.asm["cubin"])
+            cubin.flush()
+            command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", cubin.name]
+            text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return {name.lower(): int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK", "LOCAL")}
+
+    for dtype in DTYPES:
+        launches.clear()
+        run_operators(getattr(torch, dtype))
+        seen = set()
+        for kernel, args, kwargs in launches:
+            compiled = compile_launch(kernel, args, kwargs, GPUTarget("cuda", arch, 32))
+            if compiled.hash in seen:
+                continue
+            seen.add(compiled.hash)
+            report = {"arch": arch, "dtype": dtype, "kernel": kernel.fn.__name__, **resources(compiled)}
+            report |= {"warps": compiled.metadata.num_warps, "shared": compiled.metadata.shared}
+            report["async_copies"] = compiled.asm["ptx"].count("cp.async.cg")
+            print(json.dumps(report), flush=True)
+
+
+@pytest.fixture(scope="module")
+def reports():
+    pytest.importorskip("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    commands = [[sys.executable, __file__, str(arch)] for arch in ARCHITECTURES]
+    processes = [subprocess.Popen(command, env=environment, **pipes) for command in commands]
+    outputs = [process.communicate()[0] for process in processes]
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, output
+    return [json.loads(line) for output in outputs for line in output.splitlines() if line.startswith("{")]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_kernels_fit(reports, arch, dtype):
+    """No register spills (stack or local memory), shared memory within the limit, every kernel present."""
+    compiled = [r for r in reports if (r["arch"], r["dtype"]) == (arch, dtype)]
+    assert {r["kernel"] for r in compiled} == {
+        "cross_entropy_forward_kernel",
+        "cross_entropy_backward_kernel",
+        "spherical_family_forward_kernel",
+        "spherical_family_backward_kernel",
+        "reduce_rows_kernel",
+    }
+    assert [r for r in compiled if r["stack"] or r["local"] or r["shared"] > SHARED_MEMORY_LIMIT] == []
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_long_rows_stream_asynchronously(reports, arch, dtype):
+    """The first kernel compiled is the plain forward over aligned rows: 16-byte asynchronous copies."""
+    first = next(r for r in reports if (r["arch"], r["dtype"]) == (arch, dtype))
+    assert first["kernel"] == "cross_entropy_forward_kernel" and first["async_copies"] > 0
+
+
+if __name__ == "__main__":
+    compile_launches(int(sys.argv[1]))

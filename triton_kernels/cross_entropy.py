@@ -1,0 +1,396 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cross entropy over rows of logits, with its statistics, and its gradient.
+
+With x the effective logits, m their row maximum, lse = m + log sum_k exp(x_k - m), coefficients c_k and W = sum_k c_k:
+
+    loss = r [log_sum W - sum_k c_k (x_k - m) + lambda lse^2],   log_sum = lse - m,   r = row weight
+    c_k  = (1 - eps) w_y 1[k = y] + (eps / V) w_k                for a class index y
+    c_k  = w_k ((1 - eps) t_k + eps / V)                         for probabilities t
+    H    = log_sum - sum_k p_k (x_k - m),                        the entropy; p_k = exp(d_k), d_k = (x_k - m) - log_sum
+
+    dx_k = p_k (A - g_H d_k) - g c_k,   A = g (W + 2 lambda lse) + g_lse - g_H H,   g = upstream * r / total
+
+The losses never form lse W - sum c x, which cancels for large logits. c_k = 0 adds 0 even where x_k = -inf.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .rows import (
+    check_logits,
+    class_target,
+    class_weight,
+    effective_logit,
+    effective_slope,
+    reduce_rows,
+    softmax_gradient,
+    softmax_merge,
+    tile_groups,
+    tile_pointers,
+    tile_shape,
+    upstream_gradient,
+)
+
+
+@triton.jit
+def soft_coefficients(
+    target_rows, target_stride_col, weight_ptr, cols, inside, V, label_smoothing, PROBABILITIES: tl.constexpr
+):
+    """One tile of c_k without the class index's own share: w_k ((1 - eps) t_k + eps / V), 0 outside the matrix."""
+    c = tl.zeros(inside.shape, tl.float32)  # [ROWS, BLOCK]
+    if PROBABILITIES:
+        c += tl.load(tile_pointers(target_rows, cols, target_stride_col), mask=inside, other=0.0).to(tl.float32)
+    if label_smoothing is not None:
+        if PROBABILITIES:
+            c = c * (1.0 - label_smoothing)
+        c = tl.where(inside, c + label_smoothing / V, 0.0)
+    if weight_ptr is not None:
+        c = c * tl.load(weight_ptr + cols, mask=cols < V, other=0.0)[None, :]
+    return c
+
+
+@triton.jit(do_not_specialize=["N", "ignore_index"])
+def cross_entropy_forward_kernel(
+    logits_ptr,
+    target_ptr,
+    weight_ptr,
+    row_weight_ptr,
+    loss_ptr,
+    row_state_ptr,
+    lse_ptr,
+    entropy_ptr,
+    argmax_ptr,
+    N,
+    V,
+    logits_stride_row,
+    logits_stride_col,
+    target_stride_row,
+    target_stride_col,
+    ignore_index,
+    label_smoothing,
+    lse_square_scale,
+    softcap,
+    logit_scale,
+    PROBABILITIES: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Row losses, row state (m, log_sum, W) and, where lse_ptr is given, lse, entropy and argmax. One pass."""
+    STATS: tl.constexpr = lse_ptr is not None
+    SOFT: tl.constexpr = PROBABILITIES or label_smoothing is not None
+
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
+    in_rows = rows < N
+    logits_rows = logits_ptr + rows * logits_stride_row
+    target_rows = target_ptr + rows * target_stride_row
+
+    row_max = tl.full([ROWS], float("-inf"), tl.float32)
+    sum_exp = tl.zeros([ROWS, BLOCK], tl.float32)
+    if STATS:
+        exp_dot = tl.zeros([ROWS, BLOCK], tl.float32)  # sum of exp(x - m) (x - m)
+        argmax = tl.zeros([ROWS], tl.int32)
+    if SOFT:
+        soft_sum = tl.zeros([ROWS, BLOCK], tl.float32)  # sum of c
+        soft_dot = tl.zeros([ROWS, BLOCK], tl.float32)  # sum of c (x - m)
+
+    for start in tl.range(0, V, BLOCK, num_stages=STAGES):
+        cols = start + tl.arange(0, BLOCK)  # [BLOCK]
+        inside = in_rows[:, None] & (cols < V)[None, :]  # [ROWS, BLOCK]
+        raw = tl.load(tile_pointers(logits_rows, cols, logits_stride_col), mask=inside, other=0.0)
+        x = tl.where(inside, effective_logit(raw, logit_scale, softcap), float("-inf"))
+        if STATS:
+            tile_max, tile_argmax = tl.max(x, axis=1, return_indices=True)
+            argmax = tl.where(tile_max > row_max, start + tile_argmax, argmax)
+            previous_sum = sum_exp
+        else:
+            tile_max = tl.max(x, axis=1)
+        row_max, sum_exp, e, d, decay, moved = softmax_merge(row_max, sum_exp, x, tile_max)
+        if STATS:
+            # exp(-104) is 0 in float32: the clamp makes e d = 0 at d = -inf.
+            exp_dot = decay[:, None] * (exp_dot + previous_sum * moved[:, None]) + e * tl.maximum(d, -104.0)
+        if SOFT:
+            c = soft_coefficients(
+                target_rows, target_stride_col, weight_ptr, cols, inside, V, label_smoothing, PROBABILITIES
+            )
+            soft_dot += soft_sum * moved[:, None] + tl.where(c != 0, c * d, 0.0)
+            soft_sum += c
+
+    total_exp = tl.sum(sum_exp, axis=1)  # [ROWS]
+    log_sum = tl.log(total_exp)
+    lse = row_max + log_sum
+    weight_sum = tl.zeros([ROWS], tl.float32)  # W
+    weighted_dot = tl.zeros([ROWS], tl.float32)  # sum of c (x - m)
+    if SOFT:
+        weight_sum += tl.sum(soft_sum, axis=1)
+        weighted_dot += tl.sum(soft_dot, axis=1)
+    if not PROBABILITIES:
+        y, kept, known = class_target(target_ptr, target_stride_row, rows, in_rows, ignore_index, V)
+        hard = class_weight(weight_ptr, y, kept, known)
+        if label_smoothing is not None:
+            hard = hard * (1.0 - label_smoothing)
+        raw_y = tl.load(logits_rows + y * logits_stride_col, mask=known, other=0.0)
+        x_y = effective_logit(raw_y, logit_scale, softcap)
+        weight_sum += hard
+        weighted_dot += tl.where(hard != 0, hard * (x_y - row_max), 0.0)
+
+    loss = log_sum * weight_sum - weighted_dot + lse_square_scale * lse * lse
+    if row_weight_ptr is not None:
+        loss = loss * tl.load(row_weight_ptr + rows, mask=in_rows, other=0.0)
+    if not PROBABILITIES:
+        loss = tl.where(kept, tl.where(known, loss, float("nan")), 0.0)
+    tl.store(loss_ptr + rows, loss, mask=in_rows)
+    tl.store(row_state_ptr + rows, row_max, mask=in_rows)
+    tl.store(row_state_ptr + N + rows, log_sum, mask=in_rows)
+    tl.store(row_state_ptr + 2 * tl.cast(N, tl.int64) + rows, weight_sum, mask=in_rows)
+    if STATS:
+        tl.store(lse_ptr + rows, lse, mask=in_rows)
+        tl.store(entropy_ptr + rows, log_sum - tl.sum(exp_dot, axis=1) / total_exp, mask=in_rows)
+        tl.store(argmax_ptr + rows, argmax.to(tl.int64), mask=in_rows)
+
+
+@triton.jit(do_not_specialize=["N", "grad_loss_stride", "grad_lse_stride", "grad_entropy_stride", "ignore_index"])
+def cross_entropy_backward_kernel(
+    grad_loss_ptr,
+    grad_lse_ptr,
+    grad_entropy_ptr,
+    logits_ptr,
+    target_ptr,
+    weight_ptr,
+    row_weight_ptr,
+    entropy_ptr,
+    row_state_ptr,
+    total_ptr,
+    grad_ptr,
+    N,
+    V,
+    grad_loss_stride,
+    grad_lse_stride,
+    grad_entropy_stride,
+    logits_stride_row,
+    logits_stride_col,
+    target_stride_row,
+    target_stride_col,
+    grad_stride_row,
+    grad_stride_col,
+    ignore_index,
+    label_smoothing,
+    lse_square_scale,
+    softcap,
+    logit_scale,
+    tiles_per_program,
+    programs_per_row,
+    MEAN: tl.constexpr,
+    PROBABILITIES: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """dL/draw_k = dx_k dx_k/draw_k for some tiles of the program's rows; grad_ptr may be logits_ptr.
+
+    Rows without any gradient (ignored, weight 0) are written as zeros and their logits are not read.
+    """
+    SOFT: tl.constexpr = PROBABILITIES or label_smoothing is not None
+    WARPED: tl.constexpr = logit_scale is not None or softcap is not None
+
+    program = tl.program_id(0)
+    rows = (program // programs_per_row).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
+    in_rows = rows < N
+    logits_rows = logits_ptr + rows * logits_stride_row
+    target_rows = target_ptr + rows * target_stride_row
+    grad_rows = grad_ptr + rows * grad_stride_row
+
+    if not PROBABILITIES:
+        y, kept, known = class_target(target_ptr, target_stride_row, rows, in_rows, ignore_index, V)
+        hard = class_weight(weight_ptr, y, kept, known)
+        if label_smoothing is not None:
+            hard = hard * (1.0 - label_smoothing)
+    g = tl.zeros([ROWS], tl.float32)
+    if grad_loss_ptr is not None:
+        g = upstream_gradient(grad_loss_ptr, grad_loss_stride, rows, in_rows, total_ptr, MEAN)
+        if row_weight_ptr is not None:
+            g = g * tl.load(row_weight_ptr + rows, mask=in_rows, other=0.0)
+        if not PROBABILITIES:
+            g = tl.where(kept, tl.where(known, g, float("nan")), 0.0)
+
+    row_max = tl.load(row_state_ptr + rows, mask=in_rows, other=0.0)
+    log_sum = tl.load(row_state_ptr + N + rows, mask=in_rows, other=0.0)
+    weight_sum = tl.load(row_state_ptr + 2 * tl.cast(N, tl.int64) + rows, mask=in_rows, other=0.0)
+    alpha = tl.where(g != 0, g * (weight_sum + 2.0 * lse_square_scale * (row_max + log_sum)), 0.0)  # A
+    if grad_lse_ptr is not None:
+        alpha += tl.load(grad_lse_ptr + rows * grad_lse_stride, mask=in_rows, other=0.0)
+    if grad_entropy_ptr is None:
+        beta = None
+        active = (g != 0) | (alpha != 0)
+    else:
+        beta = -tl.load(grad_entropy_ptr + rows * grad_entropy_stride, mask=in_rows, other=0.0)
+        entropy = tl.load(entropy_ptr + rows, mask=in_rows, other=0.0)
+        alpha += tl.where(beta != 0, beta * entropy, 0.0)
+        active = (g != 0) | (alpha != 0) | (beta != 0)
+
+    first = (program % programs_per_row) * tiles_per_program * BLOCK
+    last = tl.minimum(first + tiles_per_program * BLOCK, V)
+    for start in tl.range(first, last, BLOCK, num_stages=STAGES):
+        cols = start + tl.arange(0, BLOCK)  # [BLOCK]
+        inside = in_rows[:, None] & (cols < V)[None, :]  # [ROWS, BLOCK]
+        read = active[:, None] & inside
+        raw = tl.load(
+            tile_pointers(logits_rows, cols, logits_stride_col), mask=read, other=0.0, eviction_policy="evict_first"
+        )
+        d = (effective_logit(raw, logit_scale, softcap) - row_max[:, None]) - log_sum[:, None]
+        dx = softmax_gradient(d, alpha, beta)
+        if SOFT:
+            c = soft_coefficients(
+                target_rows, target_stride_col, weight_ptr, cols, read, V, label_smoothing, PROBABILITIES
+            )
+            dx -= g[:, None] * c
+        if not PROBABILITIES:
+            dx -= tl.where(cols[None, :] == y[:, None], (g * hard)[:, None], 0.0)
+        if WARPED:
+            dx = dx * effective_slope(raw, logit_scale, softcap)
+        dx = tl.where(active[:, None], dx, 0.0)
+        tl.store(tile_pointers(grad_rows, cols, grad_stride_col), dx, mask=inside)
+
+
+def cross_entropy(
+    logits,
+    target,
+    weight=None,
+    row_weight=None,
+    *,
+    ignore_index=-100,
+    label_smoothing=0.0,
+    lse_square_scale=0.0,
+    softcap=None,
+    logit_scale=1.0,
+    reduction="mean",
+    return_stats=False,
+    inplace_backward=False,
+):
+    """(loss, lse, entropy, argmax, row_state, total); `inplace_backward` concerns the backward operator only."""
+    check_logits("cross_entropy", logits)
+    N, V = logits.shape
+    probabilities = target.is_floating_point()
+    row_loss = torch.empty(N, dtype=torch.float32, device=logits.device)
+    row_state = row_loss.new_empty((3, N))
+    lse = row_loss.new_empty(N if return_stats else 0)
+    entropy = torch.empty_like(lse)
+    argmax = torch.empty_like(lse, dtype=torch.int64)
+
+    with torch.cuda.device_of(logits):
+        if N > 0:
+            soft = probabilities or label_smoothing != 0 or return_stats
+            shape = tile_shape(logits, elements_per_thread=8 if soft else 16, max_warps=16)
+            cross_entropy_forward_kernel[(triton.cdiv(N, shape["ROWS"]),)](
+                logits,
+                target,
+                weight,
+                row_weight,
+                row_loss,
+                row_state,
+                lse if return_stats else None,
+                entropy if return_stats else None,
+                argmax if return_stats else None,
+                N,
+                V,
+                *logits.stride(),
+                target.stride(0),
+                target.stride(1) if probabilities else 0,
+                ignore_index,
+                label_smoothing or None,
+                lse_square_scale,
+                softcap,
+                None if logit_scale == 1.0 else logit_scale,
+                PROBABILITIES=probabilities,
+                **shape,
+            )
+        loss, total = reduce_rows(
+            row_loss,
+            None if probabilities else target,
+            weight,
+            V=V,
+            ignore_index=ignore_index,
+            reduction=reduction,
+        )
+    return loss, lse, entropy, argmax, row_state, total
+
+
+def launch_backward(
+    grad,
+    grad_loss,
+    grad_lse,
+    grad_entropy,
+    logits,
+    target,
+    weight,
+    row_weight,
+    entropy,
+    row_state,
+    total,
+    *,
+    ignore_index,
+    label_smoothing,
+    lse_square_scale,
+    softcap,
+    logit_scale,
+    reduction,
+):
+    """Writes the gradient with respect to the raw logits into `grad`, which may be `logits` itself."""
+    check_logits("cross_entropy_backward", logits)
+    N, V = logits.shape
+    if N == 0:
+        return
+    probabilities = target.is_floating_point()
+    shape = tile_shape(logits, elements_per_thread=8 if probabilities or label_smoothing != 0 else 16, max_warps=8)
+    tiles_per_program, programs_per_row = tile_groups(N, V, shape)
+    with torch.cuda.device_of(logits):
+        cross_entropy_backward_kernel[(triton.cdiv(N, shape["ROWS"]) * programs_per_row,)](
+            grad_loss,
+            grad_lse,
+            grad_entropy,
+            logits,
+            target,
+            weight,
+            row_weight,
+            entropy,
+            row_state,
+            total,
+            grad,
+            N,
+            V,
+            *(0 if g is None or g.dim() == 0 else g.stride(0) for g in (grad_loss, grad_lse, grad_entropy)),
+            *logits.stride(),
+            target.stride(0),
+            target.stride(1) if probabilities else 0,
+            *grad.stride(),
+            ignore_index,
+            label_smoothing or None,
+            lse_square_scale,
+            softcap,
+            None if logit_scale == 1.0 else logit_scale,
+            tiles_per_program,
+            programs_per_row,
+            MEAN=reduction == "mean",
+            PROBABILITIES=probabilities,
+            **shape,
+        )
+
+
+def cross_entropy_backward(grad_loss, grad_lse, grad_entropy, logits, *saved, **options):
+    """The gradient as a fresh contiguous tensor."""
+    grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    launch_backward(grad, grad_loss, grad_lse, grad_entropy, logits, *saved, **options)
+    return grad
+
+
+def cross_entropy_backward_(grad_loss, grad_lse, grad_entropy, logits, *saved, **options):
+    """The gradient in the place of the logits."""
+    launch_backward(logits, grad_loss, grad_lse, grad_entropy, logits, *saved, **options)
+
+
+OPS = {
+    "cross_entropy": cross_entropy,
+    "cross_entropy_backward": cross_entropy_backward,
+    "cross_entropy_backward_": cross_entropy_backward_,
+}

@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The row engine: what every operator that streams over the rows of a logit matrix (N, V) shares.
+
+A program owns ROWS rows and walks along them in tiles of BLOCK columns: tiles are (ROWS, BLOCK), row values (ROWS,).
+Everything is float32 from the load to the store. An option that is not wanted is None, so its code is never compiled.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# Rows up to this long share a program with others; longer rows have one each.
+SHORT_ROW = 1024
+REDUCE_BLOCK = 4096
+
+
+def check_logits(op: str, logits: torch.Tensor) -> None:
+    """Refuses the dtypes whose statistics float32 cannot hold."""
+    if logits.dtype not in DTYPES:
+        raise TypeError(
+            f"tilewise.{op}: the Triton backend takes float32, bfloat16 or float16 logits, got {logits.dtype}"
+        )
+
+
+def tile_shape(logits: torch.Tensor, elements_per_thread: int, max_warps: int) -> dict[str, int]:
+    """Launch constants for the rows of `logits`, in few buckets so that a new V rarely compiles a new kernel.
+
+    `elements_per_thread` is 16 (two 16-byte loads of bfloat16) for kernels that keep few vectors in registers, else 8.
+    """
+    V = logits.shape[1]
+    if V <= SHORT_ROW:
+        block = max(16, triton.next_power_of_2(V))
+        rows = min(16, 2048 // block)
+    else:
+        block = min(triton.next_power_of_2(V), 32 * max_warps * elements_per_thread)
+        rows = 1
+    # Asynchronous copies keep two tiles in flight while one is worked on. They pay where a row has several tiles and
+    # 16-byte accesses; element by element they cost more registers than they hide latency.
+    vectors = logits.stride(1) == 1 and logits.stride(0) % 16 == 0 and V % 16 == 0
+    return {
+        "ROWS": rows,
+        "BLOCK": block,
+        "STAGES": 3 if vectors and V > block else 1,
+        "num_warps": max(1, rows * block // (32 * elements_per_thread)),
+    }
+
+
+def tile_groups(N: int, V: int, shape: dict[str, int]) -> tuple[int, int]:
+    """How many tiles of a row one backward program takes, and how many such programs share a row.
+
+    Several tiles a program spread the cost of reading the row's state, once there are programs enough to fill the GPU.
+    """
+    tiles = triton.cdiv(V, shape["BLOCK"])
+    tiles_per_program = min(tiles, 4) if N * tiles >= 8192 else 1
+    return tiles_per_program, triton.cdiv(tiles, tiles_per_program)
+
+
+@triton.jit
+def tanh(u):
+    """tanh u: a series below 1/4, where (1 - e) / (1 + e) with e = exp(-2 |u|) would cancel."""
+    e = tl.exp(-2.0 * tl.abs(u))
+    large = (1.0 - e) / (1.0 + e)
+    s = u * u
+    small = u * (1.0 + s * (-1.0 / 3.0 + s * (2.0 / 15.0 + s * (-17.0 / 315.0 + s * (62.0 / 2835.0)))))
+    return tl.where(tl.abs(u) < 0.25, small, tl.where(u < 0, -large, large))
+
+
+@triton.jit
+def effective_logit(raw, logit_scale, softcap):
+    """x = c tanh(s raw / c), without a softcap x = s raw."""
+    x = raw.to(tl.float32)
+    if logit_scale is not None:
+        x = x * logit_scale
+    if softcap is not None:
+        x = softcap * tanh(x / softcap)
+    return x
+
+
+@triton.jit
+def effective_slope(raw, logit_scale, softcap):
+    """dx / draw = s (1 - tanh^2), the bracket as 4 e / (1 + e)^2 with e = exp(-2 |s raw / c|): it never cancels."""
+    slope = tl.full(raw.shape, 1.0, tl.float32)
+    x = raw.to(tl.float32)
+    if logit_scale is not None:
+        x = x * logit_scale
+        slope = slope * logit_scale
+    if softcap is not None:
+        e = tl.exp(-2.0 * tl.abs(x / softcap))
+        slope = slope * (4.0 * e / ((1.0 + e) * (1.0 + e)))
+    return slope
+
+
+@triton.jit
+def tile_pointers(row_ptrs, cols, stride_col):
+    """Addresses of a tile; 64-bit columns, because a transposed matrix strides by N from column to column."""
+    return row_ptrs[:, None] + cols.to(tl.int64)[None, :] * stride_col  # [ROWS, BLOCK]
+
+
+@triton.jit
+def class_target(target_ptr, stride, rows, in_rows, ignore_index, V):
+    """The class index of each row, whether the row is kept (not ignored), and whether its class exists."""
+    y = tl.load(target_ptr + rows * stride, mask=in_rows, other=0)  # [ROWS]
+    kept = in_rows & (y != ignore_index)
+    known = kept & (y >= 0) & (y < V)
+    return y, kept, known
+
+
+@triton.jit
+def class_weight(weight_ptr, y, kept, known):
+    """w_y of each row: 0 for an ignored row (and for a class that does not exist), 1 without weights."""
+    if weight_ptr is None:
+        w = tl.where(kept, 1.0, 0.0)
+    else:
+        w = tl.load(weight_ptr + y, mask=known, other=0.0)
+    return w  # [ROWS]
+
+
+@triton.jit
+def finite_max(row_max):
+    """0 for -inf: x - finite_max(m) is -inf, not NaN, in a row that has shown nothing but -inf so far."""
+    return tl.where(row_max == float("-inf"), 0.0, row_max)
+
+
+@triton.jit
+def softmax_merge(row_max, sum_exp, x, tile_max):
+    """Online softmax: takes in one tile.
+
+    m' = max(m, tile max), s' = s exp(m - m') + exp(x - m'). The sum stays one per lane, so that a tile costs a single
+    reduction across threads (its maximum). Returns m', s'; per lane exp(x - m'), x - m'; per row exp(m - m'), m - m'.
+    """
+    new_max = tl.maximum(row_max, tile_max)  # [ROWS]
+    shift = finite_max(new_max)
+    decay = tl.exp(row_max - shift)
+    moved = finite_max(row_max) - shift
+    d = x - shift[:, None]  # [ROWS, BLOCK]
+    e = tl.exp(d)
+    return new_max, sum_exp * decay[:, None] + e, e, d, decay, moved
+
+
+@triton.jit
+def softmax_gradient(d, alpha, beta):
+    """p (alpha + beta d) with p = exp(d): the softmax part of a row gradient. beta may be None."""
+    p = tl.exp(d)  # [ROWS, BLOCK]
+    if beta is None:
+        gradient = p * alpha[:, None]
+    else:
+        # exp(-104) is 0 in float32: the clamp makes p d = 0 at d = -inf.
+        gradient = p * (alpha[:, None] + beta[:, None] * tl.maximum(d, -104.0))
+    return gradient
+
+
+@triton.jit
+def welford_merge(mean, m2, x, inside, tile):
+    """Welford's update of each lane with its element of the tile number `tile`; lanes past the row's end stay."""
+    delta = tl.where(inside, x - mean, 0.0)  # [ROWS, BLOCK]
+    mean += delta * (1.0 / (tile + 1.0))
+    m2 += delta * (x - mean)
+    return mean, m2
+
+
+@triton.jit
+def welford_rows(mean, m2, count, V):
+    """Chan's merge of a row's lanes into its mean and sum of squared deviations.
+
+    Means are taken relative to one of them, so that a constant row has exactly zero deviation.
+    """
+    origin = tl.max(tl.where(count > 0, mean, float("-inf")), axis=1)  # [ROWS]
+    offset = tl.where(count > 0, mean - origin[:, None], 0.0)  # [ROWS, BLOCK]
+    mean_offset = tl.sum(count * offset, axis=1) / V
+    spread = offset - mean_offset[:, None]
+    return origin + mean_offset, tl.sum(m2 + count * spread * spread, axis=1)
+
+
+@triton.jit
+def upstream_gradient(grad_ptr, stride, rows, in_rows, total_ptr, MEAN: tl.constexpr):
+    """The gradient that reaches each row's loss: divided by the total for a mean, 0 where that total is 0."""
+    g = tl.load(grad_ptr + rows * stride, mask=in_rows, other=0.0).to(tl.float32)  # [ROWS]
+    if MEAN:
+        total = tl.load(total_ptr)
+        g = tl.where(total == 0, 0.0, g / total)
+    return g
+
+
+@triton.jit(do_not_specialize=["N", "V", "ignore_index"])
+def reduce_rows_kernel(
+    row_loss_ptr,
+    target_ptr,
+    weight_ptr,
+    loss_ptr,
+    total_ptr,
+    N,
+    V,
+    target_stride,
+    ignore_index,
+    MEAN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """total = sum of w_y over kept rows (N without class targets); loss = sum of row losses, over total for a mean.
+
+    One program, a fixed order: the result is the same on every run.
+    """
+    total = tl.zeros([BLOCK], tl.float32)
+    loss = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, N, BLOCK):
+        rows = tl.cast(start, tl.int64) + tl.arange(0, BLOCK)
+        in_rows = rows < N
+        if target_ptr is None:
+            total += tl.where(in_rows, 1.0, 0.0)
+        else:
+            y, kept, known = class_target(target_ptr, target_stride, rows, in_rows, ignore_index, V)
+            total += class_weight(weight_ptr, y, kept, known)
+        if loss_ptr is not None:
+            loss += tl.load(row_loss_ptr + rows, mask=in_rows, other=0.0)
+    total_sum = tl.sum(total, axis=0)
+    tl.store(total_ptr, total_sum)
+    if loss_ptr is not None:
+        loss_sum = tl.sum(loss, axis=0)
+        if MEAN:
+            loss_sum = tl.where(total_sum == 0, 0.0, loss_sum / total_sum)
+        tl.store(loss_ptr, loss_sum)
+
+
+def reduce_rows(row_loss, target, weight, *, V: int, ignore_index: int, reduction: str):
+    """(loss, total) of row losses; `target` is the class indices, or None if the targets are probabilities."""
+    N = row_loss.shape[0]
+    loss = row_loss if reduction == "none" else row_loss.new_empty(())
+    total = row_loss.new_empty(())
+    if N == 0:
+        return loss.zero_(), total.zero_()
+    reduce_rows_kernel[(1,)](
+        row_loss,
+        target,
+        weight,
+        None if reduction == "none" else loss,
+        total,
+        N,
+        V,
+        0 if target is None else target.stride(0),
+        ignore_index,
+        MEAN=reduction == "mean",
+        BLOCK=REDUCE_BLOCK,
+        num_warps=16,
+    )
+    return loss, total

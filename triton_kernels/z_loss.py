@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The spherical family: losses of one logit o_c and the row's mean mu and squared deviation M2 = sum_k (o_k - mu)^2.
+
+    z_loss     L = softplus(a (b - z)) / a,  z = (o_c - mu) / sd,  sd^2 = M2 / D    (z = 0 where sd = 0)
+    taylor     L = log Z - log n,  n = 1 + o_c + o_c^2 / 2,  Z = sum_k (1 + o_k + o_k^2 / 2)
+    spherical  L = log Z - log n,  n = o_c^2 + eps,          Z = sum_k (o_k^2 + eps)
+
+All have one gradient, dL/do_k = kappa + lambda (o_k - mu) + gamma 1[k = c]: the forward epilogues differ, the backward
+does not. mu and M2 come from one streaming pass (Welford in each lane, Chan's merge of the lanes). D is the row length.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .rows import (
+    check_logits,
+    class_target,
+    reduce_rows,
+    tile_groups,
+    tile_pointers,
+    tile_shape,
+    upstream_gradient,
+    welford_merge,
+    welford_rows,
+)
+
+
+@triton.jit
+def z_epilogue(o_c, mean, m2, D, a, b):
+    """Loss, gamma, lambda, kappa of z_loss; a constant row (m2 = 0) has z = 0 and no gradient."""
+    inv_sd = tl.where(m2 > 0, 1.0 / tl.sqrt(m2 / D), 0.0)  # [ROWS]
+    z = (o_c - mean) * inv_sd
+    t = a * (b - z)
+    e = tl.exp(-tl.abs(t))
+    # log1p(e) by Kahan's correction: exact to rounding for small e, where log(1 + e) is not.
+    u = 1.0 + e
+    log1p = tl.where(u == 1.0, e, tl.log(u) * (e / (u - 1.0)))
+    loss = (tl.maximum(t, 0.0) + log1p) / a
+    s = tl.where(t >= 0, 1.0, e) / u  # sigmoid(t)
+    return loss, -s * inv_sd, s * z / D * inv_sd * inv_sd, s * inv_sd / D
+
+
+@triton.jit
+def taylor_epilogue(o_c, mean, m2, D, a, b):
+    """Loss, gamma, lambda, kappa of the Taylor softmax; 1 + o + o^2 / 2 = ((1 + o)^2 + 1) / 2 cannot cancel."""
+    n = 0.5 * ((1.0 + o_c) * (1.0 + o_c) + 1.0)  # [ROWS]
+    Z = 0.5 * (D * ((1.0 + mean) * (1.0 + mean) + 1.0) + m2)
+    return tl.log(Z) - tl.log(n), -(1.0 + o_c) / n, 1.0 / Z, (1.0 + mean) / Z
+
+
+@triton.jit
+def spherical_epilogue(o_c, mean, m2, D, eps, b):
+    """Loss, gamma, lambda, kappa of the spherical softmax."""
+    n = o_c * o_c + eps  # [ROWS]
+    Z = m2 + D * (mean * mean + eps)
+    return tl.log(Z) - tl.log(n), -2.0 * o_c / n, 2.0 / Z, 2.0 * mean / Z
+
+
+@triton.jit(do_not_specialize=["N", "ignore_index"])
+def spherical_family_forward_kernel(
+    logits_ptr,
+    target_ptr,
+    loss_ptr,
+    row_state_ptr,
+    N,
+    V,
+    logits_stride_row,
+    logits_stride_col,
+    target_stride,
+    ignore_index,
+    a,
+    b,
+    EPILOGUE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Row losses and row state (mu, gamma, lambda, kappa). One pass."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
+    in_rows = rows < N
+    logits_rows = logits_ptr + rows * logits_stride_row
+
+    lane_mean = tl.zeros([ROWS, BLOCK], tl.float32)
+    lane_m2 = tl.zeros([ROWS, BLOCK], tl.float32)
+    for start in tl.range(0, V, BLOCK, num_stages=STAGES):
+        cols = start + tl.arange(0, BLOCK)  # [BLOCK]
+        inside = in_rows[:, None] & (cols < V)[None, :]  # [ROWS, BLOCK]
+        x = tl.load(tile_pointers(logits_rows, cols, logits_stride_col), mask=inside, other=0.0).to(tl.float32)
+        lane_mean, lane_m2 = welford_merge(lane_mean, lane_m2, x, inside, start // BLOCK)
+
+    lanes = tl.arange(0, BLOCK)
+    count = ((V - lanes + BLOCK - 1) // BLOCK).to(tl.float32)[None, :]  # [1, BLOCK], elements each lane has seen
+    mean, m2 = welford_rows(lane_mean, lane_m2, count, V)  # [ROWS]
+
+    y, kept, known = class_target(target_ptr, target_stride, rows, in_rows, ignore_index, V)
+    o_c = tl.load(logits_rows + y * logits_stride_col, mask=known, other=0.0).to(tl.float32)
+    loss, gamma, lambda_, kappa = EPILOGUE(o_c, mean, m2, V, a, b)
+    loss = tl.where(kept, tl.where(known, loss, float("nan")), 0.0)
+    tl.store(loss_ptr + rows, loss, mask=in_rows)
+    state = row_state_ptr + rows
+    stride = tl.cast(N, tl.int64)
+    tl.store(state, mean, mask=in_rows)
+    tl.store(state + stride, gamma, mask=in_rows)
+    tl.store(state + 2 * stride, lambda_, mask=in_rows)
+    tl.store(state + 3 * stride, kappa, mask=in_rows)
+
+
+@triton.jit(do_not_specialize=["N", "grad_loss_stride", "ignore_index"])
+def spherical_family_backward_kernel(
+    grad_loss_ptr,
+    logits_ptr,
+    target_ptr,
+    row_state_ptr,
+    total_ptr,
+    grad_ptr,
+    N,
+    V,
+    grad_loss_stride,
+    logits_stride_row,
+    logits_stride_col,
+    target_stride,
+    ignore_index,
+    tiles_per_program,
+    programs_per_row,
+    MEAN: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """g (kappa + lambda (o_k - mu) + gamma 1[k = c]) for some tiles of the program's rows.
+
+    Rows with g = 0 are written as zeros and their logits are not read.
+    """
+    program = tl.program_id(0)
+    rows = (program // programs_per_row).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
+    in_rows = rows < N
+    logits_rows = logits_ptr + rows * logits_stride_row
+    grad_rows = grad_ptr + rows * tl.cast(V, tl.int64)
+
+    y, kept, known = class_target(target_ptr, target_stride, rows, in_rows, ignore_index, V)
+    g = upstream_gradient(grad_loss_ptr, grad_loss_stride, rows, in_rows, total_ptr, MEAN)
+    g = tl.where(kept, tl.where(known, g, float("nan")), 0.0)
+    active = g != 0
+    state = row_state_ptr + rows
+    stride = tl.cast(N, tl.int64)
+    mean = tl.load(state, mask=active, other=0.0)
+    gamma = g * tl.load(state + stride, mask=active, other=0.0)
+    lambda_ = g * tl.load(state + 2 * stride, mask=active, other=0.0)
+    kappa = g * tl.load(state + 3 * stride, mask=active, other=0.0)
+
+    first = (program % programs_per_row) * tiles_per_program * BLOCK
+    last = tl.minimum(first + tiles_per_program * BLOCK, V)
+    for start in tl.range(first, last, BLOCK, num_stages=STAGES):
+        cols = start + tl.arange(0, BLOCK)  # [BLOCK]
+        inside = in_rows[:, None] & (cols < V)[None, :]  # [ROWS, BLOCK]
+        x = tl.load(
+            tile_pointers(logits_rows, cols, logits_stride_col),
+            mask=active[:, None] & inside,
+            other=0.0,
+            eviction_policy="evict_first",
+        ).to(tl.float32)
+        dx = kappa[:, None] + lambda_[:, None] * (x - mean[:, None])
+        dx += tl.where(cols[None, :] == y[:, None], gamma[:, None], 0.0)
+        tl.store(tile_pointers(grad_rows, cols, 1), tl.where(active[:, None], dx, 0.0), mask=inside)
+
+
+def launch_forward(op, epilogue, logits, target, a, b, ignore_index, reduction):
+    """(loss, row_state, total) of the member of the family that `epilogue` is, with its constants a and b."""
+    check_logits(op, logits)
+    N, V = logits.shape
+    row_loss = torch.empty(N, dtype=torch.float32, device=logits.device)
+    row_state = row_loss.new_empty((4, N))
+    with torch.cuda.device_of(logits):
+        if N > 0:
+            shape = tile_shape(logits, elements_per_thread=8, max_warps=16)
+            spherical_family_forward_kernel[(triton.cdiv(N, shape["ROWS"]),)](
+                logits,
+                target,
+                row_loss,
+                row_state,
+                N,
+                V,
+                *logits.stride(),
+                target.stride(0),
+                ignore_index,
+                a,
+                b,
+                EPILOGUE=epilogue,
+                **shape,
+            )
+        loss, total = reduce_rows(row_loss, target, None, V=V, ignore_index=ignore_index, reduction=reduction)
+    return loss, row_state, total
+
+
+def z_loss(logits, target, *, a, b, ignore_index=-100, reduction="mean"):
+    """(loss, row_state, total) of softplus(a (b - z)) / a."""
+    return launch_forward("z_loss", z_epilogue, logits, target, a, b, ignore_index, reduction)
+
+
+def taylor_softmax_loss(logits, target, *, ignore_index=-100, reduction="mean"):
+    """(loss, row_state, total) of -log of the second-order Taylor softmax."""
+    return launch_forward("taylor_softmax_loss", taylor_epilogue, logits, target, None, None, ignore_index, reduction)
+
+
+def spherical_softmax_loss(logits, target, *, eps=1e-6, ignore_index=-100, reduction="mean"):
+    """(loss, row_state, total) of -log of the spherical softmax."""
+    return launch_forward(
+        "spherical_softmax_loss", spherical_epilogue, logits, target, eps, None, ignore_index, reduction
+    )
+
+
+def spherical_family_backward(grad_loss, logits, target, row_state, total, *, ignore_index, reduction):
+    """The gradient of any member of the family as a fresh contiguous tensor."""
+    check_logits("spherical_family_backward", logits)
+    N, V = logits.shape
+    grad = torch.empty((N, V), dtype=logits.dtype, device=logits.device)
+    if N == 0:
+        return grad
+    shape = tile_shape(logits, elements_per_thread=16, max_warps=8)
+    tiles_per_program, programs_per_row = tile_groups(N, V, shape)
+    with torch.cuda.device_of(logits):
+        spherical_family_backward_kernel[(triton.cdiv(N, shape["ROWS"]) * programs_per_row,)](
+            grad_loss,
+            logits,
+            target,
+            row_state,
+            total,
+            grad,
+            N,
+            V,
+            0 if grad_loss.dim() == 0 else grad_loss.stride(0),
+            *logits.stride(),
+            target.stride(0),
+            ignore_index,
+            tiles_per_program,
+            programs_per_row,
+            MEAN=reduction == "mean",
+            **shape,
+        )
+    return grad
+
+
+OPS = {
+    "z_loss": z_loss,
+    "taylor_softmax_loss": taylor_softmax_loss,
+    "spherical_softmax_loss": spherical_softmax_loss,
+    "spherical_family_backward": spherical_family_backward,
+}
