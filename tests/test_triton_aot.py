@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Compiles the Triton kernels ahead of time, without a GPU, exactly as the operators launch them on large inputs.
 
 The operators run on meta tensors with kernel launches recorded instead of made; every recorded launch is compiled for

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The Triton kernels in Triton's interpreter (CPU tensors, no GPU) against float64 formulas written here.
 
 Triton decides at import whether it interprets, so unless TRITON_INTERPRET=1 is set this file runs itself in a process

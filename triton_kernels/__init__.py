@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The Triton kernels: one module per operator family, each with a dictionary ``OPS`` from operator name to function.
 
 A function in ``OPS`` has exactly the signature of ``torch.ops.tilewise.<name>`` and returns what that operator returns.

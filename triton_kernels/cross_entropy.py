@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Cross entropy over rows of logits, with its statistics, and its gradient.
 
 With x the effective logits, m their row maximum, lse = m + log sum_k exp(x_k - m), coefficients c_k and W = sum_k c_k:

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The row engine: what every operator that streams over the rows of a logit matrix (N, V) shares.
 
 A program owns ROWS rows and walks along them in tiles of BLOCK columns: tiles are (ROWS, BLOCK), row values (ROWS,).

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The spherical family: losses of one logit o_c and the row's mean mu and squared deviation M2 = sum_k (o_k - mu)^2.
 
     z_loss     L = softplus(a (b - z)) / a,  z = (o_c - mu) / sd,  sd^2 = M2 / D    (z = 0 where sd = 0)

@@ -39,8 +39,6 @@ inline dim3 flat_grid(int64_t blocks) {
   return dim3(static_cast<unsigned>((blocks + y - 1) / y), static_cast<unsigned>(y));
 }
 
-__device__ __forceinline__ int64_t flat_block() {
-  return static_cast<int64_t>(blockIdx.y) * gridDim.x + blockIdx.x;
-}
+__device__ __forceinline__ int64_t flat_block() { return static_cast<int64_t>(blockIdx.y) * gridDim.x + blockIdx.x; }
 
 }  // namespace tilewise

@@ -1,11 +1,21 @@
-// How the CUDA row engine addresses a row: read as vectors or elements, cut at 16-byte boundaries, and with the
-// dense target coefficients that lie beside it.
+// What both passes of the CUDA row engine share: a row read as vectors or elements, cut at 16-byte boundaries, the
+// dense target coefficients that lie beside it, and the exponential.
 #pragma once
 
 #include "common/vector.cuh"
 #include "rows/rows.h"
 
 namespace tilewise {
+
+inline constexpr int kWarp = 32;
+inline constexpr int kMostThreads = 256;  // of a block
+inline constexpr float kLog2E = 1.44269504088896341f;
+
+// e^(x - max) as 2^(x log2e - reference), one fused instruction. The reference is max log2e rounded, which is off by
+// up to 2^-11 at max = 1e4; correction() is exactly that error, applied once per row instead of once per element.
+__device__ __forceinline__ float correction(float max, float reference) {
+  return fast_exp2(-fmaf(max, kLog2E, -reference));
+}
 
 // One row of a matrix as it is read: as vectors if the first whole run is aligned (then all are).
 template <typename Storage>

@@ -1,0 +1,283 @@
+// The statistics pass: one group of threads per row, a warp or a block. Each thread streams its share of the row
+// through registers into a pass object (PlainSoftmax, FullSoftmax or RowMoments); the objects are merged in a fixed
+// order.
+#pragma once
+
+#include "rows/access.cuh"
+
+namespace tilewise {
+
+// ---- merging over lanes
+
+template <typename T>
+__device__ __forceinline__ T lane_sum(T value) {
+#pragma unroll
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
+  return value;
+}
+
+__device__ __forceinline__ float lane_max(float value) {
+#pragma unroll
+  for (int offset = kWarp / 2; offset > 0; offset /= 2)
+    value = fmaxf(value, __shfl_xor_sync(0xffffffffu, value, offset));
+  return value;
+}
+
+__device__ __forceinline__ int64_t lane_min(int64_t value) {
+#pragma unroll
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+    const long long other = __shfl_xor_sync(0xffffffffu, static_cast<long long>(value), offset);
+    value = other < value ? other : value;
+  }
+  return value;
+}
+
+// ---- passes: what one thread gathers
+
+// max and sum, nothing else: five instructions per element.
+struct PlainSoftmax {
+  using Stats = SoftmaxStats<float>;
+  static constexpr int kBatch = 4;
+  static constexpr int kBlocks = 4;
+  template <int kCount>
+  struct Side {};
+  // The reference follows the maximum only when it lags by more than this: rescaling is then rare.
+  static constexpr float kSlack = 4.0f;
+
+  float max = -infinity<float>();
+  float ceiling = -infinity<float>();
+  float reference = 0.0f;
+  float sum = 0.0f;
+
+  template <typename Op>
+  __device__ PlainSoftmax(const Op&, int64_t, int64_t) {}
+
+  template <int kCount>
+  __device__ __forceinline__ Side<kCount> fetch(int64_t) const {
+    return {};
+  }
+
+  template <int kCount>
+  __device__ __forceinline__ void add(const float (&x)[kCount], Side<kCount>, int64_t) {
+    float top = x[0];
+#pragma unroll
+    for (int i = 1; i < kCount; ++i) top = fmaxf(top, x[i]);
+    max = fmaxf(max, top);
+    if (top > ceiling) {
+      const float next = top * kLog2E;
+      sum = sum == 0.0f ? 0.0f : sum * fast_exp2(reference - next);
+      reference = next;
+      ceiling = top + kSlack;
+    }
+    float part = fast_exp2(fmaf(x[0], kLog2E, -reference));
+#pragma unroll
+    for (int i = 1; i < kCount; ++i) part += fast_exp2(fmaf(x[i], kLog2E, -reference));
+    sum += part;
+  }
+
+  __device__ Stats finish() const {
+    Stats stats;
+    stats.max = max;
+    stats.sum = sum == 0.0f ? 0.0f : sum * correction(max, reference);
+    return stats;
+  }
+
+  static __device__ __forceinline__ Stats merge_lanes(Stats stats) {
+    rebase(stats, lane_max(stats.max));
+    stats.sum = lane_sum(stats.sum);
+    return stats;
+  }
+};
+
+// Everything of a SoftmaxRequest. Options are tested once per vector, not per element.
+template <typename Probability>
+struct FullSoftmax {
+  using Stats = SoftmaxStats<float>;
+  using Dense = DenseRow<Probability>;
+  static constexpr int kBatch = Dense::kProbabilities ? 2 : 4;
+  static constexpr int kBlocks = Dense::kProbabilities ? 2 : 3;
+  template <int kCount>
+  using Side = Run<typename Dense::Stored, kCount>;
+
+  Transform<float> transform;
+  bool plain;
+  bool details;
+  Dense dense;
+  Stats stats;
+
+  template <typename Op>
+  __device__ FullSoftmax(const Op& op, int64_t row, int64_t first_run)
+      : transform(op.request.transform),
+        plain(is_identity(transform)),
+        details(op.request.details),
+        dense(op.request.dense, row, first_run) {}
+
+  template <int kCount>
+  __device__ __forceinline__ Side<kCount> fetch(int64_t column) const {
+    return dense.template fetch<kCount>(column);
+  }
+
+  template <int kCount>
+  __device__ __forceinline__ void add(float (&x)[kCount], const Side<kCount>& side, int64_t column) {
+    if (!plain) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) x[i] = apply(transform, x[i]);
+    }
+    float top = x[0];
+#pragma unroll
+    for (int i = 1; i < kCount; ++i) top = fmaxf(top, x[i]);
+    if (details && (top > stats.max || (top == stats.max && column < stats.argmax))) {
+#pragma unroll
+      for (int i = kCount - 1; i >= 0; --i) stats.argmax = x[i] == top ? column + i : stats.argmax;
+    }
+    if (top > stats.max) rebase(stats, top);
+    // While only -inf was seen, x - base is -inf, not NaN.
+    const float base = stats.max > -infinity<float>() ? stats.max : 0.0f;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const float e = fast_exp(x[i] - base);
+      stats.sum += e;
+      if (details) stats.spread += e * fmaxf(x[i] - base, ExpFloor<float>::value);
+    }
+    if (dense.active) {
+      float c[kCount];
+      dense.coefficients(side, column, c);
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        stats.mass += c[i];
+        stats.cross += c[i] != 0.0f ? c[i] * (x[i] - base) : 0.0f;
+      }
+    }
+  }
+
+  __device__ Stats finish() const { return stats; }
+
+  static __device__ __forceinline__ Stats merge_lanes(Stats stats) {
+    const float max = lane_max(stats.max);
+    stats.argmax = lane_min(stats.max == max ? stats.argmax : INT64_MAX);
+    rebase(stats, max);
+    stats.sum = lane_sum(stats.sum);
+    stats.mass = lane_sum(stats.mass);
+    stats.cross = lane_sum(stats.cross);
+    stats.spread = lane_sum(stats.spread);
+    return stats;
+  }
+};
+
+// Mean and M2. With n values seen, a run of k and deviations d from the mean so far:
+//   mean' = mean + sum d / (n + k),   M2' = M2 + sum d^2 - (sum d)^2 / (n + k)
+// The subtraction never cancels: the first value starts the mean, and later n + k > k.
+struct RowMoments {
+  using Stats = MomentStats<float>;
+  static constexpr int kBatch = 4;
+  static constexpr int kBlocks = 4;
+  template <int kCount>
+  struct Side {};
+
+  Stats stats;
+
+  template <typename Op>
+  __device__ RowMoments(const Op&, int64_t, int64_t) {}
+
+  template <int kCount>
+  __device__ __forceinline__ Side<kCount> fetch(int64_t) const {
+    return {};
+  }
+
+  template <int kCount>
+  __device__ __forceinline__ void add(const float (&x)[kCount], Side<kCount>, int64_t) {
+    if (stats.count == 0.0f) stats.mean = x[0];
+    float sum = 0.0f;
+    float square = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const float d = x[i] - stats.mean;
+      sum += d;
+      square = fmaf(d, d, square);
+    }
+    stats.count += kCount;
+    const float step = fast_divide(sum, stats.count);
+    stats.mean += step;
+    stats.m2 += fmaf(-sum, step, square);
+  }
+
+  __device__ Stats finish() const { return stats; }
+
+  // The result is lane 0's.
+  static __device__ __forceinline__ Stats merge_lanes(Stats stats) {
+#pragma unroll
+    for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+      Stats other;
+      other.count = __shfl_down_sync(0xffffffffu, stats.count, offset);
+      other.mean = __shfl_down_sync(0xffffffffu, stats.mean, offset);
+      other.m2 = __shfl_down_sync(0xffffffffu, stats.m2, offset);
+      merge(stats, other);
+    }
+    return stats;
+  }
+};
+
+// ---- the statistics kernel
+
+// The result is thread 0's of the row.
+template <typename Pass>
+__device__ __forceinline__ typename Pass::Stats merge_over_row(typename Pass::Stats stats) {
+  using Stats = typename Pass::Stats;
+  stats = Pass::merge_lanes(stats);
+  if (blockDim.x == kWarp) return stats;
+  Stats* partial = static_cast<Stats*>(dynamic_shared());
+  if (threadIdx.x % kWarp == 0) partial[threadIdx.x / kWarp] = stats;
+  __syncthreads();
+  if (threadIdx.x >= kWarp) return stats;
+  return Pass::merge_lanes(threadIdx.x < blockDim.x / kWarp ? partial[threadIdx.x] : Stats{});
+}
+
+// Block (threads of a row, rows): several rows only where a row is one warp. A warp takes kBatch consecutive groups
+// of 32 vectors at a time, all loaded before the first is used.
+template <typename Storage, typename Pass, typename Op>
+__global__ void __launch_bounds__(kMostThreads, Pass::kBlocks) row_statistics_kernel(const __grid_constant__ Op op) {
+  constexpr int kRun = kVector<Storage>;
+  constexpr int kHop = kWarp * kRun;
+  constexpr int kChunk = Pass::kBatch * kHop;
+  const int64_t row = flat_block() * blockDim.y + threadIdx.y;
+  if (row >= op.logits.rows || skip_row(op, row)) return;  // all threads of the row alike
+  const RowCut cut = RowCut::of<Storage>(op.logits, row);
+  const RowReader<Storage> logits(op.logits, row, cut.head);
+  Pass pass(op, row, cut.head);
+
+  for (int64_t i = threadIdx.x; i < cut.scalars; i += blockDim.x) {
+    const int64_t column = cut.scalar_column(i);
+    float x[1];
+    widen(logits.template read<false, 1>(column), x);
+    pass.template add<1>(x, pass.template fetch<1>(column), column);
+  }
+
+  const auto add_chunk = [&](auto whole, int64_t first) {
+    constexpr bool kWhole = decltype(whole)::value;
+    Run<Storage, kRun> runs[Pass::kBatch];
+    typename Pass::template Side<kRun> sides[Pass::kBatch];
+#pragma unroll
+    for (int u = 0; u < Pass::kBatch; ++u) {
+      if (!kWhole && first + u * kHop >= cut.body_end) break;
+      runs[u] = load_vectors<false, kRun>(logits.data + first + u * kHop);
+      sides[u] = pass.template fetch<kRun>(first + u * kHop);
+    }
+#pragma unroll
+    for (int u = 0; u < Pass::kBatch; ++u) {
+      if (!kWhole && first + u * kHop >= cut.body_end) break;
+      float x[kRun];
+      widen(runs[u], x);
+      pass.template add<kRun>(x, sides[u], first + u * kHop);
+    }
+  };
+  const int lane_offset = threadIdx.x % kWarp * kRun;
+  const int64_t stride = static_cast<int64_t>(blockDim.x / kWarp) * kChunk;
+  int64_t chunk = cut.head + threadIdx.x / kWarp * kChunk;
+  for (; chunk + kChunk <= cut.body_end; chunk += stride) add_chunk(std::true_type{}, chunk + lane_offset);
+  if (chunk < cut.body_end) add_chunk(std::false_type{}, chunk + lane_offset);
+
+  const auto stats = merge_over_row<Pass>(pass.finish());
+  if (threadIdx.x == 0) finish_row(op, row, stats);
+}
+
+}  // namespace tilewise
