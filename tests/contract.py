@@ -133,8 +133,9 @@ def contract_tests(op: Operator) -> type:
         def test_accuracy(self, shape, dtype, case):
             n, v = shape if shape[1] < 50257 or case is plain else (4, shape[1])
             target = target_of(case, n, v, dtype)
-            check_against_reference(op, logits_of("random", target[:, 0] if case.soft else target, v, dtype), target,
-                                    options_of(case, n, v))
+            check_against_reference(
+                op, logits_of("random", target[:, 0] if case.soft else target, v, dtype), target, options_of(case, n, v)
+            )
 
         @pytest.mark.parametrize("dtype", DTYPES, ids=str)
         @pytest.mark.parametrize("kind", ["confident", "masked", "huge"])
@@ -153,8 +154,9 @@ def contract_tests(op: Operator) -> type:
             logits = 3 * torch.randn(7, 33)
             options = options_of(case, 7, 33) | {"reduction": reduction}
             grad = torch.randn(7) if reduction == "none" else torch.tensor(-1.7)
-            ours = value_and_gradient(op.call, logits.to(DEVICE), target.to(DEVICE), grad.to(DEVICE),
-                                      **to(DEVICE, options))
+            ours = value_and_gradient(
+                op.call, logits.to(DEVICE), target.to(DEVICE), grad.to(DEVICE), **to(DEVICE, options)
+            )
             wide = target.double() if case.soft else target
             truth = value_and_gradient(op.reference, logits.double(), wide, grad, **to(torch.float64, options))
             for value, expected in zip(ours, truth, strict=True):
@@ -246,7 +248,9 @@ def contract_tests(op: Operator) -> type:
             try:
                 for dtype in DTYPES:
                     logits = torch.randn(5, 1037, device=DEVICE).to(dtype)
-                    loss, gradient = value_and_gradient(call, logits, class_targets(5, 1037, device=DEVICE, ignored=0.3))
+                    loss, gradient = value_and_gradient(
+                        call, logits, class_targets(5, 1037, device=DEVICE, ignored=0.3)
+                    )
                     assert loss.isfinite().all() and gradient.isfinite().all()
             finally:
                 torch.use_deterministic_algorithms(False)

@@ -36,7 +36,9 @@ def eager(
     if lse_square_scale == 0 and row_weight is None:
         return F.cross_entropy(x, target, weight, reduction=reduction, **options)
     rows = F.cross_entropy(x, target, weight, reduction="none", **options)
-    kept = torch.ones_like(rows) if target.is_floating_point() else (target != options.get("ignore_index", -100)).to(rows)
+    kept = (
+        torch.ones_like(rows) if target.is_floating_point() else (target != options.get("ignore_index", -100)).to(rows)
+    )
     rows = rows + lse_square_scale * torch.logsumexp(x, 1) ** 2 * kept
     rows = rows if row_weight is None else rows * row_weight
     if reduction == "none":
@@ -255,7 +257,9 @@ def test_opcheck(soft, reduction):
                "reduction": reduction}  # fmt: skip
     for leaf in (logits, logits.clone().requires_grad_()):
         torch.library.opcheck(
-            torch.ops.tilewise.cross_entropy.default, (leaf, target, weight, row_weight), options | {"return_stats": True}
+            torch.ops.tilewise.cross_entropy.default,
+            (leaf, target, weight, row_weight),
+            options | {"return_stats": True},
         )
     outputs = torch.ops.tilewise.cross_entropy(logits, target, weight, row_weight, **options, return_stats=True)
     loss, lse, entropy, _, row_state, total = outputs

@@ -88,7 +88,9 @@ def test_constant_row():
 
 @pytest.mark.skipif(BACKEND != "cpu", reason="4.3 GB of zero pages exist only in the CPU's memory")
 def test_more_than_2_31_elements():
-    contract.check_more_than_2_31_elements(lambda *tensors, **options: tilewise.z_loss(*tensors, a=1.0, b=0.0, **options))
+    contract.check_more_than_2_31_elements(
+        lambda *tensors, **options: tilewise.z_loss(*tensors, a=1.0, b=0.0, **options)
+    )
 
 
 @hypothesis.settings(max_examples=10 if INTERPRETED else 40, deadline=None)

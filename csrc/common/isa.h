@@ -29,19 +29,17 @@ inline const char* cpu_isa() { return cpu_level() == 4 ? "v4" : cpu_level() == 3
 
 // Declares `name` (a constant of type `type` defined by every build of one kernel file) and
 // `selected_name()`, the one that fits this processor.
-#define TILEWISE_DECLARE_KERNELS(type, name)                                         \
-  namespace v2 {                                                                     \
-  extern const type name;                                                            \
-  }                                                                                  \
-  namespace v3 {                                                                     \
-  extern const type name;                                                            \
-  }                                                                                  \
-  namespace v4 {                                                                     \
-  extern const type name;                                                            \
-  }                                                                                  \
-  inline const type& selected_##name() {                                             \
-    return cpu_level() == 4 ? v4::name : cpu_level() == 3 ? v3::name : v2::name;     \
-  }
+#define TILEWISE_DECLARE_KERNELS(type, name) \
+  namespace v2 {                             \
+  extern const type name;                    \
+  }                                          \
+  namespace v3 {                             \
+  extern const type name;                    \
+  }                                          \
+  namespace v4 {                             \
+  extern const type name;                    \
+  }                                          \
+  inline const type& selected_##name() { return cpu_level() == 4 ? v4::name : cpu_level() == 3 ? v3::name : v2::name; }
 
 #else
 

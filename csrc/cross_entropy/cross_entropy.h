@@ -16,15 +16,15 @@ template <typename T>
 struct CrossEntropyForward {
   RowMatrix logits;
   SoftmaxRequest<T> request;
-  const int64_t* target = nullptr;      // (rows,), null for probability targets
-  const T* row_weight = nullptr;        // (rows,) or null
+  const int64_t* target = nullptr;  // (rows,), null for probability targets
+  const T* row_weight = nullptr;    // (rows,) or null
   int64_t ignore_index = -100;
-  T confidence = 1;                     // 1 - label_smoothing
+  T confidence = 1;  // 1 - label_smoothing
   T lse_square_scale = 0;
-  T* loss_rows = nullptr;               // (rows,)
-  T* share_rows = nullptr;              // (rows,) what the row adds to the denominator of the mean
-  T* row_state = nullptr;               // (3, rows): max, log_sum, W
-  T* lse = nullptr;                     // (rows,) with request.details
+  T* loss_rows = nullptr;   // (rows,)
+  T* share_rows = nullptr;  // (rows,) what the row adds to the denominator of the mean
+  T* row_state = nullptr;   // (3, rows): max, log_sum, W
+  T* lse = nullptr;         // (rows,) with request.details
   T* entropy = nullptr;
   int64_t* argmax = nullptr;
 };
@@ -40,11 +40,11 @@ struct CrossEntropyBackward {
   T confidence = 1;
   T lse_square_scale = 0;
   Upstream<T> upstream;
-  const T* grad_lse = nullptr;          // (rows,) with a stride, or null
+  const T* grad_lse = nullptr;  // (rows,) with a stride, or null
   int64_t grad_lse_stride = 0;
   const T* grad_entropy = nullptr;
   int64_t grad_entropy_stride = 0;
-  const T* entropy = nullptr;           // (rows,), read only with grad_entropy
+  const T* entropy = nullptr;  // (rows,), read only with grad_entropy
   const T* row_state = nullptr;
 };
 

@@ -48,11 +48,7 @@ void run(const CrossEntropyForward<T>& op, const RowReduction<T>& reduction, [[m
   require(error == nullptr, kOp, "the CUDA kernel could not be launched: ", error);
 #else
   const CrossEntropyKernels& kernels = selected_cross_entropy_kernels();
-  if constexpr (sizeof(T) == sizeof(double)) {
-    for_rows(op, kernels.forward_double);
-  } else {
-    for_rows(op, kernels.forward_float);
-  }
+  for_rows(op, kernels.forward_float, kernels.forward_double);
   reduce_rows(reduction);
 #endif
 }
@@ -64,11 +60,7 @@ void run(const CrossEntropyBackward<T>& op, [[maybe_unused]] const Tensor& logit
   require(error == nullptr, kOp, "the CUDA kernel could not be launched: ", error);
 #else
   const CrossEntropyKernels& kernels = selected_cross_entropy_kernels();
-  if constexpr (sizeof(T) == sizeof(double)) {
-    for_rows(op, kernels.backward_double);
-  } else {
-    for_rows(op, kernels.backward_float);
-  }
+  for_rows(op, kernels.backward_float, kernels.backward_double);
 #endif
 }
 
@@ -113,9 +105,9 @@ ForwardResult forward(const Tensor& logits, const Tensor& target, const std::opt
   const DeviceScope scope(logits);
   const Options options{ignore_index, label_smoothing, lse_square_scale,
                         softcap,      logit_scale,     parse_reduction(reduction, kOp)};
-  if (statistics_type(logits) == ScalarType::Double)
-    return forward_as<double>(logits, target, weight, row_weight, options, return_stats);
-  return forward_as<float>(logits, target, weight, row_weight, options, return_stats);
+  return with_statistics(logits, [&](auto zero) {
+    return forward_as<decltype(zero)>(logits, target, weight, row_weight, options, return_stats);
+  });
 }
 
 struct Gradients {
@@ -166,11 +158,10 @@ void backward_into(const Gradients& gradients, const Tensor& logits, const Tenso
                    const std::optional<Tensor>& entropy, const Tensor& row_state, const Tensor& total,
                    const Options& options) {
   const DeviceScope scope(logits);
-  if (statistics_type(logits) == ScalarType::Double) {
-    backward_as<double>(gradients, logits, gradient, target, weight, row_weight, entropy, row_state, total, options);
-  } else {
-    backward_as<float>(gradients, logits, gradient, target, weight, row_weight, entropy, row_state, total, options);
-  }
+  with_statistics(logits, [&](auto zero) {
+    using T = decltype(zero);
+    backward_as<T>(gradients, logits, gradient, target, weight, row_weight, entropy, row_state, total, options);
+  });
 }
 
 Tensor backward(const std::optional<Tensor>& grad_loss, const std::optional<Tensor>& grad_lse,
@@ -181,9 +172,9 @@ Tensor backward(const std::optional<Tensor>& grad_loss, const std::optional<Tens
                 double logit_scale, const std::string& reduction) {
   logits_matrix(logits, kOp);
   const Tensor gradient = new_output(logits, {logits.size(0), logits.size(1)}, logits.scalar_type());
-  backward_into({grad_loss, grad_lse, grad_entropy}, logits, gradient, target, weight, row_weight, entropy, row_state,
-                total,
-                {ignore_index, label_smoothing, lse_square_scale, softcap, logit_scale, parse_reduction(reduction, kOp)});
+  backward_into(
+      {grad_loss, grad_lse, grad_entropy}, logits, gradient, target, weight, row_weight, entropy, row_state, total,
+      {ignore_index, label_smoothing, lse_square_scale, softcap, logit_scale, parse_reduction(reduction, kOp)});
   return gradient;
 }
 
@@ -194,9 +185,9 @@ void backward_in_place(const std::optional<Tensor>& grad_loss, const std::option
                        int64_t ignore_index, double label_smoothing, double lse_square_scale,
                        std::optional<double> softcap, double logit_scale, const std::string& reduction) {
   logits_matrix(logits, kOp);
-  backward_into({grad_loss, grad_lse, grad_entropy}, logits, logits, target, weight, row_weight, entropy, row_state,
-                total,
-                {ignore_index, label_smoothing, lse_square_scale, softcap, logit_scale, parse_reduction(reduction, kOp)});
+  backward_into(
+      {grad_loss, grad_lse, grad_entropy}, logits, logits, target, weight, row_weight, entropy, row_state, total,
+      {ignore_index, label_smoothing, lse_square_scale, softcap, logit_scale, parse_reduction(reduction, kOp)});
 }
 
 }  // namespace

@@ -39,7 +39,8 @@ inline RowMatrix logits_matrix(const Tensor& logits, const char* op) {
   const RowMatrix matrix = row_matrix(logits, op, "logits");
   require(matrix.columns >= 1, op, "expected logits to have at least one class, got shape ", shape_of(logits));
 #if defined(TILEWISE_CUDA)
-  require(matrix.dtype != Dtype::kFloat64, op, "expected logits to be float32, bfloat16 or float16 on a GPU, got Double");
+  require(matrix.dtype != Dtype::kFloat64, op,
+          "expected logits to be float32, bfloat16 or float16 on a GPU, got Double");
 #endif
   return matrix;
 }
@@ -116,6 +117,15 @@ struct LossOutputs {
   }
 };
 
+// Calls f with a zero of the type of statistics: double exists on the CPU alone.
+template <typename Function>
+auto with_statistics([[maybe_unused]] const Tensor& logits, Function f) {
+#if !defined(TILEWISE_CUDA)
+  if (statistics_type(logits) == ScalarType::Double) return f(double{});
+#endif
+  return f(float{});
+}
+
 #if !defined(TILEWISE_CUDA)
 
 // Sums in double and in row order, whatever the number of threads.
@@ -132,11 +142,18 @@ void reduce_rows(const RowReduction<T>& reduction) {
   if (reduction.reduction == Reduction::kMean) *reduction.loss = static_cast<T>(total == 0 ? 0 : loss / total);
 }
 
-// Rows over torch's threads, in shares of at least 32 Ki elements.
-template <typename Op>
-void for_rows(const Op& op, void (*kernel)(const Op&, int64_t, int64_t)) {
+// Rows over torch's threads, in shares of at least 32 Ki elements, with the kernel that takes this operator.
+template <template <typename> typename Op, typename T>
+void for_rows(const Op<T>& op, void (*on_float)(const Op<float>&, int64_t, int64_t),
+              void (*on_double)(const Op<double>&, int64_t, int64_t)) {
   const int64_t grain = 1 + 32768 / op.logits.columns;
-  torch::stable::parallel_for(0, op.logits.rows, grain, [&](int64_t begin, int64_t end) { kernel(op, begin, end); });
+  torch::stable::parallel_for(0, op.logits.rows, grain, [&](int64_t begin, int64_t end) {
+    if constexpr (sizeof(T) == sizeof(double)) {
+      on_double(op, begin, end);
+    } else {
+      on_float(op, begin, end);
+    }
+  });
 }
 
 #endif

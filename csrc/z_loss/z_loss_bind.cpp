@@ -16,19 +16,14 @@ struct Member {
 using ForwardResult = std::tuple<Tensor, Tensor, Tensor>;
 
 template <typename T>
-void run(const SphericalForward<T>& op, const RowReduction<T>& reduction, const Member& member,
+void run(const SphericalForward<T>& op, const RowReduction<T>& reduction, [[maybe_unused]] const Member& member,
          [[maybe_unused]] const Tensor& logits) {
 #if defined(TILEWISE_CUDA)
   const char* error = z_loss_forward_cuda(op, reduction, current_stream(logits));
   require(error == nullptr, member.op, "the CUDA kernel could not be launched: ", error);
 #else
-  (void)member;
   const ZLossKernels& kernels = selected_z_loss_kernels();
-  if constexpr (sizeof(T) == sizeof(double)) {
-    for_rows(op, kernels.forward_double);
-  } else {
-    for_rows(op, kernels.forward_float);
-  }
+  for_rows(op, kernels.forward_float, kernels.forward_double);
   reduce_rows(reduction);
 #endif
 }
@@ -58,9 +53,8 @@ ForwardResult forward(const Member& member, const Tensor& logits, const Tensor& 
   logits_matrix(logits, member.op);
   const DeviceScope scope(logits);
   const Reduction kind = parse_reduction(reduction, member.op);
-  if (statistics_type(logits) == ScalarType::Double)
-    return forward_as<double>(member, logits, target, ignore_index, kind);
-  return forward_as<float>(member, logits, target, ignore_index, kind);
+  return with_statistics(
+      logits, [&](auto zero) { return forward_as<decltype(zero)>(member, logits, target, ignore_index, kind); });
 }
 
 ForwardResult z_loss(const Tensor& logits, const Tensor& target, double a, double b, int64_t ignore_index,
@@ -97,11 +91,7 @@ void backward_as(const Tensor& grad_loss, const Tensor& logits, const Tensor& gr
   require(error == nullptr, kOp, "the CUDA kernel could not be launched: ", error);
 #else
   const ZLossKernels& kernels = selected_z_loss_kernels();
-  if constexpr (sizeof(T) == sizeof(double)) {
-    for_rows(op, kernels.backward_double);
-  } else {
-    for_rows(op, kernels.backward_float);
-  }
+  for_rows(op, kernels.backward_float, kernels.backward_double);
 #endif
 }
 
@@ -112,11 +102,9 @@ Tensor backward(const Tensor& grad_loss, const Tensor& logits, const Tensor& tar
   const DeviceScope scope(logits);
   const Tensor gradient = new_output(logits, {logits.size(0), logits.size(1)}, logits.scalar_type());
   const Reduction kind = parse_reduction(reduction, kOp);
-  if (statistics_type(logits) == ScalarType::Double) {
-    backward_as<double>(grad_loss, logits, gradient, target, row_state, total, ignore_index, kind);
-  } else {
-    backward_as<float>(grad_loss, logits, gradient, target, row_state, total, ignore_index, kind);
-  }
+  with_statistics(logits, [&](auto zero) {
+    backward_as<decltype(zero)>(grad_loss, logits, gradient, target, row_state, total, ignore_index, kind);
+  });
   return gradient;
 }
 

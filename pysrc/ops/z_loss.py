@@ -48,9 +48,7 @@ def z_loss(
     return torch.ops.tilewise.z_loss(*arguments, a=a, b=b, ignore_index=ignore_index, reduction=reduction)[0]
 
 
-def taylor_softmax_loss(
-    logits: Tensor, target: Tensor, *, ignore_index: int = -100, reduction: str = "mean"
-) -> Tensor:
+def taylor_softmax_loss(logits: Tensor, target: Tensor, *, ignore_index: int = -100, reduction: str = "mean") -> Tensor:
     r"""Negative log of the Taylor softmax, ``-log(n(o_c) / sum_k n(o_k))`` with ``n(o) = 1 + o + o**2 / 2``.
 
     Arguments, result and errors as in :func:`tilewise.z_loss`, without a and b.

@@ -120,3 +120,34 @@ def pointer(tensor: Tensor | None) -> int | None:
 
 def checked(message: bytes | None) -> None:
     assert message is None, message.decode()
+
+
+# ---- errors
+
+FLOAT, BFLOAT, HALF = torch.float32, torch.bfloat16, torch.float16
+# Half a unit in the last place of what is stored, and the arithmetic in float32 before.
+ROUNDING = {FLOAT: 0.0, BFLOAT: 2.0**-8, HALF: 2.0**-11}
+ARITHMETIC = 8e-6  # most of it where the terms of the entropy's gradient cancel
+WORST: dict[str, float] = {}  # largest relative error seen by name; printed with -s
+
+
+def close(name: str, actual: Tensor, expected: Tensor, relative: float, absolute: float) -> None:
+    """|actual - expected| <= relative * |expected| + absolute; equal infinities and NaNs."""
+    actual, expected = actual.double(), expected.detach().double()
+    assert torch.equal(actual.isnan(), expected.isnan()), f"{name}: NaN in different places"
+    assert torch.equal(actual[expected.isinf()], expected[expected.isinf()]), f"{name}: other infinities"
+    finite = expected.isfinite()
+    error = ((actual - expected).abs() / (expected.abs() + absolute / relative))[finite]
+    worst = float(error.max()) if error.numel() else 0.0
+    WORST[name] = max(WORST.get(name, 0.0), worst)
+    assert worst <= relative, f"{name}: relative error {worst:.2e}"
+
+
+def close_value(name: str, actual: Tensor, expected: Tensor, relative: float = 1e-6) -> None:
+    close(name, actual, expected, relative, relative)
+
+
+def close_gradient(name: str, actual: Tensor, expected: Tensor, arithmetic: float = ARITHMETIC) -> None:
+    # Absolutely, p - 1 of a confident row cannot be better than float32's unit; half has no smaller step than 6e-8.
+    absolute = 2e-7 * float(expected.abs().max()) + (4e-8 if actual.dtype == HALF else 1e-9)
+    close(f"{name} {str(actual.dtype)[6:]}", actual, expected, ROUNDING[actual.dtype] + arithmetic, absolute)
