@@ -8,7 +8,7 @@ CMAKE := $(VENV)/bin/cmake
 PIP_INSTALL := -m pip install -qq --disable-pip-version-check
 
 SOURCES := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f)
-CXX_FILES := $(shell find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 NATIVE_SOURCES := $(wildcard tests/native/* csrc/common/*)
 PY_FILES := setup.py pysrc triton_kernels tests bench
 

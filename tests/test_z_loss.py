@@ -38,12 +38,31 @@ def eager_spherical(logits, target, *, eps=1e-6, reduction="mean"):
     return reduced(-(n / n.sum(1, keepdim=True)).gather(1, target.clamp(min=0)[:, None])[:, 0].log(), target, reduction)
 
 
-Z = Operator("z_loss", tilewise.z_loss, reference.z_loss, eager_z,
-             [Case("a=1, b=0"), Case("a=3, b=2", lambda n, v: {"a": 3.0, "b": 2.0})], 4, {"a": 1.0, "b": 0.0})  # fmt: skip
-TAYLOR = Operator("taylor_softmax_loss", tilewise.taylor_softmax_loss, reference.taylor_softmax_loss, eager_taylor,
-                  [Case("plain")], 4)  # fmt: skip
-SPHERICAL = Operator("spherical_softmax_loss", tilewise.spherical_softmax_loss, reference.spherical_softmax_loss,
-                     eager_spherical, [Case("plain"), Case("eps", lambda n, v: {"eps": 1e-2})], 4)  # fmt: skip
+Z = Operator(
+    name="z_loss",
+    call=tilewise.z_loss,
+    reference=reference.z_loss,
+    eager=eager_z,
+    cases=[Case("a=1, b=0"), Case("a=3, b=2", lambda n, v: {"a": 3.0, "b": 2.0})],
+    state_per_row=4,
+    required={"a": 1.0, "b": 0.0},
+)
+TAYLOR = Operator(
+    name="taylor_softmax_loss",
+    call=tilewise.taylor_softmax_loss,
+    reference=reference.taylor_softmax_loss,
+    eager=eager_taylor,
+    cases=[Case("plain")],
+    state_per_row=4,
+)
+SPHERICAL = Operator(
+    name="spherical_softmax_loss",
+    call=tilewise.spherical_softmax_loss,
+    reference=reference.spherical_softmax_loss,
+    eager=eager_spherical,
+    cases=[Case("plain"), Case("eps", lambda n, v: {"eps": 1e-2})],
+    state_per_row=4,
+)
 
 
 class TestZLoss(contract.contract_tests(Z)):

@@ -6,8 +6,6 @@
 
 namespace tilewise {
 
-// ---- formulas: x -> gradient, in place in registers
-
 // `target` is the target's place in the run; outside [0, kCount) the run does not hold it.
 template <int kCount>
 __device__ __forceinline__ void add_at_target(float (&gradient)[kCount], int target, float gamma) {
@@ -121,8 +119,6 @@ struct AffineGradient {
     add_at_target(x, target, g.gamma);
   }
 };
-
-// ---- the gradient kernel
 
 inline constexpr int kTileRuns = 8;  // vectors of a tile per thread
 

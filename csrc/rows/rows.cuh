@@ -10,8 +10,6 @@
 
 namespace tilewise {
 
-// ---- reduction of the rows' losses
-
 // One block; sums in double and in a fixed order.
 static __global__ void __launch_bounds__(512) row_reduction_kernel(const __grid_constant__ RowReduction<float> op) {
   double loss = 0.0;
@@ -38,8 +36,6 @@ static __global__ void __launch_bounds__(512) row_reduction_kernel(const __grid_
   if (op.reduction == Reduction::kSum) *op.loss = static_cast<float>(loss);
   if (op.reduction == Reduction::kMean) *op.loss = total == 0.0 ? 0.0f : static_cast<float>(loss / total);
 }
-
-// ---- launches
 
 // (threads of a row, rows of a block)
 inline dim3 row_block(int64_t columns) {

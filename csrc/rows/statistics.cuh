@@ -7,8 +7,6 @@
 
 namespace tilewise {
 
-// ---- merging over lanes
-
 template <typename T>
 __device__ __forceinline__ T lane_sum(T value) {
 #pragma unroll
@@ -31,8 +29,6 @@ __device__ __forceinline__ int64_t lane_min(int64_t value) {
   }
   return value;
 }
-
-// ---- passes: what one thread gathers
 
 // max and sum, nothing else: five instructions per element.
 struct PlainSoftmax {
@@ -216,8 +212,6 @@ struct RowMoments {
     return stats;
   }
 };
-
-// ---- the statistics kernel
 
 // The result is thread 0's of the row.
 template <typename Pass>

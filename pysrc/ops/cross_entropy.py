@@ -167,13 +167,17 @@ def _forward_fake(
     return_stats=False,
     inplace_backward=False,
 ):
-    def empty(*shape, dtype=statistics_dtype(logits)):
-        return logits.new_empty(shape, dtype=dtype)
-
+    statistics = logits.new_empty(0, dtype=statistics_dtype(logits))
     n = logits.shape[0]
-    loss = empty(n) if reduction == "none" else empty()
     details = n if return_stats else 0
-    return loss, empty(details), empty(details), empty(details, dtype=torch.int64), empty(3, n), empty()
+    return (
+        statistics.new_empty((n,) if reduction == "none" else ()),
+        statistics.new_empty(details),
+        statistics.new_empty(details),
+        logits.new_empty(details, dtype=torch.int64),
+        statistics.new_empty((3, n)),
+        statistics.new_empty(()),
+    )
 
 
 @torch.library.register_fake("tilewise::cross_entropy_backward")

@@ -9,7 +9,7 @@ from tilewise.reference.rows import reduce_rows, split_target, statistics_dtype
 
 
 class Result(NamedTuple):
-    """loss is (N,) or (); lse, entropy, argmax (N,); row_state (3, N): max, log sum exp(x - max), sum of c; total ()."""
+    """loss (N,) or (); lse, entropy, argmax (N,); row_state (3, N): max, log sum exp(x - max), sum of c; total ()."""
 
     loss: Tensor
     lse: Tensor
@@ -97,7 +97,7 @@ def _forward(logits, target, weight=None, row_weight=None, *, inplace_backward=F
 
 
 # Runs below autograd, hence from the formula:
-#   dx_k = p_k (g (W + 2 lam lse) + g_lse - g_H H - g_H d_k) - g c_k,   d_k = log p_k,   g = upstream gradient of the row
+#   dx_k = p_k (g (W + 2 lam lse) + g_lse - g_H H - g_H d_k) - g c_k,   d_k = log p_k,   g = gradient of the row's loss
 def _backward(
     grad_loss,
     grad_lse,

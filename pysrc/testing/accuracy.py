@@ -1,11 +1,11 @@
-"""The accuracy contract: against float64, no worse than 1.5 times what PyTorch's own operations in the same type give."""
+"""The accuracy contract: errors against float64, at most 1.5 times those of PyTorch's own operations in the type."""
 
 import torch
 from torch import Tensor
 
 
 def relative_error(result: Tensor, truth: Tensor) -> float:
-    """||result - truth|| / ||truth|| in float64, infinities equal to themselves; NaN in one alone is an infinite error."""
+    """||result - truth|| / ||truth|| in float64; infinities equal themselves, NaN in one alone is an infinite error."""
     result, truth = result.detach().double().cpu(), truth.detach().double().cpu()
     if result.shape != truth.shape:
         raise ValueError(f"relative_error: expected shape {tuple(truth.shape)}, got {tuple(result.shape)}")
