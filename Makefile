@@ -89,14 +89,14 @@ wheel: venv ## a wheel in dist/
 	@$(PY) -m pip wheel -qq --no-build-isolation --no-deps -w dist .
 	@ls dist/*.whl
 
-check-wheel: ## install the wheel in a new venv and run the tests outside the source tree
+check-wheel: ## install the wheel in a new venv and run the contract outside the source tree
 	@rm -rf build/check-wheel && mkdir -p build/check-wheel
 	@$(MAKE) --no-print-directory wheel
 	@$(PYTHON) -m venv build/check-wheel/venv
 	@build/check-wheel/venv/bin/python $(PIP_INSTALL) -r requirements/dev.txt dist/*.whl
-	@outside=$$(mktemp -d) && cp -r tests pyproject.toml $$outside && cd $$outside && \
-		$(CURDIR)/build/check-wheel/venv/bin/python -m pytest -x -q -p no:cacheprovider tests; \
-		status=$$?; rm -rf $$outside; exit $$status
+	@outside=$$(mktemp -d) && trap 'rm -rf '$$outside EXIT && cp -r tests pyproject.toml $$outside && cd $$outside && \
+		contract="$(CURDIR)/build/check-wheel/venv/bin/python -m pytest -x -q -p no:cacheprovider -m contract tests" && \
+		$$contract && TILEWISE_BACKEND=triton TRITON_INTERPRET=1 $$contract
 
 clean: ## remove what was built, keep .venv
 	@rm -rf build dist pysrc/lib *.egg-info $(VENV)/build.stamp
