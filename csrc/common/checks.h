@@ -16,6 +16,13 @@
 #include <sys/mman.h>
 #endif
 
+// A binding file is compiled twice, for the kernels of each device.
+#if defined(TILEWISE_CUDA)
+#define TILEWISE_DISPATCH_KEY CUDA
+#else
+#define TILEWISE_DISPATCH_KEY CPU
+#endif
+
 namespace tilewise {
 
 using torch::headeronly::ScalarType;

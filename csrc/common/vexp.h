@@ -17,16 +17,17 @@ TILEWISE_FN float fast_exp2(float x) {
 #endif
 }
 
-// exp(x) with at most 2 units in the last place of error; 0 below -103.97, infinity above 88.72, NaN kept.
-// Cody-Waite: x = n ln 2 + r with |r| <= ln 2 / 2, exp(x) = 2^n exp(r); 2^n is applied in two halves so
-// that subnormal results come out right.
+// exp(x) for x <= 88 within 2 units in the last place; 0 below -87, where results would be subnormal; NaN kept.
+// Cody-Waite: x = n ln 2 + r with |r| <= ln 2 / 2, exp(x) = 2^n exp(r). Adding 1.5 2^23 + 127 rounds to the integer
+// n + 127 in the low bits of the sum: shifted into the exponent they are 2^n.
 TILEWISE_FN float fast_exp(float x) {
 #if defined(__CUDA_ARCH__)
   return fast_exp2(x * 1.44269504088896341f);  // __expf spends three more instructions on subnormal results
 #else
-  const float clamped = x < -104.0f ? -104.0f : (x > 89.0f ? 89.0f : x);  // NaN passes both comparisons
-  const float shifted = clamped * 1.44269504088896341f + 0x1.8p23f;       // round to nearest integer
-  const float n = shifted - 0x1.8p23f;
+  constexpr float kRound = 0x1.8p23f + 127.0f;
+  const float clamped = x < -87.0f ? -87.0f : x;
+  const float shifted = clamped * 1.44269504088896341f + kRound;
+  const float n = shifted - kRound;
   const float high = clamped - n * 0.693359375f;
   const float r = high + n * 2.12194440e-4f;
   float p = 1.9875691500e-4f;
@@ -36,11 +37,8 @@ TILEWISE_FN float fast_exp(float x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  const int32_t k = static_cast<int32_t>(float_to_bits(shifted) << 9) >> 9;  // n as an integer, from the low bits
-  const int32_t half = k >> 1;
-  const float first = bits_to_float(static_cast<uint32_t>(half + 127) << 23);
-  const float second = bits_to_float(static_cast<uint32_t>(k - half + 127) << 23);
-  return p * first * second;
+  const float power = bits_to_float(float_to_bits(shifted) << 23);
+  return x < -87.0f ? 0.0f : p * power;
 #endif
 }
 TILEWISE_FN double fast_exp(double x) { return ::exp(x); }
@@ -54,7 +52,7 @@ template <typename T>
 struct ExpFloor;
 template <>
 struct ExpFloor<float> {
-  static constexpr float value = -104.0f;
+  static constexpr float value = -88.0f;
 };
 template <>
 struct ExpFloor<double> {

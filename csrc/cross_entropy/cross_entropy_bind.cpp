@@ -193,11 +193,7 @@ void backward_in_place(const std::optional<Tensor>& grad_loss, const std::option
 }  // namespace
 }  // namespace tilewise
 
-#if defined(TILEWISE_CUDA)
-STABLE_TORCH_LIBRARY_IMPL(tilewise, CUDA, m) {
-#else
-STABLE_TORCH_LIBRARY_IMPL(tilewise, CPU, m) {
-#endif
+STABLE_TORCH_LIBRARY_IMPL(tilewise, TILEWISE_DISPATCH_KEY, m) {
   m.impl("cross_entropy", TORCH_BOX(&tilewise::forward));
   m.impl("cross_entropy_backward", TORCH_BOX(&tilewise::backward));
   m.impl("cross_entropy_backward_", TORCH_BOX(&tilewise::backward_in_place));

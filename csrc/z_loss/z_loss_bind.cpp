@@ -111,11 +111,7 @@ Tensor backward(const Tensor& grad_loss, const Tensor& logits, const Tensor& tar
 }  // namespace
 }  // namespace tilewise
 
-#if defined(TILEWISE_CUDA)
-STABLE_TORCH_LIBRARY_IMPL(tilewise, CUDA, m) {
-#else
-STABLE_TORCH_LIBRARY_IMPL(tilewise, CPU, m) {
-#endif
+STABLE_TORCH_LIBRARY_IMPL(tilewise, TILEWISE_DISPATCH_KEY, m) {
   m.impl("z_loss", TORCH_BOX(&tilewise::z_loss));
   m.impl("taylor_softmax_loss", TORCH_BOX(&tilewise::taylor_softmax_loss));
   m.impl("spherical_softmax_loss", TORCH_BOX(&tilewise::spherical_softmax_loss));
