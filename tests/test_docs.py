@@ -1,0 +1,34 @@
+"""Every example in the public docstrings and in the README runs and gives what it says."""
+
+import doctest
+import re
+from pathlib import Path
+
+import pytest
+
+import tilewise
+
+README = Path(__file__).resolve().parent.parent / "README.md"
+DOCUMENTED = ("backend", "cross_entropy", "spherical_softmax_loss", "taylor_softmax_loss", "z_loss")
+
+
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_docstring_example(name):
+    (test,) = doctest.DocTestFinder(recurse=False).find(getattr(tilewise, name), name, globs={})
+    assert test.examples, f"tilewise.{name} shows no example"
+    assert doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(test).failed == 0
+
+
+def test_every_public_function_is_documented():
+    functions = {name for name in tilewise.__all__ if callable(getattr(tilewise, name))} - {"CrossEntropyStats"}
+    assert functions == set(DOCUMENTED)
+
+
+@pytest.mark.skipif(not README.exists(), reason="the README is not part of an installed package")
+def test_readme_example(capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    namespace = {}
+    exec(code.replace("2048, 32000", "64, 1000").replace("32000, (2048,)", "1000, (64,)"), namespace)
+    assert 6 < namespace["loss"].item() < 9
+    entropy, correct = (float(number) for number in re.findall(r"tensor\(([\d.]+)", capsys.readouterr().out))
+    assert 5 < entropy < 7 and correct < 0.1

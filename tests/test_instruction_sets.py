@@ -1,0 +1,41 @@
+"""Every instruction set that this processor has computes the same, up to the rounding of sums in another order."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tilewise import loading
+
+PROGRAM = """
+import sys, torch, tilewise
+from tilewise import loading
+torch.manual_seed(0)
+results = [loading.cpu_isa()]
+for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+    logits = (3 * torch.randn(9, 4099)).to(dtype).requires_grad_()
+    target = torch.randint(0, 4099, (9,))
+    options = dict(label_smoothing=0.1, softcap=9.0, return_stats=True)
+    loss, stats = tilewise.cross_entropy(logits, target, **options)
+    total = loss + stats.entropy.sum() + tilewise.z_loss(logits, target, a=1.0, b=0.5)
+    results += [total.detach(), torch.autograd.grad(total, logits)[0]]
+torch.save(results, sys.argv[1])
+"""
+LEVELS = ("v2", "v3", "v4")
+
+
+@pytest.mark.skipif(loading.cpu_isa() not in LEVELS, reason="one build serves all processors of this architecture")
+def test_levels_agree(tmp_path, monkeypatch):
+    results = {}
+    for level in LEVELS[: LEVELS.index(loading.cpu_isa()) + 1]:
+        monkeypatch.setenv("TILEWISE_CPU_ISA", level)
+        subprocess.run([sys.executable, "-c", PROGRAM, str(tmp_path / level)], check=True)
+        isa, *results[level] = torch.load(tmp_path / level)
+        assert isa == level
+    for level, tensors in results.items():
+        for tensor, expected in zip(tensors, results["v2"], strict=True):
+            eps = torch.finfo(tensor.dtype).eps
+            torch.testing.assert_close(
+                tensor, expected, rtol=8 * eps, atol=8 * eps, msg=lambda m, at=level: f"{at}: {m}"
+            )
