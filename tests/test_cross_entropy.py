@@ -123,6 +123,21 @@ def test_statistics():
     assert torch.equal(stats.correct, logits.argmax(1) == target)
 
 
+def test_row_state():
+    """What the backward stands on: the row's own maximum, log sum exp(x - max) and sum of target coefficients."""
+    torch.manual_seed(3)
+    logits, weight = contract.logits_of("rising", torch.zeros(5), 2100, torch.float32), torch.rand(2100)
+    target = torch.tensor([5, 2099, 7, 1000, 2050])
+    *_, row_state, total = torch.ops.tilewise.cross_entropy(
+        logits.to(DEVICE), target.to(DEVICE), weight.to(DEVICE), label_smoothing=0.25
+    )
+    top = logits.max(1).values
+    mass = 0.75 * weight[target] + 0.25 * weight.mean()
+    expected = torch.stack([top, torch.logsumexp(logits.double() - top[:, None], 1).float(), mass])
+    torch.testing.assert_close(row_state.cpu(), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(total.cpu(), weight[target].sum())
+
+
 def test_statistics_with_masked_classes_and_probability_targets():
     logits, _ = example()
     logits[:, ::3] = -torch.inf

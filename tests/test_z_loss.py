@@ -45,6 +45,7 @@ Z = Operator(
     eager=eager_z,
     cases=[Case("a=1, b=0"), Case("a=3, b=2", lambda n, v: {"a": 3.0, "b": 2.0})],
     state_per_row=4,
+    polynomial=True,
     required={"a": 1.0, "b": 0.0},
 )
 TAYLOR = Operator(
@@ -54,6 +55,7 @@ TAYLOR = Operator(
     eager=eager_taylor,
     cases=[Case("plain")],
     state_per_row=4,
+    polynomial=True,
 )
 SPHERICAL = Operator(
     name="spherical_softmax_loss",
@@ -62,6 +64,7 @@ SPHERICAL = Operator(
     eager=eager_spherical,
     cases=[Case("plain"), Case("eps", lambda n, v: {"eps": 1e-2})],
     state_per_row=4,
+    polynomial=True,
 )
 
 
