@@ -54,6 +54,8 @@ format: venv ## let ruff and clang-format change the files
 
 test: build native lint ## lint and run every test that needs no GPU
 	@$(PY) -m pytest -x -q tests
+	@echo "the contract again, on the PyTorch reference"
+	@TILEWISE_BACKEND=reference $(PY) -m pytest -x -q -m contract tests
 	@echo "the contract again, on the Triton kernels in their interpreter"
 	@TILEWISE_BACKEND=triton TRITON_INTERPRET=1 $(PY) -m pytest -x -q -m contract tests
 
