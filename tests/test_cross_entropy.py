@@ -1,4 +1,4 @@
-"""cross_entropy: the contract, and what is its own: options, statistics, in-place backward, second derivatives."""
+"""cross_entropy: the contract, and what is its own: options, statistics, second derivatives, invariances."""
 
 import contract
 import hypothesis
@@ -10,7 +10,7 @@ from contract import BACKEND, DEVICE, INTERPRETED, NATIVE_CPU, Case, Operator, s
 
 import tilewise
 from tilewise.reference.cross_entropy import cross_entropy as reference
-from tilewise.testing import allocated_bytes, class_targets, relative_error
+from tilewise.testing import class_targets, relative_error
 
 
 def truth(logits, target, weight=None, *, row_weight=None, **options):
@@ -203,64 +203,6 @@ def test_hessian_vector_product_in_float32():
     torch.testing.assert_close(product, expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", contract.DTYPES, ids=str)
-@pytest.mark.parametrize("layout", ["packed", "transposed", "sliced"])
-def test_inplace_backward(dtype, layout):
-    base = (3 * torch.randn(48, 48, device=DEVICE)).to(dtype)
-    view = {"packed": base, "transposed": base.t(), "sliced": base[:17, 2:35]}[layout]
-    target = class_targets(*view.shape, ignored=0.2, device=DEVICE)
-    expected = contract.value_and_gradient(tilewise.cross_entropy, view, target)[1]
-    leaf = view.detach().clone(memory_format=torch.preserve_format).requires_grad_()
-    logits = leaf * 1
-    version = logits._version
-    gradients = []
-    logits.register_hook(gradients.append)
-    tilewise.cross_entropy(logits, target, inplace_backward=True).backward()
-    assert gradients[0].data_ptr() == logits.data_ptr(), "the gradient lies in the memory of the logits"
-    assert logits._version > version
-    assert torch.equal(leaf.grad.cpu(), expected)
-
-
-@pytest.mark.skipif(BACKEND == "reference", reason="the reference holds the big matrix")
-def test_inplace_backward_allocates_nothing():
-    n, v = 64, 2048
-    leaf = torch.randn(n, v, device=DEVICE, requires_grad=True)
-    logits = leaf * 1
-    loss = tilewise.cross_entropy(logits, class_targets(n, v, device=DEVICE), inplace_backward=True)
-    spare = 4096 if DEVICE == "cuda" else 0
-    assert allocated_bytes(lambda: torch.autograd.grad(loss, logits), DEVICE) <= 16 + spare
-
-
-def test_inplace_backward_is_refused_where_it_would_corrupt():
-    leaf = torch.randn(4, 6, device=DEVICE, requires_grad=True)
-    target = torch.tensor([1, 2, 3, 0], device=DEVICE)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        tilewise.cross_entropy(leaf.tanh(), target, inplace_backward=True).backward()
-    loss = tilewise.cross_entropy(leaf * 2, target, inplace_backward=True)
-    loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
-    logits = leaf * 2
-    loss = tilewise.cross_entropy(logits, target, inplace_backward=True)
-    with pytest.raises(RuntimeError, match="inplace_backward cannot be differentiated twice"):
-        torch.autograd.grad(loss, logits, create_graph=True)
-    with pytest.raises(ValueError, match="elements do not share memory"):
-        tilewise.cross_entropy(leaf[:1].expand(4, 6), target, inplace_backward=True)
-
-
-@pytest.mark.skipif(INTERPRETED, reason="torch.compile does not trace into the interpreter's NumPy")
-def test_inplace_backward_compiles():
-    leaf = torch.randn(8, 12, device=DEVICE, requires_grad=True)
-    target = class_targets(8, 12, device=DEVICE)
-
-    def step(leaf):
-        return tilewise.cross_entropy(leaf * 2, target, inplace_backward=True)
-
-    (expected,) = torch.autograd.grad(step(leaf), leaf)
-    (gradient,) = torch.autograd.grad(torch.compile(step, fullgraph=True)(leaf), leaf)
-    torch.testing.assert_close(gradient, expected)
-
-
 @pytest.mark.skipif(INTERPRETED, reason="opcheck traces; the interpreter is NumPy")
 @pytest.mark.parametrize("soft", [False, True])
 @pytest.mark.parametrize("reduction", ["none", "mean"])
@@ -358,6 +300,46 @@ def test_invariances(n, v, seed, shift):
     torch.testing.assert_close(shifted, (loss, gradient), rtol=1e-3, atol=2e-5)
     torch.testing.assert_close(permuted, (loss, gradient[:, order.cpu()]), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(gradient.sum(1), torch.zeros(n), rtol=0, atol=1e-6)
+
+
+@hypothesis.settings(max_examples=15 if INTERPRETED else 120, deadline=None)
+@hypothesis.given(data=st.data(), seed=st.integers(0, 2**20))
+def test_any_combination_of_options(data, seed):
+    """Loss, statistics and gradient of whatever options meet, against the formula in float64."""
+    torch.manual_seed(seed)
+    draw = data.draw
+    n, v, soft = draw(st.integers(1, 6)), draw(st.sampled_from([1, 2, 31, 64, 1025, 1500])), draw(st.booleans())
+    dtype = torch.float64 if NATIVE_CPU and draw(st.booleans()) else torch.float32
+    logits = (draw(st.sampled_from([0.1, 3.0, 40.0])) * torch.randn(v, n, dtype=dtype)).t()
+    logits = logits.contiguous() if draw(st.booleans()) else logits
+    target = soft_targets(n, v, dtype) if soft else class_targets(n, v, ignored=draw(st.sampled_from([0.0, 0.5])))
+    options = {
+        "weight": torch.rand(v, dtype=dtype) if draw(st.booleans()) else None,
+        "row_weight": torch.randn(n, dtype=dtype) if draw(st.booleans()) else None,
+        "label_smoothing": draw(st.sampled_from([0.0, 0.1, 1.0])),
+        "lse_square_scale": draw(st.sampled_from([0.0, 0.01])),
+        "softcap": draw(st.sampled_from([None, 10.0])),
+        "logit_scale": draw(st.sampled_from([1.0, -0.5])),
+        "reduction": draw(st.sampled_from(["none", "mean", "sum"])),
+    }
+    upstream = torch.randn(3)
+
+    def total(loss, lse, entropy):
+        return upstream[0] * loss.sum() + upstream[1] * lse.sum() + upstream[2] * entropy.sum()
+
+    leaf = logits.to(DEVICE).requires_grad_()
+    loss, stats = tilewise.cross_entropy(leaf, target.to(DEVICE), return_stats=True, **contract.to(DEVICE, options))
+    (gradient,) = torch.autograd.grad(total(loss, stats.lse, stats.entropy), leaf)
+    wide = logits.double().requires_grad_()
+    wide_target = target.double() if soft else target
+    weight = contract.to(torch.float64, options)
+    expected = reference(wide, wide_target, weight.pop("weight"), weight.pop("row_weight"), **weight)
+    (expected_gradient,) = torch.autograd.grad(total(*expected[:3]), wide)
+    tolerance = {"rtol": 1e-10, "atol": 1e-10} if dtype == torch.float64 else {"rtol": 3e-5, "atol": 3e-5}
+    for ours, theirs in zip(
+        (loss, stats.lse, stats.entropy, gradient), (*expected[:3], expected_gradient), strict=True
+    ):
+        torch.testing.assert_close(ours.detach().cpu().double(), theirs.detach(), **tolerance)
 
 
 @pytest.mark.cuda
