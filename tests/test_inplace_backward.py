@@ -50,8 +50,14 @@ def test_inplace_backward_is_refused_where_it_would_corrupt():
     loss = tilewise.cross_entropy(logits, target, inplace_backward=True)
     with pytest.raises(RuntimeError, match="inplace_backward cannot be differentiated twice"):
         torch.autograd.grad(loss, logits, create_graph=True)
-    with pytest.raises(ValueError, match="elements do not share memory"):
-        tilewise.cross_entropy(leaf[:1].expand(4, 6), target, inplace_backward=True)
+    for shared in (
+        leaf[:1].expand(4, 6),
+        leaf[:1, :1].expand(4, 1),
+        leaf[:, :1].expand(4, 6),
+        leaf.as_strided((4, 6), (2, 1)),
+    ):
+        with pytest.raises(ValueError, match="elements do not share memory"):
+            tilewise.cross_entropy(shared, target * 0, inplace_backward=True)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="torch.compile does not trace into the interpreter's NumPy")

@@ -142,9 +142,9 @@ def _check_probabilities(target: Tensor, logits: Tensor, ignore_index: int) -> T
 def _check_overwritable(logits: Tensor) -> None:
     """Elements that share memory (expanded dimensions) cannot each hold their own gradient."""
     (n, v), (row_stride, column_stride) = logits.shape, logits.stride()
-    by_rows = row_stride >= (v - 1) * column_stride + 1 and column_stride >= 1
-    by_columns = column_stride >= (n - 1) * row_stride + 1 and row_stride >= 1
-    if n > 1 and v > 1 and not (by_rows or by_columns):
+    by_rows = (v == 1 or column_stride >= 1) and (n <= 1 or row_stride > (v - 1) * column_stride)
+    by_columns = (n <= 1 or row_stride >= 1) and (v == 1 or column_stride > (n - 1) * row_stride)
+    if not (by_rows or by_columns):
         raise ValueError(
             f"tilewise.{OP}: inplace_backward expects logits whose elements do not share memory, "
             f"got shape {(n, v)} with strides {(row_stride, column_stride)}"
