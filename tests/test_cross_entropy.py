@@ -271,6 +271,13 @@ def test_the_operator_checks_what_it_is_given():
     ]:
         with pytest.raises(RuntimeError, match=rf"^tilewise\.cross_entropy: {message}"):
             op(*arguments)
+    for options, message in [
+        ({"label_smoothing": 1.5}, r"expected label_smoothing in \[0, 1\], got 1.5"),
+        ({"softcap": -1.0}, "expected softcap above 0, got -1"),
+        ({"reduction": "median"}, "expected reduction to be 'none', 'mean' or 'sum', got 'median'"),
+    ]:
+        with pytest.raises(RuntimeError, match=rf"^tilewise\.cross_entropy: {message}"):
+            op(logits, target, **options)
 
 
 def test_module_equals_function():

@@ -16,6 +16,15 @@ struct Options {
   Reduction reduction;
 };
 
+// Those who call torch.ops directly have passed no Python check.
+Options checked_options(int64_t ignore_index, double label_smoothing, double lse_square_scale,
+                        std::optional<double> softcap, double logit_scale, const std::string& reduction) {
+  require(label_smoothing >= 0 && label_smoothing <= 1, kOp, "expected label_smoothing in [0, 1], got ",
+          label_smoothing);
+  require(!softcap.has_value() || *softcap > 0, kOp, "expected softcap above 0, got ", softcap.value_or(0));
+  return {ignore_index, label_smoothing, lse_square_scale, softcap, logit_scale, parse_reduction(reduction, kOp)};
+}
+
 template <typename T>
 Transform<T> transform_of(const Options& options) {
   return {static_cast<T>(options.logit_scale), static_cast<T>(options.softcap.value_or(0))};
@@ -103,8 +112,8 @@ ForwardResult forward(const Tensor& logits, const Tensor& target, const std::opt
                       const std::string& reduction, bool return_stats, bool /*inplace_backward*/) {
   logits_matrix(logits, kOp);
   const DeviceScope scope(logits);
-  const Options options{ignore_index, label_smoothing, lse_square_scale,
-                        softcap,      logit_scale,     parse_reduction(reduction, kOp)};
+  const Options options =
+      checked_options(ignore_index, label_smoothing, lse_square_scale, softcap, logit_scale, reduction);
   return with_statistics(logits, [&](auto zero) {
     return forward_as<decltype(zero)>(logits, target, weight, row_weight, options, return_stats);
   });
@@ -172,9 +181,9 @@ Tensor backward(const std::optional<Tensor>& grad_loss, const std::optional<Tens
                 double logit_scale, const std::string& reduction) {
   logits_matrix(logits, kOp);
   const Tensor gradient = new_output(logits, {logits.size(0), logits.size(1)}, logits.scalar_type());
-  backward_into(
-      {grad_loss, grad_lse, grad_entropy}, logits, gradient, target, weight, row_weight, entropy, row_state, total,
-      {ignore_index, label_smoothing, lse_square_scale, softcap, logit_scale, parse_reduction(reduction, kOp)});
+  backward_into({grad_loss, grad_lse, grad_entropy}, logits, gradient, target, weight, row_weight, entropy, row_state,
+                total,
+                checked_options(ignore_index, label_smoothing, lse_square_scale, softcap, logit_scale, reduction));
   return gradient;
 }
 
@@ -185,9 +194,9 @@ void backward_in_place(const std::optional<Tensor>& grad_loss, const std::option
                        int64_t ignore_index, double label_smoothing, double lse_square_scale,
                        std::optional<double> softcap, double logit_scale, const std::string& reduction) {
   logits_matrix(logits, kOp);
-  backward_into(
-      {grad_loss, grad_lse, grad_entropy}, logits, logits, target, weight, row_weight, entropy, row_state, total,
-      {ignore_index, label_smoothing, lse_square_scale, softcap, logit_scale, parse_reduction(reduction, kOp)});
+  backward_into({grad_loss, grad_lse, grad_entropy}, logits, logits, target, weight, row_weight, entropy, row_state,
+                total,
+                checked_options(ignore_index, label_smoothing, lse_square_scale, softcap, logit_scale, reduction));
 }
 
 }  // namespace

@@ -59,6 +59,7 @@ ForwardResult forward(const Member& member, const Tensor& logits, const Tensor& 
 
 ForwardResult z_loss(const Tensor& logits, const Tensor& target, double a, double b, int64_t ignore_index,
                      const std::string& reduction) {
+  require(a > 0, "z_loss", "expected a above 0, got ", a);
   return forward({"z_loss", SphericalKind::kZ, a, b}, logits, target, ignore_index, reduction);
 }
 
@@ -69,6 +70,7 @@ ForwardResult taylor_softmax_loss(const Tensor& logits, const Tensor& target, in
 
 ForwardResult spherical_softmax_loss(const Tensor& logits, const Tensor& target, double eps, int64_t ignore_index,
                                      const std::string& reduction) {
+  require(eps >= 0, "spherical_softmax_loss", "expected eps not below 0, got ", eps);
   const Member member{.op = "spherical_softmax_loss", .kind = SphericalKind::kSpherical, .eps = eps};
   return forward(member, logits, target, ignore_index, reduction);
 }
