@@ -10,7 +10,7 @@ from contract import BACKEND, DEVICE, INTERPRETED, NATIVE_CPU, Case, Operator, s
 
 import tilewise
 from tilewise.reference.cross_entropy import cross_entropy as reference
-from tilewise.testing import class_targets, relative_error
+from tilewise.testing import class_targets, masked_logits, relative_error
 
 
 def truth(logits, target, weight=None, *, row_weight=None, **options):
@@ -150,8 +150,11 @@ def test_statistics_with_masked_classes_and_probability_targets():
     assert loss.isfinite()
 
 
-def test_statistics_are_differentiable():
+@pytest.mark.parametrize("masked", [False, True])
+def test_statistics_are_differentiable(masked):
     logits, target = example()
+    if masked:
+        logits = masked_logits(target.cpu(), 40, torch.float32).to(DEVICE)
     logits = logits.requires_grad_()
 
     def total(stats_of):

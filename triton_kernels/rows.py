@@ -13,6 +13,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Rows up to this long share a program with others; longer rows have one each.
 SHORT_ROW = 1024
 REDUCE_BLOCK = 4096
+# Programs that fill a large GPU several times over: with more tiles than this a program takes several.
+FULL_GRID = 8192
 
 
 def check_logits(op: str, logits: torch.Tensor) -> None:
@@ -52,7 +54,7 @@ def tile_groups(N: int, V: int, shape: dict[str, int]) -> tuple[int, int]:
     Several tiles a program spread the cost of reading the row's state, once there are programs enough to fill the GPU.
     """
     tiles = triton.cdiv(V, shape["BLOCK"])
-    tiles_per_program = min(tiles, 4) if N * tiles >= 8192 else 1
+    tiles_per_program = min(tiles, 4) if N * tiles >= FULL_GRID else 1
     return tiles_per_program, triton.cdiv(tiles, tiles_per_program)
 
 
