@@ -283,6 +283,14 @@ def test_the_operator_checks_what_it_is_given():
             op(logits, target, **options)
 
 
+@pytest.mark.skipif(NATIVE_CPU, reason="on the CPU a class that does not exist raises")
+def test_a_batch_of_unknown_classes_is_not_an_empty_batch():
+    """Class weight 0 or not, its mean is NaN: only ignored rows may make the denominator 0 and the mean 0."""
+    logits, target = torch.randn(3, 5, device=DEVICE), torch.tensor([5, -1, -100], device=DEVICE)
+    assert tilewise.cross_entropy(logits, target, torch.zeros(5, device=DEVICE)).isnan()
+    assert tilewise.cross_entropy(logits, target).isnan()
+
+
 def test_module_equals_function():
     logits, target = example()
     weight = torch.rand(40, device=DEVICE)

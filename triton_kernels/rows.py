@@ -110,11 +110,13 @@ def class_target(target_ptr, stride, rows, in_rows, ignore_index, V):
 
 @triton.jit
 def class_weight(weight_ptr, y, kept, known):
-    """w_y of each row: 0 for an ignored row (and for a class that does not exist), 1 without weights."""
-    if weight_ptr is None:
-        w = tl.where(kept, 1.0, 0.0)
-    else:
-        w = tl.load(weight_ptr + y, mask=known, other=0.0)
+    """w_y of each row: 1 without weights, 0 for an ignored row.
+
+    1 for a class that does not exist, too: were it 0, a batch of such rows alone would look empty and its mean be 0.
+    """
+    w = tl.where(kept, 1.0, 0.0)
+    if weight_ptr is not None:
+        w = tl.load(weight_ptr + y, mask=known, other=0.0) + tl.where(kept & ~known, 1.0, 0.0)
     return w  # [ROWS]
 
 

@@ -93,7 +93,8 @@ TILEWISE_FN void finish_row(const CrossEntropyForward<T>& op, int64_t row, const
   if (op.target != nullptr) {
     const bool inside = !is_out_of_range(op, row);
     const int64_t y = inside ? op.target[row] : 0;
-    share = op.request.dense.weight != nullptr ? op.request.dense.weight[y] : T(1);
+    // A class that does not exist counts as 1: were it 0, a batch of such rows alone would look empty, its mean be 0.
+    share = op.request.dense.weight != nullptr && inside ? op.request.dense.weight[y] : T(1);
     const T coefficient = inside ? op.confidence * share : quiet_nan<T>();
     const T x = apply(op.request.transform, read_element<T>(op.logits, row, y));
     mass += coefficient;

@@ -37,7 +37,12 @@ def coefficients(
         return w * ((1 - label_smoothing) * target.to(x.dtype) + uniform), x.new_ones(len(x)), nowhere, nowhere
     index, ignored, outside = split_target(target, classes, ignore_index, "cross_entropy")
     one_hot = torch.nn.functional.one_hot(index, classes).to(x.dtype)
-    return w * ((1 - label_smoothing) * one_hot + uniform), w[index].masked_fill(ignored, 0), ignored, outside
+    return (
+        w * ((1 - label_smoothing) * one_hot + uniform),
+        w[index].masked_fill(outside, 1).masked_fill(ignored, 0),
+        ignored,
+        outside,
+    )
 
 
 def cross_entropy(
