@@ -20,6 +20,18 @@ STABLE_TORCH_LIBRARY(tilewise, m) {
       "int ignore_index, float label_smoothing, float lse_square_scale, float? softcap, float logit_scale, "
       "str reduction) -> ()");
   m.def(
+      "linear_cross_entropy(Tensor input, Tensor linear_weight, Tensor target, Tensor? linear_bias=None, "
+      "Tensor? weight=None, *, int ignore_index=-100, float label_smoothing=0.0, float lse_square_scale=0.0, "
+      "float? softcap=None, str reduction=\"mean\", int chunk_bytes=0, bool form_input_grad=False, "
+      "bool form_weight_grad=False, bool form_bias_grad=False) -> (Tensor loss, Tensor row_state, Tensor total, "
+      "Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
+  m.def(
+      "linear_cross_entropy_backward(Tensor grad_loss, Tensor input, Tensor linear_weight, Tensor target, "
+      "Tensor? linear_bias, Tensor? weight, Tensor row_state, Tensor total, *, int ignore_index, "
+      "float label_smoothing, float lse_square_scale, float? softcap, str reduction, int chunk_bytes, "
+      "bool input_grad, bool weight_grad, bool bias_grad) "
+      "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
+  m.def(
       "z_loss(Tensor logits, Tensor target, *, float a, float b, int ignore_index=-100, str reduction=\"mean\") "
       "-> (Tensor loss, Tensor row_state, Tensor total)");
   m.def(

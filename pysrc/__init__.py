@@ -7,6 +7,7 @@ loading.load_libraries()
 from tilewise import nn, reference  # noqa: E402  (they register on the operators that were just loaded)
 from tilewise.backend import backend, start  # noqa: E402
 from tilewise.ops.cross_entropy import CrossEntropyStats, cross_entropy  # noqa: E402
+from tilewise.ops.linear_cross_entropy import linear_cross_entropy  # noqa: E402
 from tilewise.ops.z_loss import spherical_softmax_loss, taylor_softmax_loss, z_loss  # noqa: E402
 from tilewise.version import __version__  # noqa: E402
 
@@ -17,6 +18,7 @@ __all__ = [
     "__version__",
     "backend",
     "cross_entropy",
+    "linear_cross_entropy",
     "nn",
     "reference",
     "spherical_softmax_loss",

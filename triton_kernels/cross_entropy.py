@@ -31,25 +31,57 @@ from .rows import (
     upstream_gradient,
 )
 
+STRIDES = ("grad_loss_stride", "grad_lse_stride", "grad_entropy_stride", "state_stride")
+
 
 @triton.jit
 def soft_coefficients(
-    target_rows, target_stride_col, weight_ptr, cols, inside, V, label_smoothing, PROBABILITIES: tl.constexpr
+    target_rows, target_stride_col, weight_ptr, cols, inside, V, classes, label_smoothing, PROBABILITIES: tl.constexpr
 ):
-    """One tile of c_k without the class index's own share: w_k ((1 - eps) t_k + eps / V), 0 outside the matrix."""
+    """One tile of c_k without the class index's own share: w_k ((1 - eps) t_k + eps / classes), 0 outside."""
     c = tl.zeros(inside.shape, tl.float32)  # [ROWS, BLOCK]
     if PROBABILITIES:
         c += tl.load(tile_pointers(target_rows, cols, target_stride_col), mask=inside, other=0.0).to(tl.float32)
     if label_smoothing is not None:
         if PROBABILITIES:
             c = c * (1.0 - label_smoothing)
-        c = tl.where(inside, c + label_smoothing / V, 0.0)
+        c = tl.where(inside, c + label_smoothing / classes, 0.0)
     if weight_ptr is not None:
         c = c * tl.load(weight_ptr + cols, mask=cols < V, other=0.0)[None, :]
     return c
 
 
-@triton.jit(do_not_specialize=["N", "ignore_index"])
+@triton.jit
+def store_rows(
+    row_max, total_exp, weight_sum, weighted_dot, x_y, target_ptr, weight_ptr, row_weight_ptr, loss_ptr, row_state_ptr,
+    rows, in_rows, V, target_stride_row, state_stride, ignore_index, label_smoothing, lse_square_scale,
+    PROBABILITIES: tl.constexpr
+):  # fmt: skip
+    """From the statistics of each row to its loss and row state; `weight_sum` and `weighted_dot` lack the class index's
+    share, x_y is its logit. Returns lse and log_sum."""
+    log_sum = tl.log(total_exp)  # [ROWS]
+    lse = row_max + log_sum
+    if not PROBABILITIES:
+        y, kept, known = class_target(target_ptr, target_stride_row, rows, in_rows, ignore_index, V)
+        hard = class_weight(weight_ptr, y, kept, known)
+        if label_smoothing is not None:
+            hard = hard * (1.0 - label_smoothing)
+        weight_sum += hard
+        weighted_dot += tl.where(hard != 0, hard * (x_y - row_max), 0.0)
+    loss = log_sum * weight_sum - weighted_dot + lse_square_scale * lse * lse
+    if row_weight_ptr is not None:
+        loss = loss * tl.load(row_weight_ptr + rows, mask=in_rows, other=0.0)
+    if not PROBABILITIES:
+        loss = tl.where(kept, tl.where(known, loss, float("nan")), 0.0)
+    stride = tl.cast(state_stride, tl.int64)
+    tl.store(loss_ptr + rows, loss, mask=in_rows)
+    tl.store(row_state_ptr + rows, row_max, mask=in_rows)
+    tl.store(row_state_ptr + stride + rows, log_sum, mask=in_rows)
+    tl.store(row_state_ptr + 2 * stride + rows, weight_sum, mask=in_rows)
+    return lse, log_sum
+
+
+@triton.jit(do_not_specialize=["N", "state_stride", "ignore_index"])
 def cross_entropy_forward_kernel(
     logits_ptr,
     target_ptr,
@@ -66,6 +98,7 @@ def cross_entropy_forward_kernel(
     logits_stride_col,
     target_stride_row,
     target_stride_col,
+    state_stride,
     ignore_index,
     label_smoothing,
     lse_square_scale,
@@ -111,45 +144,34 @@ def cross_entropy_forward_kernel(
             exp_dot = decay[:, None] * (exp_dot + previous_sum * moved[:, None]) + e * tl.maximum(d, -104.0)
         if SOFT:
             c = soft_coefficients(
-                target_rows, target_stride_col, weight_ptr, cols, inside, V, label_smoothing, PROBABILITIES
+                target_rows, target_stride_col, weight_ptr, cols, inside, V, V, label_smoothing, PROBABILITIES
             )
             soft_dot += soft_sum * moved[:, None] + tl.where(c != 0, c * d, 0.0)
             soft_sum += c
 
     total_exp = tl.sum(sum_exp, axis=1)  # [ROWS]
-    log_sum = tl.log(total_exp)
-    lse = row_max + log_sum
     weight_sum = tl.zeros([ROWS], tl.float32)  # W
     weighted_dot = tl.zeros([ROWS], tl.float32)  # sum of c (x - m)
     if SOFT:
         weight_sum += tl.sum(soft_sum, axis=1)
         weighted_dot += tl.sum(soft_dot, axis=1)
+    x_y = tl.zeros([ROWS], tl.float32)
     if not PROBABILITIES:
-        y, kept, known = class_target(target_ptr, target_stride_row, rows, in_rows, ignore_index, V)
-        hard = class_weight(weight_ptr, y, kept, known)
-        if label_smoothing is not None:
-            hard = hard * (1.0 - label_smoothing)
+        y, _, known = class_target(target_ptr, target_stride_row, rows, in_rows, ignore_index, V)
         raw_y = tl.load(logits_rows + y * logits_stride_col, mask=known, other=0.0)
-        x_y = effective_logit(raw_y, logit_scale, softcap)
-        weight_sum += hard
-        weighted_dot += tl.where(hard != 0, hard * (x_y - row_max), 0.0)
-
-    loss = log_sum * weight_sum - weighted_dot + lse_square_scale * lse * lse
-    if row_weight_ptr is not None:
-        loss = loss * tl.load(row_weight_ptr + rows, mask=in_rows, other=0.0)
-    if not PROBABILITIES:
-        loss = tl.where(kept, tl.where(known, loss, float("nan")), 0.0)
-    tl.store(loss_ptr + rows, loss, mask=in_rows)
-    tl.store(row_state_ptr + rows, row_max, mask=in_rows)
-    tl.store(row_state_ptr + N + rows, log_sum, mask=in_rows)
-    tl.store(row_state_ptr + 2 * tl.cast(N, tl.int64) + rows, weight_sum, mask=in_rows)
+        x_y += effective_logit(raw_y, logit_scale, softcap)
+    lse, log_sum = store_rows(
+        row_max, total_exp, weight_sum, weighted_dot, x_y, target_ptr, weight_ptr, row_weight_ptr, loss_ptr,
+        row_state_ptr, rows, in_rows, V, target_stride_row, state_stride, ignore_index, label_smoothing,
+        lse_square_scale, PROBABILITIES
+    )  # fmt: skip
     if STATS:
         tl.store(lse_ptr + rows, lse, mask=in_rows)
         tl.store(entropy_ptr + rows, log_sum - tl.sum(exp_dot, axis=1) / total_exp, mask=in_rows)
         tl.store(argmax_ptr + rows, argmax.to(tl.int64), mask=in_rows)
 
 
-@triton.jit(do_not_specialize=["N", "grad_loss_stride", "grad_lse_stride", "grad_entropy_stride", "ignore_index"])
+@triton.jit(do_not_specialize=["N", "first_class", *STRIDES, "ignore_index"])
 def cross_entropy_backward_kernel(
     grad_loss_ptr,
     grad_lse_ptr,
@@ -173,6 +195,9 @@ def cross_entropy_backward_kernel(
     target_stride_col,
     grad_stride_row,
     grad_stride_col,
+    state_stride,
+    first_class,
+    classes,
     ignore_index,
     label_smoothing,
     lse_square_scale,
@@ -188,7 +213,8 @@ def cross_entropy_backward_kernel(
 ):
     """dL/draw_k = dx_k dx_k/draw_k for some tiles of the program's rows; grad_ptr may be logits_ptr.
 
-    Rows without any gradient (ignored, weight 0) are written as zeros and their logits are not read.
+    Rows without any gradient (ignored, weight 0) are written as zeros and their logits are not read. The V columns are
+    classes [first_class, first_class + V) of all `classes`; weights and probabilities are those of these columns.
     """
     SOFT: tl.constexpr = PROBABILITIES or label_smoothing is not None
     WARPED: tl.constexpr = logit_scale is not None or softcap is not None
@@ -201,8 +227,9 @@ def cross_entropy_backward_kernel(
     grad_rows = grad_ptr + rows * grad_stride_row
 
     if not PROBABILITIES:
-        y, kept, known = class_target(target_ptr, target_stride_row, rows, in_rows, ignore_index, V)
-        hard = class_weight(weight_ptr, y, kept, known)
+        y, kept, known = class_target(target_ptr, target_stride_row, rows, in_rows, ignore_index, classes)
+        y -= first_class
+        hard = class_weight(weight_ptr, y, kept, known & (y >= 0) & (y < V))
         if label_smoothing is not None:
             hard = hard * (1.0 - label_smoothing)
     g = tl.zeros([ROWS], tl.float32)
@@ -214,8 +241,9 @@ def cross_entropy_backward_kernel(
             g = tl.where(kept, tl.where(known, g, float("nan")), 0.0)
 
     row_max = tl.load(row_state_ptr + rows, mask=in_rows, other=0.0)
-    log_sum = tl.load(row_state_ptr + N + rows, mask=in_rows, other=0.0)
-    weight_sum = tl.load(row_state_ptr + 2 * tl.cast(N, tl.int64) + rows, mask=in_rows, other=0.0)
+    stride = tl.cast(state_stride, tl.int64)
+    log_sum = tl.load(row_state_ptr + stride + rows, mask=in_rows, other=0.0)
+    weight_sum = tl.load(row_state_ptr + 2 * stride + rows, mask=in_rows, other=0.0)
     alpha = tl.where(g != 0, g * (weight_sum + 2.0 * lse_square_scale * (row_max + log_sum)), 0.0)  # A
     if grad_lse_ptr is not None:
         alpha += tl.load(grad_lse_ptr + rows * grad_lse_stride, mask=in_rows, other=0.0)
@@ -241,7 +269,7 @@ def cross_entropy_backward_kernel(
         dx = softmax_gradient(d, alpha, beta)
         if SOFT:
             c = soft_coefficients(
-                target_rows, target_stride_col, weight_ptr, cols, read, V, label_smoothing, PROBABILITIES
+                target_rows, target_stride_col, weight_ptr, cols, read, V, classes, label_smoothing, PROBABILITIES
             )
             dx -= g[:, None] * c
         if not PROBABILITIES:
@@ -250,6 +278,53 @@ def cross_entropy_backward_kernel(
             dx = dx * effective_slope(raw, logit_scale, softcap)
         dx = tl.where(active[:, None], dx, 0.0)
         tl.store(tile_pointers(grad_rows, cols, grad_stride_col), dx, mask=inside)
+
+
+def launch_forward(
+    row_loss,
+    row_state,
+    details,
+    logits,
+    target,
+    weight,
+    row_weight,
+    *,
+    ignore_index,
+    label_smoothing,
+    lse_square_scale,
+    softcap,
+    logit_scale,
+):
+    """Writes the row losses, the row state (3, N) and, where `details` is given, (lse, entropy, argmax)."""
+    N, V = logits.shape
+    if N == 0:
+        return
+    probabilities = target.is_floating_point()
+    soft = probabilities or label_smoothing != 0 or details is not None
+    shape = tile_shape(logits, elements_per_thread=8 if soft else 16, max_warps=16)
+    with torch.cuda.device_of(logits):
+        cross_entropy_forward_kernel[(triton.cdiv(N, shape["ROWS"]),)](
+            logits,
+            target,
+            weight,
+            row_weight,
+            row_loss,
+            row_state,
+            *(details or (None, None, None)),
+            N,
+            V,
+            *logits.stride(),
+            target.stride(0),
+            target.stride(1) if probabilities else 0,
+            row_state.stride(0),
+            ignore_index,
+            label_smoothing or None,
+            lse_square_scale,
+            softcap,
+            None if logit_scale == 1.0 else logit_scale,
+            PROBABILITIES=probabilities,
+            **shape,
+        )
 
 
 def cross_entropy(
@@ -270,48 +345,28 @@ def cross_entropy(
     """(loss, lse, entropy, argmax, row_state, total); `inplace_backward` concerns the backward operator only."""
     check_logits("cross_entropy", logits)
     N, V = logits.shape
-    probabilities = target.is_floating_point()
     row_loss = torch.empty(N, dtype=torch.float32, device=logits.device)
     row_state = row_loss.new_empty((3, N))
     lse = row_loss.new_empty(N if return_stats else 0)
     entropy = torch.empty_like(lse)
     argmax = torch.empty_like(lse, dtype=torch.int64)
-
+    launch_forward(
+        row_loss,
+        row_state,
+        (lse, entropy, argmax) if return_stats else None,
+        logits,
+        target,
+        weight,
+        row_weight,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        lse_square_scale=lse_square_scale,
+        softcap=softcap,
+        logit_scale=logit_scale,
+    )
+    classes = None if target.is_floating_point() else target
     with torch.cuda.device_of(logits):
-        if N > 0:
-            soft = probabilities or label_smoothing != 0 or return_stats
-            shape = tile_shape(logits, elements_per_thread=8 if soft else 16, max_warps=16)
-            cross_entropy_forward_kernel[(triton.cdiv(N, shape["ROWS"]),)](
-                logits,
-                target,
-                weight,
-                row_weight,
-                row_loss,
-                row_state,
-                lse if return_stats else None,
-                entropy if return_stats else None,
-                argmax if return_stats else None,
-                N,
-                V,
-                *logits.stride(),
-                target.stride(0),
-                target.stride(1) if probabilities else 0,
-                ignore_index,
-                label_smoothing or None,
-                lse_square_scale,
-                softcap,
-                None if logit_scale == 1.0 else logit_scale,
-                PROBABILITIES=probabilities,
-                **shape,
-            )
-        loss, total = reduce_rows(
-            row_loss,
-            None if probabilities else target,
-            weight,
-            V=V,
-            ignore_index=ignore_index,
-            reduction=reduction,
-        )
+        loss, total = reduce_rows(row_loss, classes, weight, V=V, ignore_index=ignore_index, reduction=reduction)
     return loss, lse, entropy, argmax, row_state, total
 
 
@@ -334,8 +389,13 @@ def launch_backward(
     softcap,
     logit_scale,
     reduction,
+    first_class=0,
+    classes=None,
 ):
-    """Writes the gradient with respect to the raw logits into `grad`, which may be `logits` itself."""
+    """Writes the gradient with respect to the raw logits into `grad`, which may be `logits` itself.
+
+    `logits`, `weight` and probabilities may be those of a block of classes, from `first_class` on, of all `classes`.
+    """
     check_logits("cross_entropy_backward", logits)
     N, V = logits.shape
     if N == 0:
@@ -363,6 +423,9 @@ def launch_backward(
             target.stride(0),
             target.stride(1) if probabilities else 0,
             *grad.stride(),
+            row_state.stride(0),
+            first_class,
+            classes or V,
             ignore_index,
             label_smoothing or None,
             lse_square_scale,

@@ -63,7 +63,7 @@ inline void require_dtype(const Tensor& tensor, ScalarType dtype, const char* op
 }
 
 inline void require_same_device(const Tensor& tensor, const Tensor& reference, const char* op, const char* name) {
-  require(tensor.device() == reference.device(), op, "expected ", name, " on the device of logits");
+  require(tensor.device() == reference.device(), op, "expected ", name, " on the device of the first argument");
 }
 
 // A dense vector of statistics type; null when absent.

@@ -23,7 +23,8 @@ struct CrossEntropyForward {
   T lse_square_scale = 0;
   T* loss_rows = nullptr;   // (rows,)
   T* share_rows = nullptr;  // (rows,) what the row adds to the denominator of the mean
-  T* row_state = nullptr;   // (3, rows): max, log_sum, W
+  T* row_state = nullptr;   // (3, all rows): max, log_sum, W
+  int64_t all_rows = 0;     // of the problem whose rows these are; 0: there are no others
   T* lse = nullptr;         // (rows,) with request.details
   T* entropy = nullptr;
   int64_t* argmax = nullptr;
@@ -46,6 +47,8 @@ struct CrossEntropyBackward {
   int64_t grad_entropy_stride = 0;
   const T* entropy = nullptr;  // (rows,), read only with grad_entropy
   const T* row_state = nullptr;
+  int64_t all_rows = 0;
+  int64_t first_class = 0;  // the class of the first column; the dense target is that of these columns
 };
 
 template <typename Op>
@@ -53,9 +56,11 @@ TILEWISE_FN bool is_ignored(const Op& op, int64_t row) {
   return op.target != nullptr && op.target[row] == op.ignore_index;
 }
 
+TILEWISE_FN bool is_outside(int64_t index, int64_t classes) { return index < 0 || index >= classes; }
+
 template <typename Op>
-TILEWISE_FN bool is_out_of_range(const Op& op, int64_t row) {
-  return op.target != nullptr && (op.target[row] < 0 || op.target[row] >= op.logits.columns);
+TILEWISE_FN int64_t state_stride(const Op& op) {
+  return op.all_rows != 0 ? op.all_rows : op.logits.rows;
 }
 
 template <typename T>
@@ -63,8 +68,8 @@ TILEWISE_FN void write_row(const CrossEntropyForward<T>& op, int64_t row, T loss
   op.loss_rows[row] = loss;
   op.share_rows[row] = share;
   op.row_state[row] = max;
-  op.row_state[op.logits.rows + row] = log_sum;
-  op.row_state[2 * op.logits.rows + row] = mass;
+  op.row_state[state_stride(op) + row] = log_sum;
+  op.row_state[2 * state_stride(op) + row] = mass;
 }
 
 template <typename T>
@@ -91,7 +96,7 @@ TILEWISE_FN void finish_row(const CrossEntropyForward<T>& op, int64_t row, const
   T cross = stats.cross;
   T share = T(1);
   if (op.target != nullptr) {
-    const bool inside = !is_out_of_range(op, row);
+    const bool inside = !is_outside(op.target[row], op.logits.columns);
     const int64_t y = inside ? op.target[row] : 0;
     // A class that does not exist counts as 1: were it 0, a batch of such rows alone would look empty, its mean be 0.
     share = op.request.dense.weight != nullptr && inside ? op.request.dense.weight[y] : T(1);
@@ -110,8 +115,8 @@ template <typename T>
 TILEWISE_FN RowGradient<T> gradient_of_row(const CrossEntropyBackward<T>& op, int64_t row) {
   RowGradient<T> result;
   result.max = op.row_state[row];
-  result.log_sum = op.row_state[op.logits.rows + row];
-  const T mass = op.row_state[2 * op.logits.rows + row];
+  result.log_sum = op.row_state[state_stride(op) + row];
+  const T mass = op.row_state[2 * state_stride(op) + row];
   const T g = is_ignored(op, row) ? T(0) : upstream_of_row(op.upstream, row);
   const T g_lse = op.grad_lse != nullptr ? op.grad_lse[row * op.grad_lse_stride] : T(0);
   const T g_entropy = op.grad_entropy != nullptr ? op.grad_entropy[row * op.grad_entropy_stride] : T(0);
@@ -122,8 +127,9 @@ TILEWISE_FN RowGradient<T> gradient_of_row(const CrossEntropyBackward<T>& op, in
   if (g_entropy != T(0)) result.alpha -= g_entropy * op.entropy[row];
   result.beta = -g_entropy;
   result.dense = g;
-  if (op.target != nullptr && g != T(0) && !is_out_of_range(op, row)) {
-    const int64_t y = op.target[row];
+  if (op.target != nullptr && g != T(0)) {
+    const int64_t y = op.target[row] - op.first_class;
+    if (is_outside(y, op.logits.columns)) return result;
     result.target = y;
     result.gamma = -g * op.confidence * (op.dense.weight != nullptr ? op.dense.weight[y] : T(1));
   }
@@ -139,9 +145,9 @@ struct CrossEntropyKernels {
 };
 TILEWISE_DECLARE_KERNELS(CrossEntropyKernels, cross_entropy_kernels)
 
-// Both return a CUDA error string, or null. Only float statistics: float64 matrices stay on the CPU.
-const char* cross_entropy_forward_cuda(const CrossEntropyForward<float>& op, const RowReduction<float>& reduction,
-                                       void* stream);
+// They return a CUDA error string, or null. Only float statistics: float64 matrices stay on the CPU.
+const char* cross_entropy_forward_cuda(const CrossEntropyForward<float>& op, void* stream);
+const char* cross_entropy_reduction_cuda(const RowReduction<float>& reduction, void* stream);
 const char* cross_entropy_backward_cuda(const CrossEntropyBackward<float>& op, void* stream);
 
 }  // namespace tilewise

@@ -1,90 +1,25 @@
 // cross_entropy: checks, allocation and registration, compiled once for the CPU and once for CUDA.
-#include "cross_entropy/cross_entropy.h"
-#include "rows/rows_bind.h"
+#include "cross_entropy/cross_entropy_bind.h"
 
 namespace tilewise {
 namespace {
 
 constexpr const char* kOp = "cross_entropy";
 
-struct Options {
-  int64_t ignore_index;
-  double label_smoothing;
-  double lse_square_scale;
-  std::optional<double> softcap;
-  double logit_scale;
-  Reduction reduction;
-};
-
-// Those who call torch.ops directly have passed no Python check.
-Options checked_options(int64_t ignore_index, double label_smoothing, double lse_square_scale,
-                        std::optional<double> softcap, double logit_scale, const std::string& reduction) {
-  require(label_smoothing >= 0 && label_smoothing <= 1, kOp, "expected label_smoothing in [0, 1], got ",
-          label_smoothing);
-  require(!softcap.has_value() || *softcap > 0, kOp, "expected softcap above 0, got ", softcap.value_or(0));
-  return {ignore_index, label_smoothing, lse_square_scale, softcap, logit_scale, parse_reduction(reduction, kOp)};
-}
-
-template <typename T>
-Transform<T> transform_of(const Options& options) {
-  return {static_cast<T>(options.logit_scale), static_cast<T>(options.softcap.value_or(0))};
-}
-
-bool is_class_index(const Tensor& target) { return target.scalar_type() == ScalarType::Long; }
-
-// c_k outside the target column: eps/V w_k for class indices, w_k ((1-eps) t_k + eps/V) for probabilities.
-template <typename T>
-DenseTarget<T> dense_target(const Tensor& logits, const Tensor& target, const std::optional<Tensor>& weight,
-                            const Options& options) {
-  DenseTarget<T> dense;
-  dense.weight = vector_or_null<T>(weight, logits.size(1), logits, statistics_type(logits), kOp, "weight");
-  dense.uniform = static_cast<T>(options.label_smoothing / static_cast<double>(logits.size(1)));
-  if (is_class_index(target)) return dense;
-  dense.soft = static_cast<T>(1 - options.label_smoothing);
-  require_shape(target, {logits.size(0), logits.size(1)}, kOp, "target");
-  require_same_device(target, logits, kOp, "target");
-  require(target.scalar_type() == logits.scalar_type() || target.scalar_type() == ScalarType::Float, kOp,
-          "expected a probability target to have dtype ", toString(logits.scalar_type()), " or Float, got ",
-          toString(target.scalar_type()));
-  dense.probabilities = row_matrix(target, kOp, "target");
-  return dense;
-}
-
-template <typename T>
-void run(const CrossEntropyForward<T>& op, const RowReduction<T>& reduction, [[maybe_unused]] const Tensor& logits) {
-#if defined(TILEWISE_CUDA)
-  const char* error = cross_entropy_forward_cuda(op, reduction, current_stream(logits));
-  require(error == nullptr, kOp, "the CUDA kernel could not be launched: ", error);
-#else
-  const CrossEntropyKernels& kernels = selected_cross_entropy_kernels();
-  for_rows(op, kernels.forward_float, kernels.forward_double);
-  reduce_rows(reduction);
-#endif
-}
-
-template <typename T>
-void run(const CrossEntropyBackward<T>& op, [[maybe_unused]] const Tensor& logits) {
-#if defined(TILEWISE_CUDA)
-  const char* error = cross_entropy_backward_cuda(op, current_stream(logits));
-  require(error == nullptr, kOp, "the CUDA kernel could not be launched: ", error);
-#else
-  const CrossEntropyKernels& kernels = selected_cross_entropy_kernels();
-  for_rows(op, kernels.backward_float, kernels.backward_double);
-#endif
-}
-
 using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <typename T>
 ForwardResult forward_as(const Tensor& logits, const Tensor& target, const std::optional<Tensor>& weight,
-                         const std::optional<Tensor>& row_weight, const Options& options, bool return_stats) {
+                         const std::optional<Tensor>& row_weight, const CrossEntropyOptions& options,
+                         bool return_stats) {
   const ScalarType type = statistics_type(logits);
   const int64_t n = logits.size(0);
   const int64_t n_details = return_stats ? n : 0;
   CrossEntropyForward<T> op;
   op.logits = logits_matrix(logits, kOp);
-  op.request = {transform_of<T>(options), dense_target<T>(logits, target, weight, options), return_stats};
-  if (is_class_index(target)) op.target = class_indices(target, logits, options.ignore_index, kOp);
+  op.request = {transform_of<T>(options), dense_target<T>(logits, op.logits, target, weight, options, kOp),
+                return_stats};
+  if (is_class_index(target)) op.target = class_indices(target, logits, op.logits, options.ignore_index, kOp);
   op.row_weight = vector_or_null<T>(row_weight, n, logits, type, kOp, "row_weight");
   op.ignore_index = options.ignore_index;
   op.confidence = static_cast<T>(1 - options.label_smoothing);
@@ -101,7 +36,8 @@ ForwardResult forward_as(const Tensor& logits, const Tensor& target, const std::
   op.lse = static_cast<T*>(lse.data_ptr());
   op.entropy = static_cast<T*>(entropy.data_ptr());
   op.argmax = static_cast<int64_t*>(argmax.data_ptr());
-  run(op, outputs.reduction<T>(options.reduction), logits);
+  run(op, logits, kOp);
+  run(outputs.reduction<T>(options.reduction), logits, kOp);
   return {outputs.loss, lse, entropy, argmax, row_state, outputs.total};
 }
 
@@ -112,8 +48,8 @@ ForwardResult forward(const Tensor& logits, const Tensor& target, const std::opt
                       const std::string& reduction, bool return_stats, bool /*inplace_backward*/) {
   logits_matrix(logits, kOp);
   const DeviceScope scope(logits);
-  const Options options =
-      checked_options(ignore_index, label_smoothing, lse_square_scale, softcap, logit_scale, reduction);
+  const CrossEntropyOptions options =
+      checked_options(ignore_index, label_smoothing, lse_square_scale, softcap, logit_scale, reduction, kOp);
   return with_statistics(logits, [&](auto zero) {
     return forward_as<decltype(zero)>(logits, target, weight, row_weight, options, return_stats);
   });
@@ -139,14 +75,14 @@ template <typename T>
 void backward_as(const Gradients& gradients, const Tensor& logits, const Tensor& gradient, const Tensor& target,
                  const std::optional<Tensor>& weight, const std::optional<Tensor>& row_weight,
                  const std::optional<Tensor>& entropy, const Tensor& row_state, const Tensor& total,
-                 const Options& options) {
+                 const CrossEntropyOptions& options) {
   const ScalarType type = statistics_type(logits);
   CrossEntropyBackward<T> op;
   op.logits = logits_matrix(logits, kOp);
   op.gradient = row_matrix(gradient, kOp, "gradient");
   op.transform = transform_of<T>(options);
-  op.dense = dense_target<T>(logits, target, weight, options);
-  if (is_class_index(target)) op.target = class_indices(target, logits, options.ignore_index, kOp);
+  op.dense = dense_target<T>(logits, op.logits, target, weight, options, kOp);
+  if (is_class_index(target)) op.target = class_indices(target, logits, op.logits, options.ignore_index, kOp);
   op.ignore_index = options.ignore_index;
   op.confidence = static_cast<T>(1 - options.label_smoothing);
   op.lse_square_scale = static_cast<T>(options.lse_square_scale);
@@ -159,13 +95,13 @@ void backward_as(const Gradients& gradients, const Tensor& logits, const Tensor&
   require_shape(row_state, {3, logits.size(0)}, kOp, "row_state");
   require_dtype(row_state, type, kOp, "row_state");
   op.row_state = static_cast<const T*>(row_state.data_ptr());
-  run(op, logits);
+  run(op, logits, kOp);
 }
 
 void backward_into(const Gradients& gradients, const Tensor& logits, const Tensor& gradient, const Tensor& target,
                    const std::optional<Tensor>& weight, const std::optional<Tensor>& row_weight,
                    const std::optional<Tensor>& entropy, const Tensor& row_state, const Tensor& total,
-                   const Options& options) {
+                   const CrossEntropyOptions& options) {
   const DeviceScope scope(logits);
   with_statistics(logits, [&](auto zero) {
     using T = decltype(zero);
@@ -183,7 +119,7 @@ Tensor backward(const std::optional<Tensor>& grad_loss, const std::optional<Tens
   const Tensor gradient = new_output(logits, {logits.size(0), logits.size(1)}, logits.scalar_type());
   backward_into({grad_loss, grad_lse, grad_entropy}, logits, gradient, target, weight, row_weight, entropy, row_state,
                 total,
-                checked_options(ignore_index, label_smoothing, lse_square_scale, softcap, logit_scale, reduction));
+                checked_options(ignore_index, label_smoothing, lse_square_scale, softcap, logit_scale, reduction, kOp));
   return gradient;
 }
 
@@ -196,7 +132,7 @@ void backward_in_place(const std::optional<Tensor>& grad_loss, const std::option
   logits_matrix(logits, kOp);
   backward_into({grad_loss, grad_lse, grad_entropy}, logits, logits, target, weight, row_weight, entropy, row_state,
                 total,
-                checked_options(ignore_index, label_smoothing, lse_square_scale, softcap, logit_scale, reduction));
+                checked_options(ignore_index, label_smoothing, lse_square_scale, softcap, logit_scale, reduction, kOp));
 }
 
 }  // namespace

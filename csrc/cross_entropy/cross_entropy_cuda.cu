@@ -37,10 +37,12 @@ const char* backward(const CrossEntropyBackward<float>& op, void* stream) {
 
 }  // namespace
 
-const char* cross_entropy_forward_cuda(const CrossEntropyForward<float>& op, const RowReduction<float>& reduction,
-                                       void* stream) {
-  const char* error = with_storage(op.logits.dtype, [&](auto tag) { return forward<decltype(tag)>(op, stream); });
-  return error != nullptr ? error : launch_row_reduction(reduction, stream);
+const char* cross_entropy_forward_cuda(const CrossEntropyForward<float>& op, void* stream) {
+  return with_storage(op.logits.dtype, [&](auto tag) { return forward<decltype(tag)>(op, stream); });
+}
+
+const char* cross_entropy_reduction_cuda(const RowReduction<float>& reduction, void* stream) {
+  return launch_row_reduction(reduction, stream);
 }
 
 const char* cross_entropy_backward_cuda(const CrossEntropyBackward<float>& op, void* stream) {

@@ -57,17 +57,18 @@ inline Reduction parse_reduction(const std::string& reduction, const char* op) {
 }
 
 // Class indices; on the CPU each must be a class or ignore_index. On a GPU the kernels give NaN instead: looking
-// would mean waiting for the device.
-inline const int64_t* class_indices(const Tensor& target, const Tensor& logits, int64_t ignore_index, const char* op) {
-  require_shape(target, {logits.size(0)}, op, "target");
+// would mean waiting for the device. `like` has the device of the logits, `logits` their shape.
+inline const int64_t* class_indices(const Tensor& target, const Tensor& like, const RowMatrix& logits,
+                                    int64_t ignore_index, const char* op) {
+  require_shape(target, {logits.rows}, op, "target");
   require_dtype(target, ScalarType::Long, op, "target");
-  require_same_device(target, logits, op, "target");
+  require_same_device(target, like, op, "target");
   require(target.is_contiguous(), op, "expected target to be contiguous");
   const int64_t* indices = static_cast<const int64_t*>(target.data_ptr());
 #if !defined(TILEWISE_CUDA)
-  for (int64_t i = 0; i < target.numel(); ++i) {
-    const bool valid = (indices[i] >= 0 && indices[i] < logits.size(1)) || indices[i] == ignore_index;
-    require(valid, op, "expected target[", i, "] in [0, ", logits.size(1), ") or ignore_index (", ignore_index,
+  for (int64_t i = 0; i < logits.rows; ++i) {
+    const bool valid = (indices[i] >= 0 && indices[i] < logits.columns) || indices[i] == ignore_index;
+    require(valid, op, "expected target[", i, "] in [0, ", logits.columns, ") or ignore_index (", ignore_index,
             "), got ", indices[i]);
   }
 #endif
@@ -124,6 +125,10 @@ auto with_statistics([[maybe_unused]] const Tensor& logits, Function f) {
   if (statistics_type(logits) == ScalarType::Double) return f(double{});
 #endif
   return f(float{});
+}
+
+inline void require_launched(const char* error, const char* op) {
+  require(error == nullptr, op, "the CUDA kernel could not be launched: ", error == nullptr ? "" : error);
 }
 
 #if !defined(TILEWISE_CUDA)

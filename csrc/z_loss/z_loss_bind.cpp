@@ -19,8 +19,7 @@ template <typename T>
 void run(const SphericalForward<T>& op, const RowReduction<T>& reduction, [[maybe_unused]] const Member& member,
          [[maybe_unused]] const Tensor& logits) {
 #if defined(TILEWISE_CUDA)
-  const char* error = z_loss_forward_cuda(op, reduction, current_stream(logits));
-  require(error == nullptr, member.op, "the CUDA kernel could not be launched: ", error);
+  require_launched(z_loss_forward_cuda(op, reduction, current_stream(logits)), member.op);
 #else
   const ZLossKernels& kernels = selected_z_loss_kernels();
   for_rows(op, kernels.forward_float, kernels.forward_double);
@@ -37,7 +36,7 @@ ForwardResult forward_as(const Member& member, const Tensor& logits, const Tenso
   op.a = static_cast<T>(member.a);
   op.b = static_cast<T>(member.b);
   op.eps = static_cast<T>(member.eps);
-  op.target = class_indices(target, logits, ignore_index, member.op);
+  op.target = class_indices(target, logits, op.logits, ignore_index, member.op);
   op.ignore_index = ignore_index;
   const LossOutputs outputs(logits, reduction);
   const Tensor row_state = new_output(logits, {4, logits.size(0)}, statistics_type(logits));
@@ -82,15 +81,14 @@ void backward_as(const Tensor& grad_loss, const Tensor& logits, const Tensor& gr
   SphericalBackward<T> op;
   op.logits = logits_matrix(logits, kOp);
   op.gradient = row_matrix(gradient, kOp, "gradient");
-  op.target = class_indices(target, logits, ignore_index, kOp);
+  op.target = class_indices(target, logits, op.logits, ignore_index, kOp);
   op.ignore_index = ignore_index;
   op.upstream = upstream_of<T>(grad_loss, logits, nullptr, total, reduction, kOp);
   require_shape(row_state, {4, logits.size(0)}, kOp, "row_state");
   require_dtype(row_state, statistics_type(logits), kOp, "row_state");
   op.row_state = static_cast<const T*>(row_state.data_ptr());
 #if defined(TILEWISE_CUDA)
-  const char* error = z_loss_backward_cuda(op, current_stream(logits));
-  require(error == nullptr, kOp, "the CUDA kernel could not be launched: ", error);
+  require_launched(z_loss_backward_cuda(op, current_stream(logits)), kOp);
 #else
   const ZLossKernels& kernels = selected_z_loss_kernels();
   for_rows(op, kernels.backward_float, kernels.backward_double);

@@ -95,7 +95,7 @@ def cross_entropy(
     """
     rows.check_logits(OP, logits)
     if isinstance(target, Tensor) and target.is_floating_point():
-        target = _check_probabilities(target, logits, ignore_index)
+        target = rows.check_probabilities(OP, target, logits.shape, ignore_index, logits)
     else:
         target = rows.check_class_index(OP, target, logits)
     rows.check_reduction(OP, reduction)
@@ -122,21 +122,6 @@ def cross_entropy(
     else:
         correct = (argmax == target) & (target != ignore_index)
     return loss, CrossEntropyStats(lse, entropy, argmax, correct)
-
-
-def _check_probabilities(target: Tensor, logits: Tensor, ignore_index: int) -> Tensor:
-    if target.dtype not in rows.FLOATING:
-        raise TypeError(f"tilewise.{OP}: expected target probabilities in a 16 to 64 bit type, got {target.dtype}")
-    if target.shape != logits.shape:
-        raise ValueError(
-            f"tilewise.{OP}: expected target probabilities to have shape {tuple(logits.shape)} like logits, "
-            f"got {tuple(target.shape)}"
-        )
-    if ignore_index >= 0:
-        raise ValueError(f"tilewise.{OP}: ignore_index does not apply to target probabilities, got {ignore_index}")
-    rows.check_device(OP, "target", target, logits)
-    rows.check_constant(OP, "target", target)
-    return target if target.dtype == logits.dtype else target.to(statistics_dtype(logits))
 
 
 def _check_overwritable(logits: Tensor) -> None:

@@ -19,10 +19,14 @@ def check_logits(op: str, logits: Tensor) -> None:
         raise ValueError(f"tilewise.{op}: expected logits to be 2-D, got shape {tuple(logits.shape)}")
     if logits.shape[1] == 0:
         raise ValueError(f"tilewise.{op}: expected logits to have at least one class, got shape {tuple(logits.shape)}")
-    allowed = FLOATING[1:] if logits.is_cuda else FLOATING
-    if logits.dtype not in allowed:
+    check_floating(op, "logits", logits)
+
+
+def check_floating(op: str, name: str, tensor: Tensor) -> None:
+    allowed = FLOATING[1:] if tensor.is_cuda else FLOATING
+    if tensor.dtype not in allowed:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
-        raise TypeError(f"tilewise.{op}: expected {logits.device.type} logits to be {names}, got {logits.dtype}")
+        raise TypeError(f"tilewise.{op}: expected {tensor.device.type} {name} to be {names}, got {tensor.dtype}")
 
 
 def check_vector(op: str, name: str, vector: Tensor | None, size: int, logits: Tensor) -> Tensor | None:
@@ -38,9 +42,9 @@ def check_vector(op: str, name: str, vector: Tensor | None, size: int, logits: T
     return vector.to(statistics_dtype(logits)).contiguous()
 
 
-def check_device(op: str, name: str, tensor: Tensor, logits: Tensor) -> None:
-    if tensor.device != logits.device:
-        raise ValueError(f"tilewise.{op}: expected {name} on {logits.device} like logits, got {tensor.device}")
+def check_device(op: str, name: str, tensor: Tensor, like: Tensor, like_name: str = "logits") -> None:
+    if tensor.device != like.device:
+        raise ValueError(f"tilewise.{op}: expected {name} on {like.device} like {like_name}, got {tensor.device}")
 
 
 def check_constant(op: str, name: str, tensor: Tensor) -> None:
@@ -60,6 +64,22 @@ def check_class_index(op: str, target: Tensor, logits: Tensor) -> Tensor:
         )
     check_device(op, "target", target, logits)
     return target.to(torch.int64).contiguous()
+
+
+def check_probabilities(op: str, target: Tensor, shape: tuple[int, int], ignore_index: int, like: Tensor) -> Tensor:
+    """Class probabilities (N, V) in the dtype of `like` (an input on the logits' device) or that of statistics."""
+    if target.dtype not in FLOATING:
+        raise TypeError(f"tilewise.{op}: expected target probabilities in a 16 to 64 bit type, got {target.dtype}")
+    if target.shape != shape:
+        raise ValueError(
+            f"tilewise.{op}: expected target probabilities to have shape {tuple(shape)} like logits, "
+            f"got {tuple(target.shape)}"
+        )
+    if ignore_index >= 0:
+        raise ValueError(f"tilewise.{op}: ignore_index does not apply to target probabilities, got {ignore_index}")
+    check_device(op, "target", target, like)
+    check_constant(op, "target", target)
+    return target if target.dtype == like.dtype else target.to(statistics_dtype(like))
 
 
 def check_reduction(op: str, reduction: str) -> None:

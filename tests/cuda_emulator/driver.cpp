@@ -103,7 +103,8 @@ extern "C" const char* cross_entropy_forward(const Call& call) {
   op.lse = call.lse;
   op.entropy = call.entropy;
   op.argmax = call.argmax;
-  return tilewise::cross_entropy_forward_cuda(op, reduction_of(call), nullptr);
+  const char* error = tilewise::cross_entropy_forward_cuda(op, nullptr);
+  return error != nullptr ? error : tilewise::cross_entropy_reduction_cuda(reduction_of(call), nullptr);
 }
 
 extern "C" const char* cross_entropy_backward(const Call& call) {

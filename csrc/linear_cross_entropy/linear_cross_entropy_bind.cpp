@@ -1,0 +1,355 @@
+// linear_cross_entropy: cross_entropy of input @ linear_weight^T + linear_bias, block by block of the logits.
+//
+// Forward, by rows: a chunk of logits is formed, the row engine takes its statistics, and where gradients are wanted
+// writes its gradient over it, which enters two more products:
+//
+//   G = d(sum of losses)/d logits    grad_input = G W    grad_weight += G^T X    grad_bias += 1^T G
+//
+// Backward, by classes, for all that the forward could not form (a reduction of "none" has one upstream gradient per
+// row; 16-bit gradients are rounded once, so that no sum over chunks may be kept in 16 bits): a block of logits of all
+// rows is formed again, and its part of grad_weight is one product.
+#include <algorithm>
+
+#include "common/gemm.h"
+#include "cross_entropy/cross_entropy_bind.h"
+#include "linear_cross_entropy/linear_cross_entropy.h"
+
+namespace tilewise {
+namespace {
+
+constexpr const char* kOp = "linear_cross_entropy";
+
+// Logits held at a time: 1/22 of them, within bounds below which products lose speed and above which they gain none.
+// Sizes alone decide, so that the same call gives the same bits whatever memory happens to be free.
+#if defined(TILEWISE_CUDA)
+constexpr int64_t kLeastBytes = int64_t{128} << 20;
+constexpr int64_t kMostBytes = int64_t{512} << 20;
+#else
+constexpr int64_t kLeastBytes = int64_t{16} << 20;
+constexpr int64_t kMostBytes = int64_t{128} << 20;
+#endif
+constexpr int64_t kShare = 22;
+constexpr int64_t kLeastClasses = 256;
+
+// Classes that one product takes of a chunk of rows: on a CPU few enough for W and grad_weight to stay in the cache
+// between the products of a block.
+#if defined(TILEWISE_CUDA)
+constexpr int64_t kCachedClasses = INT64_MAX;
+#else
+constexpr int64_t kCachedClasses = 2048;
+#endif
+
+struct Layer {
+  const Tensor& input;   // (N, d)
+  const Tensor& weight;  // (V, d)
+  const std::optional<Tensor>& bias;
+  RowMatrix logits;  // shape and dtype; nobody holds them
+  int64_t chunk_bytes;
+};
+
+struct Wanted {
+  bool input, weight, bias;
+  bool any() const { return input || weight || bias; }
+};
+
+struct Gradients {
+  Tensor input, weight, bias;
+};
+
+Layer checked_layer(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, int64_t chunk_bytes) {
+  const RowMatrix rows = row_matrix(input, kOp, "input");
+  const RowMatrix classes = row_matrix(weight, kOp, "linear_weight");
+#if defined(TILEWISE_CUDA)
+  require(rows.dtype != Dtype::kFloat64, kOp, "expected input to be float32, bfloat16 or float16 on a GPU, got Double");
+#endif
+  require_dtype(weight, input.scalar_type(), kOp, "linear_weight");
+  require_same_device(weight, input, kOp, "linear_weight");
+  require(classes.rows >= 1, kOp, "expected linear_weight to have at least one class, got shape ", shape_of(weight));
+  require_shape(weight, {classes.rows, rows.columns}, kOp, "linear_weight");
+  if (bias.has_value()) {
+    require_shape(*bias, {classes.rows}, kOp, "linear_bias");
+    require_dtype(*bias, input.scalar_type(), kOp, "linear_bias");
+    require_same_device(*bias, input, kOp, "linear_bias");
+  }
+  require(chunk_bytes >= 0, kOp, "expected chunk_bytes not below 0, got ", chunk_bytes);
+  const RowMatrix logits{.dtype = rows.dtype, .rows = rows.rows, .columns = classes.rows};
+  return {input, weight, bias, logits, chunk_bytes};
+}
+
+// How many of `count` lines of `length` logits are formed at a time, in parts of about equal size.
+int64_t lines_at_a_time(const Layer& layer, int64_t count, int64_t length, int64_t least) {
+  if (count == 0) return 0;
+  const int64_t line = std::max<int64_t>(1, length * layer.input.element_size());
+  int64_t bytes = layer.chunk_bytes;
+  if (bytes == 0) bytes = std::clamp(count * line / kShare, kLeastBytes, kMostBytes);
+  const int64_t most = std::clamp(bytes / line, std::min(least, count), count);
+  const int64_t parts = (count + most - 1) / most;
+  return (count + parts - 1) / parts;
+}
+
+// Blocks [begin, begin + n) of [0, count), n = size but for the last.
+template <typename Function>
+void for_blocks(int64_t count, int64_t size, Function f) {
+  for (int64_t begin = 0; begin < count; begin += size) f(begin, std::min(size, count - begin));
+}
+
+void form_logits(const Tensor& out, const Layer& layer, const Tensor& input, int64_t first_class, int64_t classes) {
+  const Tensor weight = transposed(rows_of(layer.weight, first_class, classes));
+  if (layer.bias.has_value()) {
+    add_product(out, rows_of(*layer.bias, first_class, classes), input, weight, 1.0);
+  } else {
+    add_product(out, out, input, weight, 0.0);
+  }
+}
+
+Tensor ones(const Tensor& like, int64_t columns) {
+  Tensor row = new_output(like, {1, columns}, like.scalar_type());
+  torch::stable::fill_(row, 1.0);
+  return row;
+}
+
+Gradients new_gradients(const Layer& layer, const Wanted& wanted) {
+  const int64_t n = layer.logits.rows, v = layer.logits.columns, d = layer.input.size(1);
+  const ScalarType dtype = layer.input.scalar_type();
+  Gradients gradients{wanted.input ? new_output(layer.input, {n, d}, dtype) : new_output(layer.input, {0}, dtype),
+                      wanted.weight ? new_output(layer.input, {v, d}, dtype) : new_output(layer.input, {0}, dtype),
+                      wanted.bias ? new_output(layer.input, {v}, dtype) : new_output(layer.input, {0}, dtype)};
+  if (n == 0) {
+    torch::stable::zero_(gradients.weight);
+    torch::stable::zero_(gradients.bias);
+  }
+  return gradients;
+}
+
+template <typename T>
+CrossEntropyForward<T> forward_op(const Layer& layer, const Tensor& target, const std::optional<Tensor>& class_weight,
+                                  const CrossEntropyOptions& options) {
+  CrossEntropyForward<T> op;
+  op.logits = layer.logits;
+  op.all_rows = layer.logits.rows;
+  op.request = {transform_of<T>(options),
+                dense_target<T>(layer.input, layer.logits, target, class_weight, options, kOp), false};
+  if (is_class_index(target)) op.target = class_indices(target, layer.input, layer.logits, options.ignore_index, kOp);
+  op.ignore_index = options.ignore_index;
+  op.confidence = static_cast<T>(1 - options.label_smoothing);
+  op.lse_square_scale = static_cast<T>(options.lse_square_scale);
+  return op;
+}
+
+// The gradient of the same rows; its upstream is the caller's to set.
+template <typename T>
+CrossEntropyBackward<T> backward_op(const CrossEntropyForward<T>& forward, const T* row_state) {
+  CrossEntropyBackward<T> op;
+  op.logits = forward.logits;
+  op.transform = forward.request.transform;
+  op.dense = forward.request.dense;
+  op.target = forward.target;
+  op.ignore_index = forward.ignore_index;
+  op.confidence = forward.confidence;
+  op.lse_square_scale = forward.lse_square_scale;
+  op.row_state = row_state;
+  op.all_rows = forward.all_rows;
+  return op;
+}
+
+void move_rows(RowMatrix& probabilities, int64_t rows) {
+  if (probabilities.data == nullptr) return;
+  const int64_t bytes = probabilities.dtype == Dtype::kFloat64 ? 8 : probabilities.dtype == Dtype::kFloat32 ? 4 : 2;
+  probabilities.data = static_cast<char*>(probabilities.data) + rows * probabilities.row_stride * bytes;
+}
+
+void move_columns(RowMatrix& probabilities, int64_t columns) {
+  std::swap(probabilities.row_stride, probabilities.column_stride);
+  move_rows(probabilities, columns);
+  std::swap(probabilities.row_stride, probabilities.column_stride);
+}
+
+template <typename T>
+CrossEntropyForward<T> part_of_rows(CrossEntropyForward<T> op, int64_t begin, const Tensor& chunk) {
+  op.logits = row_matrix(chunk, kOp, "logits");
+  if (op.target != nullptr) op.target += begin;
+  op.loss_rows += begin;
+  op.share_rows += begin;
+  op.row_state += begin;
+  move_rows(op.request.dense.probabilities, begin);
+  return op;
+}
+
+// The gradient over the logits of classes [first_class, first_class + columns of block).
+template <typename T>
+CrossEntropyBackward<T> part_of_classes(CrossEntropyBackward<T> op, int64_t first_class, const Tensor& block) {
+  op.logits = op.gradient = row_matrix(block, kOp, "logits");
+  op.first_class = first_class;
+  if (op.dense.weight != nullptr) op.dense.weight += first_class;
+  move_columns(op.dense.probabilities, first_class);
+  return op;
+}
+
+using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+template <typename T>
+ForwardResult forward_as(const Layer& layer, const Tensor& target, const std::optional<Tensor>& class_weight,
+                         const CrossEntropyOptions& options, const Wanted& wanted) {
+  const int64_t n = layer.logits.rows, v = layer.logits.columns;
+  const ScalarType type = statistics_type(layer.input);
+  const LossOutputs outputs(layer.input, options.reduction);
+  const Tensor row_state = new_output(layer.input, {3, n}, type);
+  CrossEntropyForward<T> op = forward_op<T>(layer, target, class_weight, options);
+  op.loss_rows = static_cast<T*>(outputs.loss_rows.data_ptr());
+  op.share_rows = static_cast<T*>(outputs.share_rows.data_ptr());
+  op.row_state = static_cast<T*>(row_state.data_ptr());
+
+  const int64_t rows = lines_at_a_time(layer, n, v, 1);
+  const int64_t classes = std::min(v, kCachedClasses);
+  const Tensor buffer = new_output(layer.input, {rows, v}, layer.input.scalar_type());
+  const Gradients gradients = new_gradients(layer, wanted);
+  const Tensor one = ones(layer.input, wanted.any() ? std::max<int64_t>(rows, 1) : 1);
+  for_blocks(n, rows, [&](int64_t begin, int64_t count) {
+    const Tensor input = rows_of(layer.input, begin, count);
+    const Tensor chunk = rows_of(buffer, 0, count);
+    for_blocks(v, classes, [&](int64_t first, int64_t width) {
+      form_logits(columns_of(chunk, first, width), layer, input, first, width);
+    });
+    const CrossEntropyForward<T> part = part_of_rows(op, begin, chunk);
+    run(part, layer.input, kOp);
+    if (!wanted.any()) return;
+    CrossEntropyBackward<T> backward = backward_op(part, part.row_state);
+    backward.upstream.grad_loss = static_cast<const T*>(one.data_ptr());
+    for_blocks(v, classes, [&](int64_t first, int64_t width) {
+      const Tensor block = columns_of(chunk, first, width);
+      run(part_of_classes(backward, first, block), layer.input, kOp);
+      if (wanted.input) {
+        const Tensor out = rows_of(gradients.input, begin, count);
+        add_product(out, out, block, rows_of(layer.weight, first, width), first == 0 ? 0.0 : 1.0);
+      }
+      const double beta = begin == 0 ? 0.0 : 1.0;
+      if (wanted.weight) {
+        const Tensor out = rows_of(gradients.weight, first, width);
+        add_product(out, out, transposed(block), input, beta);
+      }
+      if (wanted.bias) {
+        const Tensor out = torch::stable::unsqueeze(rows_of(gradients.bias, first, width), 0);
+        add_product(out, out, columns_of(one, 0, count), block, beta);
+      }
+    });
+  });
+  run(outputs.reduction<T>(options.reduction), layer.input, kOp);
+  return {outputs.loss, row_state, outputs.total, gradients.input, gradients.weight, gradients.bias};
+}
+
+// form_* ask for the gradients of the summed loss. Only float32 and float64 reduced losses have them (else: empty).
+ForwardResult forward(const Tensor& input, const Tensor& linear_weight, const Tensor& target,
+                      const std::optional<Tensor>& linear_bias, const std::optional<Tensor>& weight,
+                      int64_t ignore_index, double label_smoothing, double lse_square_scale,
+                      std::optional<double> softcap, const std::string& reduction, int64_t chunk_bytes,
+                      bool form_input_grad, bool form_weight_grad, bool form_bias_grad) {
+  const Layer layer = checked_layer(input, linear_weight, linear_bias, chunk_bytes);
+  const DeviceScope scope(input);
+  const CrossEntropyOptions options =
+      checked_options(ignore_index, label_smoothing, lse_square_scale, softcap, 1.0, reduction, kOp);
+  const bool formed = options.reduction != Reduction::kNone && input.scalar_type() == statistics_type(input);
+  const Wanted wanted{formed && form_input_grad, formed && form_weight_grad,
+                      formed && form_bias_grad && linear_bias.has_value()};
+  return with_statistics(input,
+                         [&](auto zero) { return forward_as<decltype(zero)>(layer, target, weight, options, wanted); });
+}
+
+void accumulate(const Accumulation& op, [[maybe_unused]] const Tensor& like) {
+#if defined(TILEWISE_CUDA)
+  require_launched(accumulate_cuda(op, current_stream(like)), kOp);
+#else
+  torch::stable::parallel_for(0, op.count, 32768, [&](int64_t begin, int64_t end) {
+    selected_linear_cross_entropy_kernels().accumulate(op, begin, end);
+  });
+#endif
+}
+
+// Sums the products G W of all blocks in the type of statistics.
+class InputGradient {
+ public:
+  InputGradient(const Layer& layer, const Tensor& out)
+      : out_(out), rounded_(out.scalar_type() != statistics_type(out)) {
+    if (!rounded_) return;
+    part_ = new_output(layer.input, {layer.logits.rows, layer.input.size(1)}, out.scalar_type());
+    sum_ = new_output(layer.input, {layer.logits.rows, layer.input.size(1)}, ScalarType::Float);
+  }
+
+  void add(const Tensor& block, const Tensor& weight, bool first, bool last) {
+    if (!rounded_) return add_product(out_, out_, block, weight, first ? 0.0 : 1.0);
+    add_product(*part_, *part_, block, weight, 0.0);
+    accumulate({.dtype = out_.scalar_type() == ScalarType::BFloat16 ? Dtype::kBFloat16 : Dtype::kFloat16,
+                .part = part_->data_ptr(),
+                .sum = static_cast<float*>(sum_->data_ptr()),
+                .out = out_.data_ptr(),
+                .count = out_.numel(),
+                .first = first,
+                .last = last},
+               out_);
+  }
+
+ private:
+  Tensor out_;
+  bool rounded_;
+  std::optional<Tensor> part_, sum_;
+};
+
+template <typename T>
+Gradients backward_as(const Tensor& grad_loss, const Layer& layer, const Tensor& target,
+                      const std::optional<Tensor>& class_weight, const Tensor& row_state, const Tensor& total,
+                      const CrossEntropyOptions& options, const Wanted& wanted) {
+  const int64_t n = layer.logits.rows, v = layer.logits.columns;
+  require_shape(row_state, {3, n}, kOp, "row_state");
+  require_dtype(row_state, statistics_type(layer.input), kOp, "row_state");
+  CrossEntropyBackward<T> op =
+      backward_op(forward_op<T>(layer, target, class_weight, options), static_cast<const T*>(row_state.data_ptr()));
+  op.upstream = upstream_of<T>(grad_loss, layer.input, nullptr, total, options.reduction, kOp);
+  const Gradients gradients = new_gradients(layer, wanted);
+  if (n == 0 || !wanted.any()) return gradients;
+
+  const int64_t classes = lines_at_a_time(layer, v, n, kLeastClasses);
+  const Tensor buffer = new_output(layer.input, {n, classes}, layer.input.scalar_type());
+  const Tensor one = ones(layer.input, wanted.bias ? n : 1);
+  std::optional<InputGradient> input_gradient;
+  if (wanted.input) input_gradient.emplace(layer, gradients.input);
+  for_blocks(v, classes, [&](int64_t first, int64_t width) {
+    const Tensor block = columns_of(buffer, 0, width);
+    form_logits(block, layer, layer.input, first, width);
+    run(part_of_classes(op, first, block), layer.input, kOp);
+    if (wanted.input) input_gradient->add(block, rows_of(layer.weight, first, width), first == 0, first + width == v);
+    if (wanted.weight) {
+      const Tensor out = rows_of(gradients.weight, first, width);
+      add_product(out, out, transposed(block), layer.input, 0.0);
+    }
+    if (wanted.bias) {
+      const Tensor out = torch::stable::unsqueeze(rows_of(gradients.bias, first, width), 0);
+      add_product(out, out, one, block, 0.0);
+    }
+  });
+  return gradients;
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_loss, const Tensor& input, const Tensor& linear_weight,
+                                            const Tensor& target, const std::optional<Tensor>& linear_bias,
+                                            const std::optional<Tensor>& weight, const Tensor& row_state,
+                                            const Tensor& total, int64_t ignore_index, double label_smoothing,
+                                            double lse_square_scale, std::optional<double> softcap,
+                                            const std::string& reduction, int64_t chunk_bytes, bool input_grad,
+                                            bool weight_grad, bool bias_grad) {
+  const Layer layer = checked_layer(input, linear_weight, linear_bias, chunk_bytes);
+  const DeviceScope scope(input);
+  const CrossEntropyOptions options =
+      checked_options(ignore_index, label_smoothing, lse_square_scale, softcap, 1.0, reduction, kOp);
+  const Wanted wanted{input_grad, weight_grad, bias_grad && linear_bias.has_value()};
+  const Gradients gradients = with_statistics(input, [&](auto zero) {
+    return backward_as<decltype(zero)>(grad_loss, layer, target, weight, row_state, total, options, wanted);
+  });
+  return {gradients.input, gradients.weight, gradients.bias};
+}
+
+}  // namespace
+}  // namespace tilewise
+
+STABLE_TORCH_LIBRARY_IMPL(tilewise, TILEWISE_DISPATCH_KEY, m) {
+  m.impl("linear_cross_entropy", TORCH_BOX(&tilewise::forward));
+  m.impl("linear_cross_entropy_backward", TORCH_BOX(&tilewise::backward));
+}
