@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import re
 from html import escape
 from pathlib import Path
@@ -91,9 +92,7 @@ def bound(op: str, row: dict, ceilings: dict[str, float]) -> tuple[float, str] |
     return (row["flops"] / gemm / 1e6, "its matrix products at full speed") if gemm else None
 
 
-def case_card(
-    op: str, title: str, group: dict[str, dict], forward: dict[str, dict], ceilings: dict[str, float]
-) -> str:
+def case_card(op: str, title: str, group: dict[str, dict], forward: dict[str, dict], ceilings: dict[str, float]) -> str:
     rows = list(group.values())
     layer = family(op) == LAYERS
     model = next((row for row in rows if row["contender"] != COPY), None)
@@ -132,7 +131,16 @@ def case_card(
         ]
         for row in rows
     ]
-    head = ["", "forward ms", "both ms", "quartiles", "runs", "GFLOP/s" if layer else "GB/s", "loss error", "gradient error"]
+    head = [
+        "",
+        "forward ms",
+        "both ms",
+        "quartiles",
+        "runs",
+        "GFLOP/s" if layer else "GB/s",
+        "loss error",
+        "gradient error",
+    ]
     marks = ["inexact" if row["correct"] is False else kind(row) for row in rows]
     return (
         f'<div class="card"><h4>{title}</h4><h5>Forward, then backward</h5>{chart}{memory}'
@@ -192,6 +200,9 @@ def machine_section(files: dict[str, dict]) -> str:
         parts.append(tiles(next(iter(operators.values()))))
     parts += [operator_section(op, content) for op, content in operators.items()]
     parts += [training_section(content["training"]) for content in files.values() if "training" in content]
+    for content in files.values():
+        if "headline" in content:
+            parts.append(importlib.import_module(f"headlines.{content['headline']}").section(content))
     return "".join(parts)
 
 

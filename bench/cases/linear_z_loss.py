@@ -35,7 +35,7 @@ def ours():
 def cases(device: str, quick: bool = False):
     for size, dtype, runs, seconds in SIZES["quick" if quick else device]:
         rows, features, classes = size
-        # Without logits: W'W and its product with every row; backward W times a (d, d) matrix, and two more of the rows.
+        # Without logits: W'W and its product with every row; backward W times such a matrix, and two more of the rows.
         square = 2 * features**2
         flops = {"forward": (classes + rows) * square, "backward": (classes + 2 * rows) * square}
         found = common_contenders(ours, eager, device, compiled=not quick)
