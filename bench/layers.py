@@ -11,6 +11,8 @@ from torch import Tensor
 
 from case import Case, Contender, spread
 
+BLOCK = 2**24  # logits in float64 that the reference holds at a time
+
 
 def layer_inputs(rows: int, features: int, classes: int, dtype: torch.dtype, device: str):
     """Logits near N(0, 1); in every eighth row the target is right with p near 0.9.
@@ -40,7 +42,7 @@ def layer_reference(
     some_rows = spread(rows, checked, hidden.device)
     some_classes = torch.cat([spread(classes, checked // 2, weight.device), target[spread(rows, checked // 2, "cpu")]])
     total, of_hidden, of_weight = 0.0, [], torch.zeros_like(weight[some_classes])
-    for block in torch.arange(rows, device=hidden.device).split(max(1, 2**24 // classes)):
+    for block in torch.arange(rows, device=hidden.device).split(max(1, BLOCK // classes)):
         inputs = hidden.detach()[block].double()
         logits = (inputs @ weight.T).requires_grad_()
         losses = row_loss(logits, target[block])

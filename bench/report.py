@@ -31,8 +31,8 @@ METHOD = (
     "all: the forward pass reads the logits once, the backward pass reads them again and writes the gradient (a plain "
     "copy: one read, one write). Errors are relative to float64: of the mean loss, and of the worst gradient row among "
     "64, about an eighth of which have a target probability near 0.99. A result of tilewise that misses the tolerance "
-    "is not timed; one of the others is shown in red as inexact. Output layers (linear_...) make their logits from rows "
-    "of features and a weight per class. Their GFLOP/s count one number of operations for all, that of the matrix "
+    "is not timed; one of the others is shown in red as inexact. Output layers (linear_...) make their logits from "
+    "rows of features and a weight per class. Their GFLOP/s count one number of operations for all, that of the matrix "
     "products any exact implementation needs; errors are the worst among rows of both gradients, confident targets "
     "have p near 0.9; and peak memory is what every contender takes beyond the inputs and the gradients it returns."
 )
@@ -131,16 +131,8 @@ def case_card(op: str, title: str, group: dict[str, dict], forward: dict[str, di
         ]
         for row in rows
     ]
-    head = [
-        "",
-        "forward ms",
-        "both ms",
-        "quartiles",
-        "runs",
-        "GFLOP/s" if layer else "GB/s",
-        "loss error",
-        "gradient error",
-    ]
+    rate = "GFLOP/s" if layer else "GB/s"
+    head = ["", "forward ms", "both ms", "quartiles", "runs", rate, "loss error", "gradient error"]
     marks = ["inexact" if row["correct"] is False else kind(row) for row in rows]
     return (
         f'<div class="card"><h4>{title}</h4><h5>Forward, then backward</h5>{chart}{memory}'
