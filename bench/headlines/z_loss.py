@@ -40,7 +40,21 @@ BODY_RATE = 3e-3
 A, B = 1.0, 10.0
 
 
-class Dense(nn.Module):
+class Layer(nn.Module):
+    """An output layer with its loss, trained by plain SGD: forward(hidden, target) is the mean loss."""
+
+    @torch.no_grad()
+    def step(self, rate: float):
+        for parameter in self.parameters():
+            if parameter.grad is not None:  # a cluster of the adaptive softmax that the batch did not reach
+                parameter.sub_(parameter.grad, alpha=rate)
+                parameter.grad = None
+
+    def held_out(self, hidden: Tensor, target: Tensor) -> float:
+        return self(hidden, target).item()
+
+
+class Dense(Layer):
     """A weight matrix under any loss(hidden, weight, target)."""
 
     def __init__(self, weight: Tensor, loss: Callable[..., Tensor]):
@@ -50,18 +64,11 @@ class Dense(nn.Module):
     def forward(self, hidden: Tensor, target: Tensor) -> Tensor:
         return self.loss(hidden, self.weight, target)
 
-    @torch.no_grad()
-    def step(self, rate: float):
-        sgd(self, rate)
-
     def top(self, hidden: Tensor, count: int) -> Tensor:
         return F.linear(hidden, self.weight).topk(count).indices
 
-    def held_out(self, hidden: Tensor, target: Tensor) -> float:
-        return self(hidden, target).item()
 
-
-class Adaptive(nn.Module):
+class Adaptive(Layer):
     """torch's adaptive softmax; classes are numbered by falling frequency."""
 
     def __init__(self, features: int, classes: int):
@@ -71,18 +78,11 @@ class Adaptive(nn.Module):
     def forward(self, hidden: Tensor, target: Tensor) -> Tensor:
         return self.inner(hidden, target).loss
 
-    @torch.no_grad()
-    def step(self, rate: float):
-        sgd(self, rate)
-
     def top(self, hidden: Tensor, count: int) -> Tensor:
         return self.inner.log_prob(hidden).topk(count).indices
 
-    def held_out(self, hidden: Tensor, target: Tensor) -> float:
-        return self(hidden, target).item()
 
-
-class Factored(nn.Module):
+class Factored(Layer):
     """The exact SGD of the Z-loss on a factored weight matrix, which never touches all of its rows."""
 
     def __init__(self, features: int, classes: int):
@@ -98,16 +98,6 @@ class Factored(nn.Module):
     def top(self, hidden: Tensor, count: int) -> Tensor:
         return self.inner.predict(hidden, count)[1]
 
-    def held_out(self, hidden: Tensor, target: Tensor) -> float:
-        return tilewise().linear_z_loss(hidden, self.inner.dense_weight(), target, a=A, b=B).item()
-
-
-def sgd(layer: nn.Module, rate: float):
-    for parameter in layer.parameters():
-        if parameter.grad is not None:  # a cluster of the adaptive softmax that the batch did not reach
-            parameter.sub_(parameter.grad, alpha=rate)
-            parameter.grad = None
-
 
 def tilewise():
     return importlib.import_module("tilewise")
@@ -115,21 +105,24 @@ def tilewise():
 
 @dataclass(frozen=True)
 class Contender:
-    make: Callable[[int, int, Tensor], nn.Module]  # features, classes, a dense weight for those that want one
+    make: Callable[[int, int, Tensor], Layer]  # features, classes, a dense weight for those that want one
     rate: float  # of plain SGD on the output layer
     ours: bool
     probability: bool  # its loss is -log of the target's probability
     block: int = 1  # steps in one timed run, of which the mean counts
 
 
-def dense(loss: Callable[[], Callable[..., Tensor]]) -> Callable[[int, int, Tensor], nn.Module]:
+def log_softmax(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(hidden, weight), target)
+
+
+def dense(loss: Callable[[], Callable[..., Tensor]]) -> Callable[[int, int, Tensor], Layer]:
     return lambda features, classes, weight: Dense(weight, loss())
 
 
 CONTENDERS = {
     "log-softmax, torch": Contender(
-        dense(lambda: lambda hidden, weight, target: F.cross_entropy(F.linear(hidden, weight), target)),
-        rate=1.0, ours=False, probability=True,
+        dense(lambda: log_softmax), rate=1.0, ours=False, probability=True
     ),
     "adaptive softmax, torch": Contender(
         lambda features, classes, _: Adaptive(features, classes), rate=1.0, ours=False, probability=True
@@ -156,7 +149,7 @@ def frequent(classes: int, count: int, device: str) -> Tensor:
     return (torch.rand(count, device=device) * torch.log(torch.tensor(classes + 1.0))).expm1().long() % classes
 
 
-def step_ms(layer: nn.Module, rate: float, hidden: Tensor, target: Tensor, clock) -> float:
+def step_ms(layer: Layer, rate: float, hidden: Tensor, target: Tensor, clock) -> float:
     """Forward, backward down to the hidden gradient, and the layer's own update."""
     hidden.requires_grad_()
     start = clock.mark()
