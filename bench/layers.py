@@ -39,8 +39,8 @@ def layer_reference(
     """
     rows, classes = len(hidden), len(weight)
     weight = weight.detach().double()
-    some_rows = spread(rows, checked, hidden.device)
-    some_classes = torch.cat([spread(classes, checked // 2, weight.device), target[spread(rows, checked // 2, "cpu")]])
+    some_rows, some_targets = (spread(rows, count, hidden.device) for count in (checked, checked // 2))
+    some_classes = torch.cat([spread(classes, checked // 2, hidden.device), target[some_targets]])
     total, of_hidden, of_weight = 0.0, [], torch.zeros_like(weight[some_classes])
     for block in torch.arange(rows, device=hidden.device).split(max(1, BLOCK // classes)):
         inputs = hidden.detach()[block].double()

@@ -121,14 +121,12 @@ def dense(loss: Callable[[], Callable[..., Tensor]]) -> Callable[[int, int, Tens
 
 
 CONTENDERS = {
-    "log-softmax, torch": Contender(
-        dense(lambda: log_softmax), rate=1.0, ours=False, probability=True
-    ),
+    "log-softmax, torch": Contender(dense(lambda: log_softmax), rate=2.0, ours=False, probability=True),
     "adaptive softmax, torch": Contender(
-        lambda features, classes, _: Adaptive(features, classes), rate=1.0, ours=False, probability=True
+        lambda features, classes, _: Adaptive(features, classes), rate=0.3, ours=False, probability=True
     ),
     "linear_cross_entropy": Contender(
-        dense(lambda: tilewise().linear_cross_entropy), rate=1.0, ours=True, probability=True
+        dense(lambda: tilewise().linear_cross_entropy), rate=2.0, ours=True, probability=True
     ),
     "linear_z_loss": Contender(
         dense(lambda: functools.partial(tilewise().linear_z_loss, a=A, b=B)), rate=3.0, ours=True, probability=False
