@@ -275,7 +275,7 @@ def section(content: dict) -> str:
         body.append([row["contender"], f"{row['rate']:g}", f"{row['steps']:,}", *shares, *losses])
     marks = ["ours" if row["ours"] else "peer" for row in learnt["rows"]]
     return (
-        "<h3>Headline: a training step whose cost does not grow with the number of classes</h3>"
+        "<h3>Headline: a training step against the number of classes</h3>"
         f'<div class="card"><h4>One step of an output layer</h4><p class="soft">{cost["batch"]} rows of '
         f"{cost['features']} features, random and with Zipf's class frequencies: forward, backward down to the hidden "
         "gradient, update by plain SGD. Medians of interleaved runs; a run of FactoredSphericalOutput is ten steps, "
