@@ -13,7 +13,7 @@ NATIVE_SOURCES := $(wildcard tests/native/* csrc/common/*)
 PY_FILES := setup.py pysrc triton_kernels tests bench
 
 .DELETE_ON_ERROR:
-.PHONY: help venv build native lint format test bench bench-compare readme inplace gpu check-cuda wheel check-wheel clean
+.PHONY: help venv build native lint format test bench headlines bench-compare readme inplace gpu check-cuda wheel check-wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -61,6 +61,10 @@ test: build native lint ## lint and run every test that needs no GPU
 
 bench: build ## benchmarks on this machine, and the language model trained both ways
 	@$(PY) bench/run.py
+
+headlines: build ## the papers' claims on whole training steps (about 4 min), then the report with them
+	@$(PY) bench/headlines/z_loss.py
+	@$(PY) bench/report.py
 
 bench-compare: build ## the CPU regression suite, against its last saved run
 	@$(PY) -m pytest -q tests/benchmarks/bench_ops.py --benchmark-autosave --benchmark-compare

@@ -15,6 +15,14 @@ from torch import Tensor
 PHASES = ("forward", "backward", "both")
 SCALAR_ERROR = {torch.float32: 1e-5, torch.bfloat16: 5e-3}
 GRADIENT_ERROR = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+ROWS, LAYERS = "row losses", "output layers"
+
+Reference = tuple[float, list[tuple[Tensor, Tensor]]]  # float64 loss; per leaf some row indices, gradient of those rows
+
+
+def family(op: str) -> str:
+    """Losses over rows of logits are bound by memory; those that make the logits too by their matrix products."""
+    return LAYERS if op.startswith("linear_") else ROWS
 
 
 @dataclass(frozen=True)
@@ -40,7 +48,7 @@ class Case:
     dtype: torch.dtype
     device: str
     inputs: Callable[[], tuple[list[Tensor], list[Tensor]]]  # tensors to differentiate, constants
-    reference: Callable[..., tuple[float, Tensor, Tensor]]  # float64 loss, row indices, gradient of those rows
+    reference: Callable[..., Reference]
     contenders: list[Contender]
     traffic: dict[str, int]
     flops: dict[str, int]
@@ -89,23 +97,32 @@ def backends(device: str) -> dict[str, str | None]:
     return found
 
 
-def row_contenders(op: str, eager: Callable, device: str, *, inplace: bool, compiled: bool, **options):
-    """The contenders every row loss shares: ours on each backend, torch eager, torch.compile, a plain copy."""
+def common_contenders(variants: Callable[[], dict[str, Callable]], eager: Callable, device: str, compiled: bool):
+    """Ours on each backend, torch eager, torch.compile. `variants` names the ways to call ours; "" is the plain one."""
     present, absent = [], {}
     for backend, reason in backends(device).items():
         ours = "tilewise" if device == "cpu" else f"tilewise {backend}"
         if reason:
             absent[ours] = reason
             continue
-        loss = partial(getattr(importlib.import_module("tilewise"), op), **options)
-        present.append(Contender(ours, loss, backend, ours=True))
-        if inplace:
-            present.append(Contender(f"{ours} in place", partial(loss, inplace_backward=True), backend, ours=True))
+        for variant, loss in variants().items():
+            present.append(Contender(f"{ours} {variant}".strip(), loss, backend, ours=True))
     present.append(Contender("torch eager", eager))
     if compiled:
         present.append(Contender("torch.compile", torch.compile(eager, dynamic=False)))
     else:
         absent["torch.compile"] = "left out of a quick run"
+    return present, absent
+
+
+def row_contenders(op: str, eager: Callable, device: str, *, inplace: bool, compiled: bool, **options):
+    """The contenders every row loss shares: the common ones, ours in place where it can be, a plain copy."""
+
+    def variants():
+        loss = partial(getattr(importlib.import_module("tilewise"), op), **options)
+        return {"": loss, "in place": partial(loss, inplace_backward=True)} if inplace else {"": loss}
+
+    present, absent = common_contenders(variants, eager, device, compiled)
     present.append(Contender("plain copy", None))
     return present, absent
 
@@ -120,6 +137,11 @@ def row_inputs(rows: int, classes: int, dtype: torch.dtype, device: str) -> tupl
     return [logits], [target]
 
 
+def spread(size: int, wanted: int, device: torch.device) -> Tensor:
+    """Up to `wanted` indices below `size`, evenly apart."""
+    return torch.linspace(0, size - 1, min(size, wanted), device=device).round().long()
+
+
 def row_reference(row_loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, target: Tensor, checked: int = 64):
     """Mean loss over all rows and the gradient of up to `checked` evenly spread rows, both in float64."""
     rows, classes = logits.shape
@@ -128,10 +150,10 @@ def row_reference(row_loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, 
         row_loss(block.double(), labels).sum().item()
         for block, labels in zip(logits.detach().split(chunk), target.split(chunk), strict=True)
     )
-    index = torch.linspace(0, rows - 1, min(rows, checked), device=logits.device).round().long()
+    index = spread(rows, checked, logits.device)
     sample = logits.detach()[index].double().requires_grad_()
     (gradient,) = torch.autograd.grad(row_loss(sample, target[index]).sum() / rows, sample)
-    return total / rows, index, gradient
+    return total / rows, [(index, gradient)]
 
 
 def row_traffic(rows: int, classes: int, dtype: torch.dtype) -> dict[str, int]:

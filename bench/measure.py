@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from case import GRADIENT_ERROR, PHASES, SCALAR_ERROR, Case, Contender
+from case import GRADIENT_ERROR, LAYERS, PHASES, SCALAR_ERROR, Case, Contender, Reference, family
 
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 FLUSH_BYTES = 1 << 29  # several times any L2; writing it also keeps the queue busy while the host launches a run
@@ -134,7 +134,7 @@ def interleave(
 
 @dataclass(frozen=True)
 class Error:
-    """Relative errors against float64: of the loss, and of the worst row of the gradient."""
+    """Relative errors against float64: of the loss, and of the worst row of the gradients."""
 
     loss: float
     gradient: float
@@ -143,18 +143,24 @@ class Error:
         return self.loss <= SCALAR_ERROR[dtype] and self.gradient <= GRADIENT_ERROR[dtype]  # NaN is not
 
 
-def error(problem: Problem, contender: Contender, reference: tuple[float, Tensor, Tensor]) -> Error:
+def error(problem: Problem, contender: Contender, reference: Reference) -> Error:
     """Run once and compare; this is also the first warm-up."""
-    expected, index, rows = reference
+    expected, samples = reference
     problem.restore()
     with contender.selected():
-        loss, (gradient, *_) = problem.answer(contender)
-        off = (gradient[index].double() - rows).norm(dim=-1) / rows.norm(dim=-1)
-        return Error(abs(loss.double().item() - expected) / abs(expected), off.max().item())
+        loss, gradients = problem.answer(contender)
+        off = [
+            (gradient[index].double() - rows).norm(dim=-1) / rows.norm(dim=-1)
+            for gradient, (index, rows) in zip(gradients, samples, strict=True)
+        ]
+        return Error(abs(loss.double().item() - expected) / abs(expected), torch.cat(off).max().item())
 
 
 def peak_extra_bytes(problem: Problem, contender: Contender) -> int | None:
-    """Highest memory of one forward and backward beyond what was held before it.
+    """Highest memory of one forward and backward beyond what was held before it; without the gradients of a layer.
+
+    A loss over rows may avoid the gradient's allocation by writing in place, so there it counts; the gradients of an
+    output layer have to be returned by everyone.
 
     On a GPU the caching allocator tells. On Linux it is the kernel's high-water mark of resident memory, which also
     sees scratch that never went through torch; None where the system keeps no such mark.
@@ -168,8 +174,11 @@ def peak_extra_bytes(problem: Problem, contender: Contender) -> int | None:
             before = torch.cuda.memory_allocated()
             problem.answer(contender)
             torch.cuda.synchronize()
-            return torch.cuda.max_memory_allocated() - before
-        return resident_peak(lambda: problem.answer(contender))
+            peak = torch.cuda.max_memory_allocated() - before
+        else:
+            peak = resident_peak(lambda: problem.answer(contender))
+    returned = sum(leaf.nbytes for leaf in problem.leaves) if family(problem.case.op) == LAYERS else 0
+    return None if peak is None else max(0, peak - returned)
 
 
 def resident_peak(work: Callable[[], object]) -> int | None:

@@ -142,3 +142,42 @@ def table(head: Sequence[str], body: Sequence[Sequence[str]], mark: Callable[[in
         for i, line in enumerate(body)
     )
     return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{lines}</tbody></table></div>'
+
+
+def loglog(
+    title: str, axes: tuple[str, str], series: dict[str, list[tuple[float, float]]], kinds: dict[str, str]
+) -> str:
+    """Lines through measured points on logarithmic axes, named at their right ends; `axes` names x and y."""
+    width, height, left, right, top, bottom = 860, 380, 64, 250, 24, 44
+    points = [point for line in series.values() for point in line]
+    spans = [(math.log10(min(values)), math.log10(max(values))) for values in zip(*points, strict=True)]
+
+    def place(value: float, span: tuple[float, float], start: float, end: float) -> float:
+        return start + (math.log10(value) - span[0]) / ((span[1] - span[0]) or 1.0) * (end - start)
+
+    def x(value: float) -> float:
+        return place(value, spans[0], left, width - right)
+
+    def y(value: float) -> float:
+        return place(value, spans[1], height - bottom, top)
+
+    parts = []
+    for power in range(math.ceil(spans[1][0]), math.floor(spans[1][1]) + 1):
+        at = y(10.0**power)
+        parts.append(element("line", class_="grid", x1=left, x2=width - right, y1=at, y2=at))
+        parts.append(element("text", f"{10.0**power:,g}", class_="tick", x=left - 8, y=at + 4, text_anchor="end"))
+    for value in sorted({point[0] for point in points}):
+        parts.append(
+            element("text", f"{value:,.0f}", class_="tick", x=x(value), y=height - bottom + 20, text_anchor="middle")
+        )
+    parts.append(element("text", axes[0], class_="tick", x=width - right, y=height - 6, text_anchor="end"))
+    parts.append(element("text", axes[1], class_="tick", x=left, y=12))
+    lowest = -math.inf
+    for name, line in sorted(series.items(), key=lambda item: y(item[1][-1][1])):
+        kind, places = kinds[name], [(x(across), y(up)) for across, up in line]
+        drawn = " ".join(f"{across:.1f},{up:.1f}" for across, up in places)
+        parts.append(element("polyline", class_=f"trend {kind}", points=drawn))
+        parts += [element("circle", class_=f"dot {kind}", cx=across, cy=up, r=3) for across, up in places]
+        lowest = max(places[-1][1] + 4, lowest + 16)  # names of lines that end close together move apart
+        parts.append(element("text", name, class_=f"name {kind}", x=places[-1][0] + 10, y=lowest))
+    return svg(width, height, title, parts)

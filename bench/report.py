@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import re
 from html import escape
 from pathlib import Path
 
 import plots
 import results
+from case import LAYERS, ROWS, family
 from plots import Bar, number
 from results import COPY, EAGER, ROOT
 
@@ -22,13 +24,17 @@ CEILINGS = {
     "gemm_bfloat16_gflops": ("bfloat16 matrix product", "GFLOP/s"),
     "exp_giga": ("float32 exp", "billion/s"),
 }
+SHAPES = {ROWS: "logits", LAYERS: "rows × features × classes"}
 METHOD = (
-    "Medians of interleaved runs; whiskers are the quartiles. Every contender starts from the same restored logits, "
+    "Medians of interleaved runs; whiskers are the quartiles. Every contender starts from the same restored inputs, "
     "makes its own gradient through torch.autograd.grad, and is timed with cold caches. GB/s counts one traffic for "
     "all: the forward pass reads the logits once, the backward pass reads them again and writes the gradient (a plain "
     "copy: one read, one write). Errors are relative to float64: of the mean loss, and of the worst gradient row among "
     "64, about an eighth of which have a target probability near 0.99. A result of tilewise that misses the tolerance "
-    "is not timed; one of the others is shown in red as inexact."
+    "is not timed; one of the others is shown in red as inexact. Output layers (linear_...) make their logits from "
+    "rows of features and a weight per class. Their GFLOP/s count one number of operations for all, that of the matrix "
+    "products any exact implementation needs; errors are the worst among rows of both gradients, confident targets "
+    "have p near 0.9; and peak memory is what every contender takes beyond the inputs and the gradients it returns."
 )
 
 
@@ -78,20 +84,30 @@ def tiles(content: dict) -> str:
     return f'<p class="tiles-title">{title}</p><div class="tiles">{"".join(found)}</div>'
 
 
-def case_card(title: str, group: dict[str, dict], forward: dict[str, dict], copy_gbs: float) -> str:
+def bound(op: str, row: dict, ceilings: dict[str, float]) -> tuple[float, str] | None:
+    """The least time in ms that the case's work takes on this machine, and what it is; None without that ceiling."""
+    if family(op) == ROWS:
+        return row["traffic_bytes"] / ceilings["copy_gbs"] / 1e6, "two reads and one write at copy speed"
+    gemm = ceilings.get(f"gemm_{row['dtype']}_gflops")
+    return (row["flops"] / gemm / 1e6, "its matrix products at full speed") if gemm else None
+
+
+def case_card(op: str, title: str, group: dict[str, dict], forward: dict[str, dict], ceilings: dict[str, float]) -> str:
     rows = list(group.values())
+    layer = family(op) == LAYERS
+    model = next((row for row in rows if row["contender"] != COPY), None)
+    marker = bound(op, model, ceilings) if model else None
     times = []
     for row in rows:
         parts = [f"{number(row['median_ms'])} ms"]
         if EAGER in group and row["contender"] not in (EAGER, COPY):
             parts.append(f"{group[EAGER]['median_ms'] / row['median_ms']:.1f}× eager")
-        parts.append(f"{row['copy_fraction']:.0%} of copy speed")
+        if not layer:
+            parts.append(f"{row['copy_fraction']:.0%} of copy speed")
         first = forward[row["contender"]]["median_ms"] if row["contender"] in forward else None
         times.append(
             Bar(row["contender"], row["median_ms"], ", ".join(parts), kind(row), row["q25_ms"], row["q75_ms"], first)
         )
-    model = next((row["traffic_bytes"] for row in rows if row["contender"] != COPY), 0)
-    marker = (model / copy_gbs / 1e6, "two reads and one write at copy speed") if model else None
     chart = plots.bars(f"{title}: forward and backward in milliseconds", "ms", times, marker=marker)
     held = [row for row in rows if row["peak_extra_bytes"] is not None]
     memory = ""
@@ -100,7 +116,8 @@ def case_card(title: str, group: dict[str, dict], forward: dict[str, dict], copy
             Bar(row["contender"], row["peak_extra_bytes"] / 2**20, size(row["peak_extra_bytes"]), kind(row))
             for row in held
         ]
-        memory = "<h5>Peak memory beyond the inputs</h5>" + plots.bars(f"{title}: peak extra memory", "MiB", items)
+        beyond = "the inputs and the gradients returned" if layer else "the inputs"
+        memory = f"<h5>Peak memory beyond {beyond}</h5>" + plots.bars(f"{title}: peak extra memory", "MiB", items)
     body = [
         [
             row["contender"] + (" (inexact)" if row["correct"] is False else ""),
@@ -108,13 +125,14 @@ def case_card(title: str, group: dict[str, dict], forward: dict[str, dict], copy
             number(row["median_ms"]),
             f"{number(row['q25_ms'])} – {number(row['q75_ms'])}",
             str(row["runs"]),
-            number(row["gbs"]),
+            number(results.gflops(row) if layer else row["gbs"]),
             f"{row['error']['loss']:.1e}" if row["error"] else "–",
             f"{row['error']['gradient']:.1e}" if row["error"] else "–",
         ]
         for row in rows
     ]
-    head = ["", "forward ms", "both ms", "quartiles", "runs", "GB/s", "loss error", "gradient error"]
+    rate = "GFLOP/s" if layer else "GB/s"
+    head = ["", "forward ms", "both ms", "quartiles", "runs", rate, "loss error", "gradient error"]
     marks = ["inexact" if row["correct"] is False else kind(row) for row in rows]
     return (
         f'<div class="card"><h4>{title}</h4><h5>Forward, then backward</h5>{chart}{memory}'
@@ -128,7 +146,7 @@ def operator_section(op: str, content: dict) -> str:
         if row["phase"] == "forward":
             forward.setdefault((row["case"], tuple(row["shape"]), row["dtype"]), {})[row["contender"]] = row
     cards = [
-        case_card(f"{shape_text(key[1])}, {key[2]}", group, forward.get(key, {}), content["ceilings"]["copy_gbs"])
+        case_card(op, f"{shape_text(key[1])}, {key[2]}", group, forward.get(key, {}), content["ceilings"])
         for key, group in results.groups(content["results"]).items()
     ]
     absent = "; ".join(f"{name}: {reason}" for name, reason in content["absent"].items())
@@ -174,6 +192,9 @@ def machine_section(files: dict[str, dict]) -> str:
         parts.append(tiles(next(iter(operators.values()))))
     parts += [operator_section(op, content) for op, content in operators.items()]
     parts += [training_section(content["training"]) for content in files.values() if "training" in content]
+    for content in files.values():
+        if "headline" in content:
+            parts.append(importlib.import_module(f"headlines.{content['headline']}").section(content))
     return "".join(parts)
 
 
@@ -197,24 +218,19 @@ def write(machines: dict[str, dict[str, dict]], out: Path) -> Path:
 
 
 def readme_table(machines: dict[str, dict[str, dict]]) -> str:
-    """Markdown: per machine one row a case, each cell the median of forward + backward and its speed against eager."""
+    """Markdown: per machine and family one row a case, each cell the median of both phases and its speed-up."""
     parts = []
     for files in machines.values():
         environment = next(iter(files.values()))["environment"]
         measured = [row for content in files.values() for row in content.get("results", [])]
         if not measured:
             continue
-        names = list(dict.fromkeys(row["contender"] for row in measured))
         parts.append(
             f"{results.machine_title(environment)}, torch {environment['torch']}, {environment['date']}. "
             "Forward + backward in ms, and how many times faster than torch eager:\n"
         )
-        parts.append("| operator | logits | " + " | ".join(names) + " |")
-        parts.append("| --- | --- |" + " ---: |" * len(names))
-        for (op, shape, dtype), group in results.groups(measured).items():
-            cells = [readme_cell(group.get(name), group.get(EAGER)) for name in names]
-            parts.append(f"| {op} | {shape_text(shape)} {dtype} | " + " | ".join(cells) + " |")
-        parts.append("")
+        for kin in SHAPES:
+            parts += family_table(kin, [row for row in measured if family(row["case"]) == kin])
         for content in files.values():
             if "training" in content:
                 steps = content["training"]["contenders"]
@@ -222,6 +238,18 @@ def readme_table(machines: dict[str, dict[str, dict]]) -> str:
                 off = max(row["largest_difference"] for row in steps)
                 parts.append(f"One training step of the language model: {times}; loss curves within {off:.0e}.\n")
     return "\n".join(parts) or "Not measured yet.\n"
+
+
+def family_table(kin: str, measured: list[dict]) -> list[str]:
+    """The lines of one family's table: its contenders are its columns. Nothing where nothing was measured."""
+    if not measured:
+        return []
+    names = list(dict.fromkeys(row["contender"] for row in measured))
+    lines = [f"| operator | {SHAPES[kin]} | " + " | ".join(names) + " |", "| --- | --- |" + " ---: |" * len(names)]
+    for (op, shape, dtype), group in results.groups(measured).items():
+        cells = [readme_cell(group.get(name), group.get(EAGER)) for name in names]
+        lines.append(f"| {op} | {shape_text(shape)} {dtype} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
 
 
 def readme_cell(row: dict | None, eager: dict | None) -> str:

@@ -135,6 +135,10 @@ def groups(results: list[dict]) -> dict[tuple, dict[str, dict]]:
     return found
 
 
+def gflops(row: dict) -> float:
+    return row["flops"] / row["median_ms"] / 1e6
+
+
 def speedups(group: dict[str, dict]) -> list[tuple[str, str, float]]:
     """(ours, other, how many times faster) for one case; a wrong result of ours claims nothing."""
     mine = [row for row in group.values() if row["ours"] and row["correct"]]

@@ -23,10 +23,10 @@ import report
 import results
 import roofline
 import train_lm
-from case import Case, Contender
+from case import LAYERS, Case, Contender, family
 from results import COPY, EAGER, say
 
-OPERATORS = ("cross_entropy", "z_loss")
+OPERATORS = ("cross_entropy", "z_loss", "linear_cross_entropy", "linear_z_loss")
 TRAINING_SECONDS = 35.0  # what the language model may take of the budget
 
 
@@ -35,7 +35,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--op", action="append", choices=OPERATORS, help="only this operator (repeatable)")
     parser.add_argument("--out", type=Path, help="folder for the JSON files (bench/results/<machine>)")
-    parser.add_argument("--budget", type=float, default=215.0, help="seconds; cases that no longer fit are left out")
+    parser.add_argument("--budget", type=float, default=360.0, help="seconds; cases that no longer fit are left out")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, no torch.compile: checks the driver only")
     parser.add_argument("--no-train", action="store_true", help="leave out the language model")
     parser.add_argument("--no-report", action="store_true", help="leave out the HTML report")
@@ -59,12 +59,12 @@ def checked(problem: measure.Problem, reference: tuple) -> tuple[list[Contender]
             error = measure.error(problem, contender, reference)
         except Exception as failure:  # torch.compile without a compiler, a peer that rejects this GPU or size
             case.absent[contender.name] = first_line(failure)
-            say(f"  {contender.name:24} left out: {first_line(failure)}")
+            say(f"  {contender.name:26} left out: {first_line(failure)}")
             continue
         right = error.within(case.dtype)
         verdict = "" if right else "  WRONG, not timed" if contender.ours else "  inexact"
         took = time.perf_counter() - began
-        say(f"  {contender.name:24} error {error.loss:.1e} loss {error.gradient:.1e} grad, {took:5.1f} s{verdict}")
+        say(f"  {contender.name:26} error {error.loss:.1e} loss {error.gradient:.1e} grad, {took:5.1f} s{verdict}")
         errors[contender.name] = error
         if right or not contender.ours:
             fit.append(contender)
@@ -75,7 +75,7 @@ def measured(case: Case, copy_gbs: float) -> tuple[list[dict], bool]:
     """Results of one case, and whether all of ours ran and were right."""
     torch._dynamo.reset()  # torch.compile gets a fresh start, not a dynamic-shape recompilation
     for name, reason in case.absent.items():
-        say(f"  {name:24} left out: {reason}")
+        say(f"  {name:26} left out: {reason}")
     problem = measure.Problem(case, measure.clock_for(case.device))
     reference = case.reference(*problem.leaves, *problem.constants)
     fit, errors = checked(problem, reference)
@@ -92,10 +92,11 @@ def measured(case: Case, copy_gbs: float) -> tuple[list[dict], bool]:
         name = contender.name
         found += results.rows(case, contender, times[name], peaks.get(name), errors.get(name), copy_gbs)
         both = found[-1]
-        say(
-            f"  {name:24} {both['median_ms']:9.2f} ms  [{both['q25_ms']:.2f}, {both['q75_ms']:.2f}] of {both['runs']}"
-            f"  {both['gbs']:7.1f} GB/s  {both['copy_fraction']:4.0%} of copy"
-        )
+        rate = f"{both['gbs']:7.1f} GB/s  {both['copy_fraction']:4.0%} of copy"
+        if family(case.op) == LAYERS:
+            rate = f"{results.gflops(both):7.1f} GFLOP/s"
+        quarters = f"[{both['q25_ms']:.2f}, {both['q75_ms']:.2f}] of {both['runs']}"
+        say(f"  {name:26} {both['median_ms']:9.2f} ms  {quarters}  {rate}")
     return found, all(c.name in errors and errors[c.name].within(case.dtype) for c in case.contenders if c.ours)
 
 
@@ -107,15 +108,19 @@ def in_turn(operators: list[Iterator[Case]]) -> Iterator[Case]:
 
 def table(found: list[dict]) -> str:
     """Forward + backward in ms, one line per case and contender, with the speed of ours beside each other one."""
-    lines = [f"{'case':38} {'contender':24} {'ms':>9} {'vs eager':>9} {'vs compile':>10} {'vs copy':>8}"]
-    for (op, shape, dtype), group in results.groups(found).items():
-        label = f"{op} {'x'.join(map(str, shape))} {dtype}"
+    grouped = {f"{op} {'x'.join(map(str, s))} {dtype}": g for (op, s, dtype), g in results.groups(found).items()}
+    wide = max((len(label) for label in grouped), default=4)
+    name_wide = max((len(row["contender"]) for row in found), default=9)
+    heads = f"{'ms':>9} {'vs eager':>9} {'vs compile':>10} {'vs copy':>8}"
+    lines = [f"{'case':{wide}}  {'contender':{name_wide}} {heads}"]
+    for label, group in grouped.items():
         for name, row in group.items():
             cells = [
                 f"{group[other]['median_ms'] / row['median_ms']:.2f}x" if other in group and row["correct"] else "-"
                 for other in (EAGER, "torch.compile", COPY)
             ]
-            lines.append(f"{label:38} {name:24} {row['median_ms']:9.2f} {cells[0]:>9} {cells[1]:>10} {cells[2]:>8}")
+            times = f"{row['median_ms']:9.2f} {cells[0]:>9} {cells[1]:>10} {cells[2]:>8}"
+            lines.append(f"{label:{wide}}  {name:{name_wide}} {times}")
             label = ""
     return "\n".join(lines)
 

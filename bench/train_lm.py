@@ -39,15 +39,25 @@ def corpus() -> tuple[Tensor, Tensor, list[str]]:
     return ids[:cut], ids[cut:], vocabulary
 
 
-class LanguageModel(nn.Module):
+class Body(nn.Module):
+    """The model up to its output layer."""
+
     def __init__(self, classes: int):
         super().__init__()
         self.embedding = nn.Embedding(classes, EMBEDDING)
         self.hidden = nn.Linear(CONTEXT * EMBEDDING, HIDDEN)
+
+    def forward(self, context: Tensor) -> Tensor:  # (B, CONTEXT) word ids -> (B, HIDDEN)
+        return torch.tanh(self.hidden(self.embedding(context).flatten(1)))
+
+
+class LanguageModel(Body):
+    def __init__(self, classes: int):
+        super().__init__(classes)
         self.output = nn.Linear(HIDDEN, classes)
 
     def forward(self, context: Tensor) -> Tensor:  # (B, CONTEXT) word ids -> (B, classes) logits
-        return self.output(torch.tanh(self.hidden(self.embedding(context).flatten(1))))
+        return self.output(super().forward(context))
 
 
 def examples(ids: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ sys.path.insert(0, str(BENCH))
 case, gpu, measure, plots, report, results, run, train_lm = map(
     importlib.import_module, ("case", "gpu", "measure", "plots", "report", "results", "run", "train_lm")
 )
-z_loss = importlib.import_module("cases.z_loss")
+z_loss, layers = map(importlib.import_module, ("cases.z_loss", "layers"))
 
 TIMES = {"tilewise": 10.0, "torch eager": 40.0, "torch.compile": 20.0, "plain copy": 5.0}
 
@@ -139,13 +139,70 @@ def test_error_of_right_and_wrong_contenders(dtype):
 
 def test_reference_gradient_is_that_of_the_mean():
     (logits,), (target,) = case.row_inputs(100, 30, torch.float32, "cpu")
-    loss, index, gradient = case.row_reference(row_loss, logits, target, checked=10)
+    loss, [(index, gradient)] = case.row_reference(row_loss, logits, target, checked=10)
     whole = logits.double().requires_grad_()
     expected = eager(whole, target)
     (rows,) = torch.autograd.grad(expected, whole)
     assert loss == pytest.approx(expected.item(), rel=1e-12)
     assert index.tolist() == [0, 11, 22, 33, 44, 55, 66, 77, 88, 99]
     torch.testing.assert_close(gradient, rows[index], rtol=1e-12, atol=0)
+
+
+def layer_eager(hidden, weight, target):
+    return eager(hidden @ weight.T, target)
+
+
+def make_layer_case(*contenders):
+    flops = {"forward": 10**9, "backward": 2 * 10**9}
+    arguments = ("linear_cross_entropy", (40, 6, 30), torch.float32, "cpu", row_loss, (list(contenders), {}), flops)
+    return layers.layer_case(*arguments, runs=3, seconds=1.0)
+
+
+def test_reference_of_a_layer_samples_both_gradients(monkeypatch):
+    (hidden, weight), (target,) = layers.layer_inputs(40, 6, 30, torch.float32, "cpu")
+    monkeypatch.setattr(layers, "BLOCK", 30 * 7)  # seven rows at a time
+    loss, samples = layers.layer_reference(row_loss, hidden, weight, target, checked=10)
+    leaves = [leaf.double().requires_grad_() for leaf in (hidden, weight)]
+    expected = layer_eager(*leaves, target)
+    assert loss == pytest.approx(expected.item(), rel=1e-12)
+    for (index, rows), whole in zip(samples, torch.autograd.grad(expected, leaves), strict=True):
+        torch.testing.assert_close(rows, whole[index], rtol=1e-10, atol=1e-14)
+    assert samples[1][0].tolist() == [0, 7, 14, 22, 29, *target[[0, 10, 20, 29, 39]].tolist()]
+
+
+def test_error_sees_either_gradient_of_a_layer():
+    def wrong(which):
+        def loss(*inputs):
+            changed = [x * 1.0 for x in inputs[:2]]
+            changed[which].register_hook(lambda gradient: 1.5 * gradient)
+            return layer_eager(*changed, inputs[2])
+
+        return loss
+
+    contenders = [case.Contender("good", layer_eager), *(case.Contender(f"bad {i}", wrong(i)) for i in (0, 1))]
+    problem = measure.Problem(make_layer_case(*contenders), measure.HostClock())
+    reference = problem.case.reference(*problem.leaves, *problem.constants)
+    errors = [measure.error(problem, contender, reference).gradient for contender in contenders]
+    assert errors == [pytest.approx(0.0, abs=1e-4), pytest.approx(0.5, rel=1e-3), pytest.approx(0.5, rel=1e-3)]
+
+
+def test_inputs_of_a_layer_hold_confident_rows():
+    (hidden, weight), (target,) = layers.layer_inputs(64, 128, 5000, torch.float32, "cpu")
+    right = (hidden @ weight.T).softmax(-1).gather(-1, target[:, None]).squeeze(-1)
+    assert right[::8].min() > 0.8 and right[::8].max() < 0.96 and right[1::8].max() < 0.1
+
+
+@pytest.mark.skipif(not measure.CLEAR_REFS.exists(), reason="no resident high-water mark on this system")
+def test_peak_memory_of_a_layer_leaves_out_its_gradients():
+    def by_hand(hidden, weight, target):
+        return hidden.square().mean() + weight.square().mean()
+
+    contender = case.Contender("squares", by_hand)
+    inputs = [torch.ones(4 << 18), torch.ones(64 << 18)]  # 68 MiB
+    layer = replace(make_layer_case(contender), inputs=lambda: (inputs, [torch.zeros(1)]))
+    problems = [measure.Problem(c, measure.HostClock()) for c in (layer, replace(layer, op="cross_entropy"))]
+    without, with_gradients = (measure.peak_extra_bytes(problem, contender) / 2**20 for problem in problems)
+    assert with_gradients - without == pytest.approx(68, abs=6)
 
 
 def test_z_loss_composition_by_hand():
@@ -219,6 +276,35 @@ def test_report_shows_the_figures(content, training, tmp_path):
     assert page.count("<polyline") == 2 and "http" not in page and "<script" not in page
 
 
+def layer_content(content):
+    """One output layer at 3e9 operations, with the times of TIMES that are no copy's."""
+    sized = make_layer_case(*(c for c in contenders() if c.loss))
+    found = []
+    for contender in sized.contenders:
+        times = {phase: [TIMES[contender.name]] * 3 for phase in case.PHASES}
+        found += results.rows(sized, contender, times, 3 << 20, measure.Error(2e-8, 3e-6), copy=100.0)
+    return content | {"results": found, "ceilings": {"copy_gbs": 100.0, "gemm_float32_gflops": 1000.0}, "absent": {}}
+
+
+def test_output_layers_are_told_apart(content, tmp_path):
+    files = {"cross_entropy": content, "linear_cross_entropy": layer_content(content)}
+    page = report.write({"test-cpu": files}, tmp_path / "index.html").read_text()
+    card = page[page.index("<h3>linear_cross_entropy</h3>") :]
+    for shown in ("40 × 6 × 30, float32", "10.0 ms, 4.0× eager<", "<td>300</td>", "its matrix products at full speed"):
+        assert shown in card
+    assert "beyond the inputs and the gradients returned" in card and "of copy speed" not in card
+    rows, layer = (results.groups(files[op]["results"]).values() for op in files)
+    (row_group,), (layer_group,) = rows, layer
+    expected = report.bound("cross_entropy", row_group["tilewise"], content["ceilings"])
+    assert expected[0] == pytest.approx(7.86432)
+    assert report.bound("linear_cross_entropy", layer_group["tilewise"], {"gemm_float32_gflops": 1000.0})[0] == 3.0
+    assert report.bound("linear_cross_entropy", layer_group["tilewise"], {}) is None
+    table = report.readme_table({"test-cpu": files})
+    assert "| operator | logits | tilewise | torch eager | torch.compile | plain copy |" in table
+    assert "| operator | rows × features × classes | tilewise | torch eager | torch.compile |" in table
+    assert "| linear_cross_entropy | 40 × 6 × 30 float32 | 10.0 (4.0×) | 40.0 | 20.0 (2.0×) |" in table
+
+
 def test_readme_table_replaces_only_what_is_between_the_marks(content, training, tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- bench:begin -->\nold\n<!-- bench:end -->\nafter\n")
@@ -265,14 +351,17 @@ def test_quick_run_end_to_end(tmp_path):
     assert run.main(["--quick", "--device", "cpu", "--out", str(tmp_path / "quick")]) == 0
     assert time.perf_counter() - began < 60
     files = results.load(tmp_path)["quick"]
-    assert set(files) == {"cross_entropy", "roofline", "train_lm", "z_loss"}
+    assert set(files) == {*run.OPERATORS, "roofline", "train_lm"}
     assert files["roofline"]["ceilings"]["copy_gbs"] > 0
     for op, names in {
         "cross_entropy": ["tilewise", "tilewise in place", "torch eager", "plain copy"],
         "z_loss": ["tilewise", "torch eager", "plain copy"],
+        "linear_cross_entropy": ["tilewise", "torch eager", "torch chunked"],
+        "linear_z_loss": ["tilewise", "tilewise z_loss(F.linear)", "torch eager"],
     }.items():
         (group,) = results.groups(files[op]["results"]).values()
-        assert list(group) == names
+        absent = files[op]["absent"]
+        assert list(group) == [name for name in names if name not in absent]
         for row in group.values():
             assert 0 < row["q25_ms"] <= row["median_ms"] <= row["q75_ms"] and row["runs"] >= 3
             assert row["error"] is None or row["error"]["gradient"] < 1e-3
@@ -298,3 +387,14 @@ def test_a_case_can_be_quickened():
     short = replace(make_case(case.Contender("eager", eager)), runs=3)
     found, right = run.measured(short, copy_gbs=10.0)
     assert right and {row["runs"] for row in found} == {3}
+
+
+def test_log_axes_place_points_and_part_names():
+    line = [(10.0, 1.0), (1000.0, 100.0)]
+    chart = plots.loglog("t", ("x", "ms"), {"a": line, "b": line}, {"a": "ours", "b": "peer"})
+    (left, low), (right, high) = (map(float, p.split(",")) for p in chart.split('points="')[1].split('"')[0].split())
+    assert left < right and low > high
+    middle = plots.loglog("t", ("x", "ms"), {"a": [*line, (100.0, 10.0)]}, {"a": "ours"})
+    assert f'cx="{(left + right) / 2:.2f}" cy="{(low + high) / 2:.2f}"' in middle
+    heights = [float(part.split('y="')[1].split('"')[0]) for part in chart.split('class="name')[1:]]
+    assert heights[1] - heights[0] == pytest.approx(16)
