@@ -9,7 +9,16 @@ import pytest
 import tilewise
 
 README = Path(__file__).resolve().parent.parent / "README.md"
-DOCUMENTED = ("backend", "cross_entropy", "spherical_softmax_loss", "taylor_softmax_loss", "z_loss")
+DOCUMENTED = (
+    "backend",
+    "cross_entropy",
+    "linear_spherical_softmax_loss",
+    "linear_taylor_softmax_loss",
+    "linear_z_loss",
+    "spherical_softmax_loss",
+    "taylor_softmax_loss",
+    "z_loss",
+)
 
 
 @pytest.mark.parametrize("name", DOCUMENTED)
