@@ -28,6 +28,11 @@ def test_docstring_example(name):
     assert doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(test).failed == 0
 
 
+def test_docstring_example_of_the_output_layer():
+    test = doctest.DocTestFinder(recurse=False).find(tilewise.nn.FactoredSphericalOutput, "layer", globs={})[0]
+    assert test.examples and doctest.DocTestRunner().run(test).failed == 0
+
+
 def test_every_public_function_is_documented():
     functions = {name for name in tilewise.__all__ if callable(getattr(tilewise, name))} - {"CrossEntropyStats"}
     assert functions == set(DOCUMENTED)
