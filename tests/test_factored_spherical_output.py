@@ -1,7 +1,9 @@
 """FactoredSphericalOutput equals plain SGD on the dense weight, at a cost that does not depend on the classes."""
 
 import copy
+import functools
 
+import contract
 import pytest
 import torch
 from contract import DEVICE
@@ -12,6 +14,7 @@ from tilewise.nn import factored_spherical_output as module
 from tilewise.reference import z_loss as reference
 from tilewise.testing import allocated_bytes, relative_error
 
+pytestmark = pytest.mark.skipif(contract.BACKEND not in ("cpu", "cuda"), reason="uses no kernel: once per device")
 D, SIZE, BATCH = 50, 8, 12
 
 
@@ -23,7 +26,7 @@ def squared_error(logits, target):
 KINDS = {
     "z": (reference.z_loss, {"a": 1.5, "b": 0.4}, 0.5),
     "taylor": (reference.taylor_softmax_loss, {}, 0.1),
-    "spherical": (reference.spherical_softmax_loss, {"eps": 1e-2}, 0.05),
+    "spherical": (reference.spherical_softmax_loss, {"eps": 1e-2}, 0.02),
     "mse": (squared_error, {}, 0.01),
 }
 by_kind = pytest.mark.parametrize("kind", KINDS)
@@ -39,12 +42,15 @@ def batches(steps, seed=0):
 
 
 def initial_weight():
-    return torch.randn(D, SIZE, generator=torch.Generator().manual_seed(1), dtype=torch.float64) / 2
+    """float64 of float32 numbers."""
+    return torch.randn(D, SIZE, generator=torch.Generator().manual_seed(1)).double() / 2
 
 
-def dense_sgd(kind, weight, steps, decay, factor=1.0):
+@functools.cache
+def dense_sgd(kind, steps, decay=0.0, factor=1.0):
+    """The weight after plain SGD in float64."""
     dense, options, lr = KINDS[kind]
-    weight = weight.clone().requires_grad_()
+    weight = initial_weight().requires_grad_()
     optimizer = torch.optim.SGD([weight], lr=lr, weight_decay=decay)
     for hidden, target in batches(steps):
         optimizer.zero_grad()
@@ -67,7 +73,7 @@ def test_500_steps_equal_dense_sgd(kind, stabilize_every):
     layer = FactoredSphericalOutput.from_dense(initial_weight().to(DEVICE), **options)
     train(layer, kind, 500, factor=0.7)
     weight = layer.dense_weight().cpu()
-    expected = dense_sgd(kind, initial_weight(), 500, decay, factor=0.7)
+    expected = dense_sgd(kind, 500, decay, factor=0.7)
     assert relative_error(weight, expected) < 1e-9
     assert relative_error(expected, initial_weight()) > 0.1  # it has learnt something
     assert relative_error(layer.gram.cpu(), weight.t() @ weight) < 1e-9
@@ -79,7 +85,7 @@ def test_500_steps_equal_dense_sgd(kind, stabilize_every):
 def test_2000_steps_in_float32(kind):
     layer = FactoredSphericalOutput.from_dense(initial_weight().float().to(DEVICE), kind=kind, **KINDS[kind][1])
     train(layer, kind, 2000)
-    expected = dense_sgd(kind, initial_weight().float().double(), 2000, decay=0.0)
+    expected = dense_sgd(kind, 2000)
     assert relative_error(layer.dense_weight().double().cpu(), expected) < 1e-4
 
 
@@ -124,7 +130,7 @@ def test_a_skipped_update_of_the_gram_matrix_shows(monkeypatch):
     monkeypatch.setattr(FactoredSphericalOutput, "_update", stale)
     layer = FactoredSphericalOutput.from_dense(initial_weight().to(DEVICE), **KINDS["z"][1])
     train(layer, "z", 20)
-    assert relative_error(layer.dense_weight().cpu(), dense_sgd("z", initial_weight(), 20, decay=0.0)) > 1e-4
+    assert relative_error(layer.dense_weight().cpu(), dense_sgd("z", 20)) > 1e-4
 
 
 def test_state_dict_continues():

@@ -1,9 +1,10 @@
 """The logits-free spherical family against the loss of F.linear: values, all gradients, memory, costs not paid."""
 
+import contract
 import pytest
 import torch
 import torch.nn.functional as F
-from contract import BACKEND, DEVICE, INTERPRETED
+from contract import BACKEND, DEVICE
 
 import tilewise
 from tilewise.ops import logits_free
@@ -17,6 +18,7 @@ MEMBERS = {
     "spherical": (tilewise.linear_spherical_softmax_loss, dense_reference.spherical_softmax_loss, {"eps": 1e-2}),
 }
 by_member = pytest.mark.parametrize("member", MEMBERS)
+pytestmark = pytest.mark.skipif(contract.INTERPRETED, reason="has no Triton kernel to interpret")
 needs_composite = pytest.mark.skipif(BACKEND == "reference", reason="the reference holds the logits")
 
 
@@ -259,7 +261,6 @@ def test_bad_arguments(hidden, weight, target, options, error, message):
         tilewise.linear_z_loss(place(hidden), place(weight), place(target), **options)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="tested with the C++ kernels")
 @by_member
 def test_compile(member):
     linear, _, options = MEMBERS[member]
@@ -277,7 +278,6 @@ def test_compile(member):
         torch.testing.assert_close(*gradients, equal_nan=True)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="tested with the C++ kernels")
 def test_opcheck():
     ops, options = torch.ops.tilewise, {"ignore_index": -100, "reduction": "mean"}
     hidden, weight, bias, target = inputs(dtype=torch.float32)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from tilewise.ops import rows
-from tilewise.ops.logits_free import CHUNK, slices
+from tilewise.ops.logits_free import CHUNK, slices, sum_of_class
 from tilewise.reference.z_loss import OF_STATISTICS
 
 NAME = "FactoredSphericalOutput"
@@ -215,7 +215,7 @@ class FactoredSphericalOutput(nn.Module):
 
         # (1 t^T + R)^T W of the old W, and R^T R with the rows of a class summed first.
         cross = torch.addr(torch.mm(pull.t(), self._weight_rows(target)), t, self.row_sum)
-        r_r = torch.mm(pull.t(), _sum_of_class(pull, target))
+        r_r = torch.mm(pull.t(), sum_of_class(pull, target))
         # Increments rather than products: those lose two digits of float32 over thousands of steps.
         a_gram = torch.mm(a, self.gram)
         moved = torch.mm(cross, b)
@@ -245,16 +245,6 @@ class FactoredSphericalOutput(nn.Module):
                 self.v[part].addmm_((self.v[part] @ left) * (values - 1), left.t())
         # Never only updated: the error of an inverse carried along grows without bound.
         self.u_inverse = torch.linalg.inv(self.u)
-
-
-def _sum_of_class(rows_: Tensor, target: Tensor) -> Tensor:
-    """For every row the sum of all rows of its class."""
-    ordered, order = target.sort(stable=True)
-    first = torch.ones_like(ordered, dtype=torch.bool)
-    first[1:] = ordered[1:] != ordered[:-1]
-    place = torch.empty_like(order)
-    place[order] = first.cumsum(0) - 1
-    return torch.zeros_like(rows_).index_add_(0, place, rows_)[place]
 
 
 class _Loss(torch.autograd.Function):

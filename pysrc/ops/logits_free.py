@@ -43,21 +43,31 @@ def slices(rows: Tensor) -> Iterator[slice]:
         yield slice(start, start + size)
 
 
-def _mean(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """The mean over the first dimension: exact, so that nothing is left of them, when all rows are equal."""
-    first = rows[0].to(dtype)
+def _less(weight: Tensor, row: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """The rows of weight less one row, in its type, chunk by chunk: in one buffer, which the next chunk overwrites."""
+    buffer = None
+    for part in slices(weight):
+        rows = weight[part]
+        buffer = row.new_empty(rows.shape) if buffer is None else buffer[: len(rows)]
+        yield part, torch.sub(rows, row, out=buffer)
+
+
+def _mean_row(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Exact, so that nothing is left of the rows, when all are equal."""
+    first = weight[0].to(dtype)
     total = torch.zeros_like(first)
-    for part in slices(rows):
-        total += (rows[part].to(dtype) - first).sum(0)
-    return first + total / len(rows)
+    for _, rows in _less(weight, first):
+        total += rows.sum(0)
+    return first + total / len(weight)
 
 
 def _centred_bias(bias: Tensor | None, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The mean of bias and its deviations; one zero stands for them all when there is no bias."""
     if bias is None:
         return weight.new_zeros((), dtype=dtype), weight.new_zeros(1, dtype=dtype).expand(len(weight))
-    mean = _mean(bias, dtype)
-    return mean, bias.to(dtype) - mean
+    bias = bias.to(dtype)
+    mean = bias[0] + (bias - bias[0]).mean()
+    return mean, bias - mean
 
 
 def _forward(member: str, **defaults):
@@ -68,11 +78,10 @@ def _forward(member: str, **defaults):
         op = f"linear_{member}_loss" if member == "z" else f"linear_{member}_softmax_loss"
         index, ignored, outside = split_target(target, classes, ignore_index, op)
         h = hidden.to(dtype).masked_fill(ignored[:, None], 0)
-        mean = _mean(weight, dtype)
+        mean = _mean_row(weight, dtype)
         bias_mean, deviations = _centred_bias(bias, weight, dtype)
         gram = weight.new_zeros((d + 1, d), dtype=dtype)  # Q, and q as its last row
-        for part in slices(weight):
-            centred = weight[part] - mean
+        for part, centred in _less(weight, mean):
             gram[:d].addmm_(centred.t(), centred)
             if bias is not None:
                 gram[d].addmv_(centred.t(), deviations[part])
@@ -115,34 +124,39 @@ def _backward(
         second_moment, every_row = torch.mm(h.t() * slope, h), torch.mv(h.t(), kappa)
         of_bias = torch.mv(h.t(), slope)
 
-        def dense_rows(select):
-            rows = torch.addmm(every_row, weight[select] - mean, second_moment)
+        def dense_rows(select, centred, out=None):
+            rows = torch.addmm(every_row, centred, second_moment, out=out)
             return rows if bias is None else rows.addr_(deviations[select], of_bias)
 
         d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
-        for part in slices(weight):
-            d_weight[part] = dense_rows(part)
-        _add_target_rows(d_weight, index, gamma[:, None] * h, dense_rows)
+        of_target = gamma[:, None] * h
+        if d_weight.dtype == dtype:
+            for part, centred in _less(weight, mean):
+                dense_rows(part, centred, out=d_weight[part])
+            d_weight.index_add_(0, index, of_target)
+        else:  # rounded once: the rows of target classes are computed again, together with their sum over the batch
+            for part, centred in _less(weight, mean):
+                d_weight[part] = dense_rows(part, centred)
+            d_weight[index] = (dense_rows(index, weight[index] - mean) + sum_of_class(of_target, index)).to(
+                weight.dtype
+            )
     if grad_bias:
         slope_h = torch.mv(h.t(), slope)
         d_bias = deviations * slope.sum() + kappa.sum()
-        for part in slices(weight):
-            d_bias[part] += torch.mv(weight[part] - mean, slope_h)
+        for part, centred in _less(weight, mean):
+            d_bias[part] += torch.mv(centred, slope_h)
         d_bias = d_bias.index_add_(0, index, gamma).to(bias.dtype)
     return d_hidden, d_weight, d_bias
 
 
-def _add_target_rows(d_weight: Tensor, index: Tensor, rows: Tensor, dense_rows) -> None:
-    """d_weight[index] += rows, rounded once: in 16 bits the rows of target classes are computed again, with the sum."""
-    if d_weight.dtype == rows.dtype:
-        d_weight.index_add_(0, index, rows)
-        return
-    # Rows of one class agree on one of them, whichever is written last, as the place of their sum.
-    place = index.new_empty(len(d_weight))
-    place[index] = torch.arange(len(index), device=index.device)
-    place = place[index]
-    sums = torch.zeros_like(rows).index_add_(0, place, rows)
-    d_weight[index] = (dense_rows(index) + sums[place]).to(d_weight.dtype)
+def sum_of_class(rows: Tensor, index: Tensor) -> Tensor:
+    """For every row the sum of all rows of its class; neither waits for the device nor knows the number of classes."""
+    ordered, order = index.sort(stable=True)
+    first = torch.ones_like(ordered, dtype=torch.bool)
+    first[1:] = ordered[1:] != ordered[:-1]
+    place = torch.empty_like(order)
+    place[order] = first.cumsum(0) - 1
+    return torch.zeros_like(rows).index_add_(0, place, rows)[place]
 
 
 _register("linear_z_loss", _forward("z"))

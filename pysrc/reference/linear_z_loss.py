@@ -37,11 +37,9 @@ def linear_spherical_softmax_loss(
 def _member(op):
     def forward(hidden, weight, target, bias, **options):
         loss, row_state, total = rows.OPS[op](_logits(hidden, weight, bias), target, **options)
-        w = weight.to(loss.dtype)
-        mean = w.mean(0)
-        of_bias = mean * 0 if bias is None else (w - mean).t() @ (bias.to(w.dtype) - bias.to(w.dtype).mean())
-        gram = torch.cat([(w - mean).t() @ (w - mean), of_bias[None]])
-        return loss, row_state[1:].clone(), gram, mean, total
+        # The logits are formed again in the backward: the mean row and the Gram matrix are not looked at.
+        mean = loss.new_zeros(weight.shape[1])
+        return loss, row_state[1:].clone(), loss.new_zeros(len(mean) + 1, len(mean)), mean, total
 
     return forward
 
@@ -57,11 +55,12 @@ def _backward(
     options = {"ignore_index": ignore_index, "reduction": reduction}
     d_logits = rows.OPS["spherical_family_backward"](grad_loss, logits, target, state, total, **options)
     empty = logits.new_empty(0)
-    return (
-        (d_logits @ weight.to(logits.dtype)).to(hidden.dtype) if grad_hidden else empty.to(hidden.dtype),
-        (d_logits.t() @ hidden.to(logits.dtype)).to(weight.dtype) if grad_weight else empty.to(weight.dtype),
-        d_logits.sum(0).to(bias.dtype) if grad_bias else empty,
-    )
+    with torch.autocast(hidden.device.type, enabled=False):
+        return (
+            (d_logits @ weight.to(logits.dtype)).to(hidden.dtype) if grad_hidden else empty.to(hidden.dtype),
+            (d_logits.t() @ hidden.to(logits.dtype)).to(weight.dtype) if grad_weight else empty.to(weight.dtype),
+            d_logits.sum(0).to(bias.dtype) if grad_bias else empty,
+        )
 
 
 OPS = {
