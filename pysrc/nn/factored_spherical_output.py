@@ -107,7 +107,7 @@ class FactoredSphericalOutput(nn.Module):
         return layer
 
     def forward(self, hidden: Tensor, target: Tensor) -> Tensor:
-        """The mean loss of hidden (m, d) and the class indices target (m,); 0 for m = 0.
+        """The mean loss of hidden (m, d), taken in the type of the layer, and class indices target (m,); 0 for m = 0.
 
         Under ``torch.no_grad`` it only evaluates; otherwise :meth:`step` expects its backward. On the CPU a class index
         out of range is a RuntimeError, on a GPU the loss is NaN.
