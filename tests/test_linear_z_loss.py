@@ -186,8 +186,9 @@ def test_memory(monkeypatch):
     def loss(h, w):
         return tilewise.linear_z_loss(h, w, target, a=1.0, b=0.0)
 
-    assert allocated_bytes(lambda: loss(hidden, weight), DEVICE) < small
     both = loss(hidden, weight)
+    torch.autograd.grad(both, (hidden, weight), retain_graph=True)  # a GPU's libraries have their workspaces now
+    assert allocated_bytes(lambda: loss(hidden, weight), DEVICE) < small
     backward = allocated_bytes(lambda: torch.autograd.grad(both, (hidden, weight), retain_graph=True), DEVICE)
     assert 4 * v * d < backward < 4 * v * d + small
     frozen = loss(hidden, weight.detach())

@@ -279,6 +279,7 @@ class _Loss(torch.autograd.Function):
         hidden, index, gc, gq, gs, d_hidden = ctx.saved_tensors
         if ctx.updates != ctx.layer.updates:
             raise RuntimeError(f"tilewise.{NAME}: expected backward before step, got a loss of an earlier weight")
-        ctx.layer._batch = (hidden, index, gc * grad_loss, gq * grad_loss, gs * grad_loss)
+        # A copy: hidden may itself be a parameter that an optimizer changes before step.
+        ctx.layer._batch = (hidden.detach().clone(), index, gc * grad_loss, gq * grad_loss, gs * grad_loss)
         ctx.layer._awaits_backward = False
         return d_hidden * grad_loss, None, None
