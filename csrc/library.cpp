@@ -1,4 +1,5 @@
-// Every operator of the library: its schema, one entry each.
+// Every operator of the library: its schema, one entry each. The first block has a kernel per device; the second is
+// composed of PyTorch's own operators in pysrc/ops, once for all devices.
 #include <torch/csrc/stable/library.h>
 
 #include "common/isa.h"
@@ -43,6 +44,25 @@ STABLE_TORCH_LIBRARY(tilewise, m) {
   m.def(
       "spherical_family_backward(Tensor grad_loss, Tensor logits, Tensor target, Tensor row_state, Tensor total, *, "
       "int ignore_index, str reduction) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(tilewise, m) {
+  m.def(
+      "linear_z_loss(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, *, float a, float b, "
+      "int ignore_index=-100, str reduction=\"mean\") "
+      "-> (Tensor loss, Tensor row_state, Tensor gram, Tensor mean, Tensor total)");
+  m.def(
+      "linear_taylor_softmax_loss(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, *, "
+      "int ignore_index=-100, str reduction=\"mean\") "
+      "-> (Tensor loss, Tensor row_state, Tensor gram, Tensor mean, Tensor total)");
+  m.def(
+      "linear_spherical_softmax_loss(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, *, float eps=1e-6, "
+      "int ignore_index=-100, str reduction=\"mean\") "
+      "-> (Tensor loss, Tensor row_state, Tensor gram, Tensor mean, Tensor total)");
+  m.def(
+      "linear_spherical_backward(Tensor grad_loss, Tensor hidden, Tensor weight, Tensor target, Tensor? bias, "
+      "Tensor row_state, Tensor gram, Tensor mean, Tensor total, *, int ignore_index, str reduction, "
+      "bool grad_hidden, bool grad_weight, bool grad_bias) -> (Tensor, Tensor, Tensor)");
 }
 
 extern "C" __attribute__((visibility("default"))) const char* tilewise_cpu_isa() { return tilewise::cpu_isa(); }

@@ -8,6 +8,11 @@ from tilewise import nn, reference  # noqa: E402  (they register on the operator
 from tilewise.backend import backend, start  # noqa: E402
 from tilewise.ops.cross_entropy import CrossEntropyStats, cross_entropy  # noqa: E402
 from tilewise.ops.linear_cross_entropy import linear_cross_entropy  # noqa: E402
+from tilewise.ops.linear_z_loss import (  # noqa: E402
+    linear_spherical_softmax_loss,
+    linear_taylor_softmax_loss,
+    linear_z_loss,
+)
 from tilewise.ops.z_loss import spherical_softmax_loss, taylor_softmax_loss, z_loss  # noqa: E402
 from tilewise.version import __version__  # noqa: E402
 
@@ -19,6 +24,9 @@ __all__ = [
     "backend",
     "cross_entropy",
     "linear_cross_entropy",
+    "linear_spherical_softmax_loss",
+    "linear_taylor_softmax_loss",
+    "linear_z_loss",
     "nn",
     "reference",
     "spherical_softmax_loss",

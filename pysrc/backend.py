@@ -31,6 +31,8 @@ class backend:
             ``TRITON_INTERPRET=1`` Triton's interpreter serves them).
             ``"cpu"``: the C++ kernels for CPU tensors; CUDA tensors are refused.
             ``"reference"``: plain PyTorch for both.
+            Operators composed of PyTorch's own (``linear_z_loss`` and its siblings) need no kernel: they serve every
+            device under each of these but the reference, which has their dense form.
 
     Raises:
         ValueError: the name is none of these.
@@ -115,8 +117,13 @@ def _implementations(package: str) -> dict[str, Callable]:
     return {name: function for module in modules for name, function in getattr(module, "OPS", {}).items()}
 
 
+def _composite(name: str) -> bool:
+    """Whether an operator is composed of PyTorch's own, so that one implementation serves every device."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"tilewise::{name}", "CompositeExplicitAutograd")
+
+
 def _refusals(reason: str) -> dict[str, Callable]:
-    """For every operator a function that says why CUDA tensors cannot be served."""
+    """For every operator that needs a kernel a function that says why CUDA tensors cannot be served."""
 
     def refuse(name: str) -> Callable:
         def refused(*args, **kwargs):
@@ -124,7 +131,7 @@ def _refusals(reason: str) -> dict[str, Callable]:
 
         return refused
 
-    return {name: refuse(name) for name in _implementations("tilewise.reference")}
+    return {name: refuse(name) for name in _implementations("tilewise.reference") if not _composite(name)}
 
 
 def _plan(name: str) -> tuple[dict[str, str], dict[str, dict[str, Callable]]]:

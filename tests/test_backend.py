@@ -14,7 +14,7 @@ from tilewise.reference import z_loss as z_loss_reference
 
 module = importlib.import_module("tilewise.backend")
 ops = torch.ops.tilewise
-OPERATORS = sorted(module._implementations("tilewise.reference"))
+OPERATORS = sorted(name for name in module._implementations("tilewise.reference") if not module._composite(name))
 
 
 @pytest.fixture
@@ -167,6 +167,8 @@ def test_every_operator_has_an_implementation_that_takes_its_arguments(package):
         name.removeprefix("tilewise::") for name in torch._C._dispatch_get_all_op_names() if "tilewise::" in name
     }
     implementations = module._implementations(package)
+    if package == "tilewise.triton_kernels":
+        defined = {name for name in defined if not module._composite(name)}
     assert set(implementations) == defined
     for name, function in implementations.items():
         arguments = getattr(ops, name).default._schema.arguments

@@ -9,7 +9,16 @@ import pytest
 import tilewise
 
 README = Path(__file__).resolve().parent.parent / "README.md"
-DOCUMENTED = ("backend", "cross_entropy", "spherical_softmax_loss", "taylor_softmax_loss", "z_loss")
+DOCUMENTED = (
+    "backend",
+    "cross_entropy",
+    "linear_spherical_softmax_loss",
+    "linear_taylor_softmax_loss",
+    "linear_z_loss",
+    "spherical_softmax_loss",
+    "taylor_softmax_loss",
+    "z_loss",
+)
 
 
 @pytest.mark.parametrize("name", DOCUMENTED)
@@ -17,6 +26,11 @@ def test_docstring_example(name):
     (test,) = doctest.DocTestFinder(recurse=False).find(getattr(tilewise, name), name, globs={})
     assert test.examples, f"tilewise.{name} shows no example"
     assert doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(test).failed == 0
+
+
+def test_docstring_example_of_the_output_layer():
+    test = doctest.DocTestFinder(recurse=False).find(tilewise.nn.FactoredSphericalOutput, "layer", globs={})[0]
+    assert test.examples and doctest.DocTestRunner().run(test).failed == 0
 
 
 def test_every_public_function_is_documented():

@@ -29,6 +29,17 @@ def check_floating(op: str, name: str, tensor: Tensor) -> None:
         raise TypeError(f"tilewise.{op}: expected {tensor.device.type} {name} to be {names}, got {tensor.dtype}")
 
 
+def check_matrix(op: str, name: str, matrix: Tensor) -> None:
+    """A floating tensor of two dimensions, any sizes, on any device."""
+    if not isinstance(matrix, Tensor):
+        raise TypeError(f"tilewise.{op}: expected {name} to be a tensor, got {type(matrix).__name__}")
+    if matrix.dim() != 2:
+        raise ValueError(f"tilewise.{op}: expected {name} to be 2-D, got shape {tuple(matrix.shape)}")
+    if matrix.dtype not in FLOATING:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATING)
+        raise TypeError(f"tilewise.{op}: expected {name} to be {names}, got {matrix.dtype}")
+
+
 def check_vector(op: str, name: str, vector: Tensor | None, size: int, logits: Tensor) -> Tensor | None:
     """A constant (size,) vector on the device of logits, in the type of statistics."""
     if vector is None:
@@ -52,17 +63,15 @@ def check_constant(op: str, name: str, tensor: Tensor) -> None:
         raise ValueError(f"tilewise.{op}: expected {name} not to require a gradient (none is computed); detach it")
 
 
-def check_class_index(op: str, target: Tensor, logits: Tensor) -> Tensor:
-    """Class indices (N,) as contiguous int64."""
+def check_class_index(op: str, target: Tensor, rows: Tensor, rows_name: str = "logits") -> Tensor:
+    """Class indices (N,), one for each of the rows, as contiguous int64."""
     if not isinstance(target, Tensor):
         raise TypeError(f"tilewise.{op}: expected target to be a tensor, got {type(target).__name__}")
     if target.dtype not in INTEGER:
         raise TypeError(f"tilewise.{op}: expected target to hold integer class indices, got {target.dtype}")
-    if target.dim() != 1 or target.shape[0] != logits.shape[0]:
-        raise ValueError(
-            f"tilewise.{op}: expected target to have shape ({logits.shape[0]},), got {tuple(target.shape)}"
-        )
-    check_device(op, "target", target, logits)
+    if target.dim() != 1 or target.shape[0] != rows.shape[0]:
+        raise ValueError(f"tilewise.{op}: expected target to have shape ({rows.shape[0]},), got {tuple(target.shape)}")
+    check_device(op, "target", target, rows, rows_name)
     return target.to(torch.int64).contiguous()
 
 
