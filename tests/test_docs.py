@@ -12,6 +12,7 @@ README = Path(__file__).resolve().parent.parent / "README.md"
 DOCUMENTED = (
     "backend",
     "cross_entropy",
+    "linear_cross_entropy",
     "linear_spherical_softmax_loss",
     "linear_taylor_softmax_loss",
     "linear_z_loss",

@@ -53,6 +53,24 @@ def run_spherical_family(logits, names):
     OPS["spherical_family_backward"](loss, logits, target, row_state, total, **options)
 
 
+def run_linear_cross_entropy(dtype, *, D, V, options=PLAIN, everything=False, probabilities=False):
+    """The fused forward, and the row kernels over blocks of classes of the backward."""
+    from tilewise.triton_kernels.linear_cross_entropy import OPS
+
+    x, w = (torch.empty(n, D, dtype=dtype, device="meta") for n in (ROWS, V))
+    target = torch.empty(ROWS, V, dtype=dtype, device="meta") if probabilities else torch.empty(
+        ROWS, dtype=torch.int64, device="meta")  # fmt: skip
+    bias = torch.empty(V, dtype=dtype, device="meta") if everything else None
+    weight = torch.empty(V, device="meta") if everything else None
+    options = {name: value for name, value in options.items() if name != "logit_scale"} | {"ignore_index": -100}
+    saved = (x, w, target, bias, weight)
+    loss, row_state, total, *_ = OPS["linear_cross_entropy"](*saved, **options, reduction="mean")
+    flags = {f"{name}_grad": True for name in ("input", "weight", "bias")}
+    OPS["linear_cross_entropy_backward"](
+        torch.empty_like(loss), *saved, row_state, total, **options, reduction="mean", chunk_bytes=0, **flags
+    )
+
+
 def run_operators(dtype):
     """Long rows with 16-byte accesses, long rows without, short rows that share a program, V = 1, transposed rows."""
 
@@ -68,6 +86,9 @@ def run_operators(dtype):
     run_cross_entropy(torch.empty(128256, ROWS, dtype=dtype, device="meta").t())
     run_spherical_family(logits(128256), ("z_loss", "taylor_softmax_loss", "spherical_softmax_loss"))
     run_spherical_family(logits(1000), ("z_loss",))
+    run_linear_cross_entropy(dtype, D=2304, V=256000)
+    run_linear_cross_entropy(dtype, D=512, V=50257, options=ALL_OPTIONS, everything=True)
+    run_linear_cross_entropy(dtype, D=512, V=50257, options=ALL_OPTIONS, probabilities=True)
 
 
 def compile_launches(arch):
@@ -143,6 +164,8 @@ def test_kernels_fit(reports, arch, dtype):
     assert {r["kernel"] for r in compiled} == {
         "cross_entropy_forward_kernel",
         "cross_entropy_backward_kernel",
+        "linear_cross_entropy_forward_kernel",
+        "linear_cross_entropy_merge_kernel",
         "spherical_family_forward_kernel",
         "spherical_family_backward_kernel",
         "reduce_rows_kernel",

@@ -182,9 +182,11 @@ def fused_forward(
     if N == 0:
         return
     probabilities = target.is_floating_point()
-    narrow = input.dtype != torch.float32
-    tile = {"ROWS": 128, "BLOCK": 128, "DEPTH": 64, "STAGES": 3} if narrow else {
-        "ROWS": 64, "BLOCK": 64, "DEPTH": 32, "STAGES": 2}  # fmt: skip
+    plain = not probabilities and label_smoothing == 0 and softcap is None
+    if input.dtype == torch.float32:  # no tensor cores: full precision
+        tile = {"ROWS": 32, "BLOCK": 64, "DEPTH": 16, "STAGES": 2}
+    else:
+        tile = {"ROWS": 128 if plain else 64, "BLOCK": 128 if plain else 64, "DEPTH": 64, "STAGES": 3}
     tile["ROWS"] = min(tile["ROWS"], max(16, triton.next_power_of_2(N)))
     groups, tiles = triton.cdiv(N, tile["ROWS"]), triton.cdiv(V, tile["BLOCK"])
     tiles_per_share = triton.cdiv(tiles, max(1, FULL_GRID // groups))
