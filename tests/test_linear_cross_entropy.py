@@ -236,8 +236,6 @@ def test_equals_torch_function(positions, soft, reduction):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_memory(dtype):
     """Beside the gradients: one chunk of logits and O(N) numbers; for 16 bits in the backward two (N, d) sums."""
-    if INTERPRETED and dtype == torch.bfloat16:
-        pytest.skip("the interpreter copies")
     n, d, v, chunk = 256, 16, 2048, 2**17
     x, w, _ = (None if t is None else t.to(dtype) for t in layer(n, d, v, torch.float32, bias=False, grad=False))
     x, w = x.requires_grad_(), w.requires_grad_()

@@ -243,8 +243,11 @@ def lines_at_a_time(count: int, length: int, element_size: int, chunk_bytes: int
     return triton.cdiv(count, triton.cdiv(count, most))
 
 
-def logits_of(input, linear_weight, linear_bias):
-    return torch.nn.functional.linear(input, linear_weight, linear_bias)
+def form_logits(out, input, linear_weight, linear_bias):
+    """input @ linear_weight^T + linear_bias, written to `out`: one buffer serves every chunk."""
+    if linear_bias is None:
+        return torch.mm(input, linear_weight.t(), out=out)
+    return torch.addmm(linear_bias, input, linear_weight.t(), out=out)
 
 
 def formed_gradients(row_loss, row_state, tensors, wanted, chunk_bytes, options):
@@ -256,10 +259,11 @@ def formed_gradients(row_loss, row_state, tensors, wanted, chunk_bytes, options)
     db = input.new_zeros(V) if wanted[2] else None
     one = torch.ones_like(row_loss[:1]).squeeze(0) if N else None
     rows = lines_at_a_time(max(N, 1), V, input.element_size(), chunk_bytes, 1)
+    buffer = input.new_empty(rows, V)
     for begin in range(0, N, rows):
         part = slice(begin, begin + rows)
         x, state = input[part], row_state[:, part]
-        logits = logits_of(x, linear_weight, linear_bias)
+        logits = form_logits(buffer[: len(x)], x, linear_weight, linear_bias)
         launch_forward(row_loss[part], state, None, logits, target[part], weight, None, **options)
         saved = (logits, target[part], weight, None, None, state, one)
         launch_backward(logits, one, None, None, *saved, **options, reduction="sum")
@@ -338,10 +342,11 @@ def linear_cross_entropy_backward(
     dw = input.new_empty(linear_weight.shape) if weight_grad else None
     db = input.new_empty(V) if bias_grad else None
     width = lines_at_a_time(V, N, input.element_size(), chunk_bytes, LEAST_CLASSES)
+    buffer = input.new_empty(N, width)
     for first in range(0, V, width):
         part = slice(first, first + width)
         w = linear_weight[part]
-        block = logits_of(input, w, None if linear_bias is None else linear_bias[part])
+        block = form_logits(buffer[:, : len(w)], input, w, None if linear_bias is None else linear_bias[part])
         targets = target[:, part] if target.is_floating_point() else target
         weights = None if weight is None else weight[part]
         saved = (block, targets, weights, None, None, row_state, total)
