@@ -248,7 +248,7 @@ def test_memory(dtype):
     step()
     held = max(chunk, 256 * n * dtype.itemsize if dtype != torch.float32 else 0)
     sums = 0 if dtype == torch.float32 else n * d * (4 + dtype.itemsize)
-    if NATIVE_CPU and dtype == torch.bfloat16:
+    if DEVICE == "cpu" and dtype == torch.bfloat16:
         sums += 2 * held  # oneDNN packs copies of its 16-bit operands
     spare = 16 * 1024 + (65536 if DEVICE == "cuda" or BACKEND == "triton" else 0)
     gradients = (x.numel() + w.numel()) * dtype.itemsize

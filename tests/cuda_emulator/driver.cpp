@@ -2,6 +2,7 @@
 // tests/test_cuda_emulated.py. Strides are in elements; null pointers are absent tensors.
 #include "common/launch.cuh"
 #include "cross_entropy/cross_entropy.h"
+#include "linear_cross_entropy/linear_cross_entropy.h"
 #include "z_loss/z_loss.h"
 
 namespace {
@@ -23,6 +24,7 @@ struct Call {
   int64_t* argmax;
   float *grad_loss, *grad_lse, *grad_entropy;
   int64_t grad_loss_stride, grad_lse_stride, grad_entropy_stride;
+  int64_t all_rows, first_class, all_classes;  // of the problem that this is a block of; 0: it is the whole
 };
 
 tilewise::RowMatrix matrix_of(const Call& call, const Matrix& m) {
@@ -40,7 +42,8 @@ tilewise::Transform<float> transform_of(const Call& call) {
 
 tilewise::DenseTarget<float> dense_of(const Call& call) {
   tilewise::DenseTarget<float> dense;
-  dense.uniform = static_cast<float>(call.label_smoothing / static_cast<double>(call.columns));
+  dense.uniform = static_cast<float>(call.label_smoothing /
+                                     static_cast<double>(call.all_classes != 0 ? call.all_classes : call.columns));
   dense.soft = call.probabilities.data != nullptr ? static_cast<float>(1.0 - call.label_smoothing) : 0.0f;
   dense.weight = call.weight;
   dense.probabilities = matrix_of(call, call.probabilities);
@@ -100,6 +103,7 @@ extern "C" const char* cross_entropy_forward(const Call& call) {
   op.loss_rows = call.loss_rows;
   op.share_rows = call.share_rows;
   op.row_state = call.row_state;
+  op.all_rows = call.all_rows;
   op.lse = call.lse;
   op.entropy = call.entropy;
   op.argmax = call.argmax;
@@ -124,7 +128,15 @@ extern "C" const char* cross_entropy_backward(const Call& call) {
   op.grad_entropy_stride = call.grad_entropy_stride;
   op.entropy = call.entropy;
   op.row_state = call.row_state;
+  op.all_rows = call.all_rows;
+  op.first_class = call.first_class;
   return tilewise::cross_entropy_backward_cuda(op, nullptr);
+}
+
+extern "C" const char* accumulate(int64_t dtype, const void* part, float* sum, void* out, int64_t count, int first,
+                                  int last) {
+  const tilewise::Accumulation op{static_cast<tilewise::Dtype>(dtype), part, sum, out, count, first != 0, last != 0};
+  return tilewise::accumulate_cuda(op, nullptr);
 }
 
 extern "C" const char* z_loss_forward(const Call& call) {

@@ -10,7 +10,7 @@ import math
 import os
 import shutil
 import subprocess
-from ctypes import c_char_p, c_double, c_int64, c_void_p
+from ctypes import c_char_p, c_double, c_int, c_int64, c_void_p
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
-SOURCES = [ROOT / "csrc/cross_entropy/cross_entropy_cuda.cu", ROOT / "csrc/z_loss/z_loss_cuda.cu", HERE / "driver.cpp"]
+SOURCES = [*sorted(ROOT.glob("csrc/*/*_cuda.cu")), HERE / "driver.cpp"]
 COMPILER = shutil.which(os.environ.get("CXX", "g++"))
 FLAGS = ["-std=c++20", "-O1", "-fPIC", "-Wno-unknown-pragmas", "-Wno-pragmas", f"-I{ROOT / 'csrc'}", f"-I{HERE}"]
 
@@ -49,6 +49,7 @@ class Call(ctypes.Structure):
         *[(name, c_void_p) for name in ("loss_rows", "share_rows", "row_state", "loss", "total", "lse", "entropy")],
         *[(name, c_void_p) for name in ("argmax", "grad_loss", "grad_lse", "grad_entropy")],
         *[(name, c_int64) for name in ("grad_loss_stride", "grad_lse_stride", "grad_entropy_stride")],
+        *[(name, c_int64) for name in ("all_rows", "first_class", "all_classes")],
     ]
 
 
@@ -75,6 +76,8 @@ def build() -> ctypes.CDLL:
     for name in ("cross_entropy_forward", "cross_entropy_backward", "z_loss_forward", "z_loss_backward"):
         getattr(loaded, name).argtypes = [ctypes.POINTER(Call)]
         getattr(loaded, name).restype = c_char_p
+    loaded.accumulate.argtypes = [c_int64, c_void_p, c_void_p, c_void_p, c_int64, c_int, c_int]
+    loaded.accumulate.restype = c_char_p
     loaded.wrong_kernel.restype = c_char_p
     return loaded
 
