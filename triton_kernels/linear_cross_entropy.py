@@ -18,7 +18,7 @@ from triton import knobs
 from .cross_entropy import launch_backward, launch_forward, soft_coefficients, store_rows
 from .rows import check_logits, effective_logit, finite_max, reduce_rows
 
-LEAST_BYTES, MOST_BYTES, SHARE, LEAST_CLASSES = 128 << 20, 512 << 20, 22, 256
+LEAST_BYTES, MOST_BYTES, SHARE, LEAST_ROWS, LEAST_CLASSES = 128 << 20, 512 << 20, 22, 64, 256
 STATISTICS = 5  # max, sum of exp, W, sum of c (x - m), the target's logit
 FULL_GRID = 512  # programs that fill a large GPU
 
@@ -258,7 +258,7 @@ def formed_gradients(row_loss, row_state, tensors, wanted, chunk_bytes, options)
     dw = torch.zeros(linear_weight.shape, dtype=input.dtype, device=input.device) if wanted[1] else None
     db = input.new_zeros(V) if wanted[2] else None
     one = torch.ones_like(row_loss[:1]).squeeze(0) if N else None
-    rows = lines_at_a_time(max(N, 1), V, input.element_size(), chunk_bytes, 1)
+    rows = lines_at_a_time(max(N, 1), V, input.element_size(), chunk_bytes, 1 if chunk_bytes else LEAST_ROWS)
     buffer = input.new_empty(rows, V)
     for begin in range(0, N, rows):
         part = slice(begin, begin + rows)

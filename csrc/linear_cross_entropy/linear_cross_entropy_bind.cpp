@@ -29,6 +29,7 @@ constexpr int64_t kLeastBytes = int64_t{16} << 20;
 constexpr int64_t kMostBytes = int64_t{128} << 20;
 #endif
 constexpr int64_t kShare = 22;
+constexpr int64_t kLeastRows = 64;
 constexpr int64_t kLeastClasses = 256;
 
 // Classes that one product takes of a chunk of rows: on a CPU few enough for W and grad_weight to stay in the cache
@@ -199,7 +200,7 @@ ForwardResult forward_as(const Layer& layer, const Tensor& target, const std::op
   op.share_rows = static_cast<T*>(outputs.share_rows.data_ptr());
   op.row_state = static_cast<T*>(row_state.data_ptr());
 
-  const int64_t rows = lines_at_a_time(layer, n, v, 1);
+  const int64_t rows = lines_at_a_time(layer, n, v, layer.chunk_bytes == 0 ? kLeastRows : 1);
   const int64_t classes = std::min(v, kCachedClasses);
   const Tensor buffer = new_output(layer.input, {rows, v}, layer.input.scalar_type());
   const Gradients gradients = new_gradients(layer, wanted);

@@ -34,7 +34,7 @@ def linear_cross_entropy(
     first backward hands them out, scaled by what arrived from above; a further one (``retain_graph=True``), a
     reduction of "none" and 16-bit inputs form the logits a second time, four products, and round 16-bit gradients
     once. Beside inputs and gradients a call holds one chunk of logits: 1/22 of them, but at least 16 MiB and at most
-    128 MiB on a CPU, 128 MiB and 512 MiB on a GPU (or one row, or 256 classes of all rows, where that is more); for
+    128 MiB on a CPU, 128 MiB and 512 MiB on a GPU (64 rows, or 256 classes of all rows, where that is more); for
     16-bit inputs also two (N, d) sums.
 
     Args:
