@@ -180,6 +180,15 @@ def test_all_rows_ignored_and_no_rows():
         assert loss.shape == (n,) and all(g.count_nonzero() == 0 for g in gradients)
 
 
+def test_all_positions_ignored():
+    """The K-dimensional mean has its own denominator: its gradient is 0, not NaN."""
+    x = torch.randn(3, 4, device=DEVICE, requires_grad=True)
+    w = torch.randn(5, 2, 4, device=DEVICE, requires_grad=True)
+    loss = tilewise.linear_cross_entropy(x, w, torch.full((3, 2), -100, device=DEVICE))
+    gradients = torch.autograd.grad(loss, (x, w))
+    assert loss.item() == 0 and all(g.count_nonzero() == 0 for g in gradients)
+
+
 def test_strided_arguments():
     torch.manual_seed(2)
     wide = torch.randn(12, 40, device=DEVICE)

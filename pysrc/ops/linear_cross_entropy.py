@@ -174,8 +174,10 @@ def _positions(input, linear_weight, target, linear_bias, weight, *, reduction, 
     losses, totals = (torch.stack(values, -1) for values in zip(*found, strict=True))
     if reduction == "none":
         return losses.unflatten(-1, shape)
-    total = totals.sum() if reduction == "mean" else 1
-    return torch.where(totals.sum() == 0, losses.sum() * 0, losses.sum() / total)
+    if reduction == "sum":
+        return losses.sum()
+    total = totals.sum()
+    return losses.sum() / total.masked_fill(total == 0, 1)  # all ignored: 0, and no 0 / 0 in the gradient
 
 
 @torch.library.register_fake("tilewise::linear_cross_entropy")
