@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from triton import knobs
 
-from .cross_entropy import launch_backward, launch_forward, soft_coefficients, store_rows
-from .rows import check_logits, effective_logit, finite_max, reduce_rows
+from .cross_entropy import launch_backward, launch_forward
+from .rows import check_logits, effective_logit, finite_max, reduce_rows, soft_coefficients, store_rows
 
 LEAST_BYTES, MOST_BYTES, SHARE, LEAST_ROWS, LEAST_CLASSES = 128 << 20, 512 << 20, 22, 64, 256
 STATISTICS = 5  # max, sum of exp, W, sum of c (x - m), the target's logit

@@ -155,6 +155,53 @@ def softmax_gradient(d, alpha, beta):
 
 
 @triton.jit
+def soft_coefficients(
+    target_rows, target_stride_col, weight_ptr, cols, inside, V, classes, label_smoothing, PROBABILITIES: tl.constexpr
+):
+    """One tile of c_k without the class index's own share: w_k ((1 - eps) t_k + eps / classes), 0 outside."""
+    c = tl.zeros(inside.shape, tl.float32)  # [ROWS, BLOCK]
+    if PROBABILITIES:
+        c += tl.load(tile_pointers(target_rows, cols, target_stride_col), mask=inside, other=0.0).to(tl.float32)
+    if label_smoothing is not None:
+        if PROBABILITIES:
+            c = c * (1.0 - label_smoothing)
+        c = tl.where(inside, c + label_smoothing / classes, 0.0)
+    if weight_ptr is not None:
+        c = c * tl.load(weight_ptr + cols, mask=cols < V, other=0.0)[None, :]
+    return c
+
+
+@triton.jit
+def store_rows(
+    row_max, total_exp, weight_sum, weighted_dot, x_y, target_ptr, weight_ptr, row_weight_ptr, loss_ptr, row_state_ptr,
+    rows, in_rows, V, target_stride_row, state_stride, ignore_index, label_smoothing, lse_square_scale,
+    PROBABILITIES: tl.constexpr
+):  # fmt: skip
+    """From the statistics of each row to its loss and row state; `weight_sum` and `weighted_dot` lack the class index's
+    share, x_y is its logit. Returns lse and log_sum."""
+    log_sum = tl.log(total_exp)  # [ROWS]
+    lse = row_max + log_sum
+    if not PROBABILITIES:
+        y, kept, known = class_target(target_ptr, target_stride_row, rows, in_rows, ignore_index, V)
+        hard = class_weight(weight_ptr, y, kept, known)
+        if label_smoothing is not None:
+            hard = hard * (1.0 - label_smoothing)
+        weight_sum += hard
+        weighted_dot += tl.where(hard != 0, hard * (x_y - row_max), 0.0)
+    loss = log_sum * weight_sum - weighted_dot + lse_square_scale * lse * lse
+    if row_weight_ptr is not None:
+        loss = loss * tl.load(row_weight_ptr + rows, mask=in_rows, other=0.0)
+    if not PROBABILITIES:
+        loss = tl.where(kept, tl.where(known, loss, float("nan")), 0.0)
+    stride = tl.cast(state_stride, tl.int64)
+    tl.store(loss_ptr + rows, loss, mask=in_rows)
+    tl.store(row_state_ptr + rows, row_max, mask=in_rows)
+    tl.store(row_state_ptr + stride + rows, log_sum, mask=in_rows)
+    tl.store(row_state_ptr + 2 * stride + rows, weight_sum, mask=in_rows)
+    return lse, log_sum
+
+
+@triton.jit
 def welford_merge(mean, m2, x, inside, tile):
     """Welford's update of each lane with its element of the tile number `tile`; lanes past the row's end stay."""
     delta = tl.where(inside, x - mean, 0.0)  # [ROWS, BLOCK]
