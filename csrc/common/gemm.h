@@ -1,4 +1,5 @@
-// Matrix products by the BLAS that torch uses on the device, and the views they take (host only).
+// Matrix products and the views they take (host only): by the BLAS that torch uses on the device, and on the CPU, where
+// the factors are float32 or float64 and need no packing, by gemm_tile.h.
 #pragma once
 
 #include "common/checks.h"
@@ -7,15 +8,63 @@
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
 #else
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+
+#include <algorithm>
+
+#include "common/gemm_tile.h"
 #endif
 
 namespace tilewise {
 
-// out = beta self + a b. With beta 0 self is not read; out may be self, and self may broadcast.
+#if !defined(TILEWISE_CUDA)
+
+template <typename T>
+void multiply(const Tensor& out, const Tensor& self, const Tensor& a, const Tensor& b, double beta,
+              void (*units)(const Product<T>&, int64_t, int64_t)) {
+  Product<T> product{.rows = out.size(0), .columns = out.size(1), .depth = a.size(1)};
+  product.a = static_cast<const T*>(a.data_ptr());
+  product.a_row = a.stride(0);
+  product.a_depth = a.stride(1);
+  product.b = static_cast<const T*>(b.data_ptr());
+  product.b_depth = b.stride(0);
+  product.c = static_cast<T*>(out.data_ptr());
+  product.c_row = out.stride(0);
+  product.c_column = out.stride(1);
+  if (beta != 0) {
+    product.start = static_cast<const T*>(self.data_ptr());
+    product.start_row = self.size(0) == 1 ? 0 : self.stride(0);
+    product.start_column = self.size(1) == 1 ? 0 : self.stride(1);
+  }
+  const int64_t unit = 2 * kUnitRows * kUnitColumns * std::max<int64_t>(1, product.depth);
+  torch::stable::parallel_for(0, units_of(product), std::max<int64_t>(1, (int64_t{1} << 20) / unit),
+                              [&](int64_t begin, int64_t end) { units(product, begin, end); });
+}
+
+#endif
+
+// Whether add_product is fastest with the columns of b side by side.
+inline bool wants_unit_columns([[maybe_unused]] ScalarType dtype) {
+#if defined(TILEWISE_CUDA)
+  return false;
+#else
+  return dtype == ScalarType::Float || dtype == ScalarType::Double;
+#endif
+}
+
+// out = beta self + a b, beta 0 or 1. With 0 self is not read; out may be self, and a self of one row or one column is
+// repeated.
 inline void add_product(const Tensor& out, const Tensor& self, const Tensor& a, const Tensor& b, double beta) {
 #if defined(TILEWISE_CUDA)
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_addmm_out(out.get(), self.get(), a.get(), b.get(), beta, 1.0));
 #else
+  if (wants_unit_columns(out.scalar_type()) && (b.stride(1) == 1 || b.size(1) == 1)) {
+    if (out.scalar_type() == ScalarType::Float) {
+      multiply<float>(out, self, a, b, beta, selected_gemm_kernels().multiply_float);
+    } else {
+      multiply<double>(out, self, a, b, beta, selected_gemm_kernels().multiply_double);
+    }
+    return;
+  }
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), self.get(), a.get(), b.get(), beta, 1.0));
 #endif
 }

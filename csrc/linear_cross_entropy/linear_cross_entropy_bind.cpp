@@ -32,14 +32,6 @@ constexpr int64_t kShare = 22;
 constexpr int64_t kLeastRows = 64;
 constexpr int64_t kLeastClasses = 256;
 
-// Classes that one product takes of a chunk of rows: on a CPU few enough for W and grad_weight to stay in the cache
-// between the products of a block.
-#if defined(TILEWISE_CUDA)
-constexpr int64_t kCachedClasses = INT64_MAX;
-#else
-constexpr int64_t kCachedClasses = 2048;
-#endif
-
 struct Layer {
   const Tensor& input;   // (N, d)
   const Tensor& weight;  // (V, d)
@@ -94,14 +86,37 @@ void for_blocks(int64_t count, int64_t size, Function f) {
   for (int64_t begin = 0; begin < count; begin += size) f(begin, std::min(size, count - begin));
 }
 
-void form_logits(const Tensor& out, const Layer& layer, const Tensor& input, int64_t first_class, int64_t classes) {
-  const Tensor weight = transposed(rows_of(layer.weight, first_class, classes));
-  if (layer.bias.has_value()) {
-    add_product(out, rows_of(*layer.bias, first_class, classes), input, weight, 1.0);
-  } else {
-    add_product(out, out, input, weight, 0.0);
+// Forms blocks of logits of up to `rows` rows and `classes` classes.
+class LogitsProduct {
+ public:
+  LogitsProduct(const Layer& layer, int64_t rows, int64_t classes) : layer_(layer) {
+    if (!wants_unit_columns(layer.input.scalar_type())) return;
+    packed_ = new_output(layer.input, {layer.input.size(1), std::min(rows, classes)}, layer.input.scalar_type());
   }
-}
+
+  void form(const Tensor& out, const Tensor& input, int64_t first_class) const {
+    const int64_t rows = out.size(0), classes = out.size(1);
+    const Tensor weight = rows_of(layer_.weight, first_class, classes);
+    const double beta = layer_.bias.has_value() ? 1.0 : 0.0;
+    const Tensor start = layer_.bias.has_value()
+                             ? torch::stable::unsqueeze(rows_of(*layer_.bias, first_class, classes), 0)
+                             : out;
+    if (!packed_.has_value()) return add_product(out, start, input, transposed(weight), beta);
+    if (rows <= classes) return add_product(transposed(out), transposed(start), weight, packed(input), beta);
+    add_product(out, start, input, packed(weight), beta);
+  }
+
+ private:
+  // The transpose of a matrix, columns side by side.
+  Tensor packed(const Tensor& matrix) const {
+    Tensor result = columns_of(*packed_, 0, matrix.size(0));
+    torch::stable::copy_(result, transposed(matrix));
+    return result;
+  }
+
+  const Layer& layer_;
+  std::optional<Tensor> packed_;
+};
 
 Tensor ones(const Tensor& like, int64_t columns) {
   Tensor row = new_output(like, {1, columns}, like.scalar_type());
@@ -201,38 +216,30 @@ ForwardResult forward_as(const Layer& layer, const Tensor& target, const std::op
   op.row_state = static_cast<T*>(row_state.data_ptr());
 
   const int64_t rows = lines_at_a_time(layer, n, v, layer.chunk_bytes == 0 ? kLeastRows : 1);
-  const int64_t classes = std::min(v, kCachedClasses);
   const Tensor buffer = new_output(layer.input, {rows, v}, layer.input.scalar_type());
+  const LogitsProduct logits(layer, rows, v);
   const Gradients gradients = new_gradients(layer, wanted);
   const Tensor one = ones(layer.input, wanted.any() ? std::max<int64_t>(rows, 1) : 1);
   for_blocks(n, rows, [&](int64_t begin, int64_t count) {
     const Tensor input = rows_of(layer.input, begin, count);
     const Tensor chunk = rows_of(buffer, 0, count);
-    for_blocks(v, classes, [&](int64_t first, int64_t width) {
-      form_logits(columns_of(chunk, first, width), layer, input, first, width);
-    });
+    logits.form(chunk, input, 0);
     const CrossEntropyForward<T> part = part_of_rows(op, begin, chunk);
     run(part, layer.input, kOp);
     if (!wanted.any()) return;
     CrossEntropyBackward<T> backward = backward_op(part, part.row_state);
     backward.upstream.grad_loss = static_cast<const T*>(one.data_ptr());
-    for_blocks(v, classes, [&](int64_t first, int64_t width) {
-      const Tensor block = columns_of(chunk, first, width);
-      run(part_of_classes(backward, first, block), layer.input, kOp);
-      if (wanted.input) {
-        const Tensor out = rows_of(gradients.input, begin, count);
-        add_product(out, out, block, rows_of(layer.weight, first, width), first == 0 ? 0.0 : 1.0);
-      }
-      const double beta = begin == 0 ? 0.0 : 1.0;
-      if (wanted.weight) {
-        const Tensor out = rows_of(gradients.weight, first, width);
-        add_product(out, out, transposed(block), input, beta);
-      }
-      if (wanted.bias) {
-        const Tensor out = torch::stable::unsqueeze(rows_of(gradients.bias, first, width), 0);
-        add_product(out, out, columns_of(one, 0, count), block, beta);
-      }
-    });
+    run(part_of_classes(backward, 0, chunk), layer.input, kOp);
+    if (wanted.input) {
+      const Tensor out = rows_of(gradients.input, begin, count);
+      add_product(out, out, chunk, layer.weight, 0.0);
+    }
+    const double beta = begin == 0 ? 0.0 : 1.0;
+    if (wanted.weight) add_product(gradients.weight, gradients.weight, transposed(chunk), input, beta);
+    if (wanted.bias) {
+      const Tensor out = torch::stable::unsqueeze(gradients.bias, 0);
+      add_product(out, out, columns_of(one, 0, count), chunk, beta);
+    }
   });
   run(outputs.reduction<T>(options.reduction), layer.input, kOp);
   return {outputs.loss, row_state, outputs.total, gradients.input, gradients.weight, gradients.bias};
@@ -309,12 +316,13 @@ Gradients backward_as(const Tensor& grad_loss, const Layer& layer, const Tensor&
 
   const int64_t classes = lines_at_a_time(layer, v, n, kLeastClasses);
   const Tensor buffer = new_output(layer.input, {n, classes}, layer.input.scalar_type());
+  const LogitsProduct logits(layer, n, classes);
   const Tensor one = ones(layer.input, wanted.bias ? n : 1);
   std::optional<InputGradient> input_gradient;
   if (wanted.input) input_gradient.emplace(layer, gradients.input);
   for_blocks(v, classes, [&](int64_t first, int64_t width) {
     const Tensor block = columns_of(buffer, 0, width);
-    form_logits(block, layer, layer.input, first, width);
+    logits.form(block, layer.input, first);
     run(part_of_classes(op, first, block), layer.input, kOp);
     if (wanted.input) input_gradient->add(block, rows_of(layer.weight, first, width), first == 0, first + width == v);
     if (wanted.weight) {

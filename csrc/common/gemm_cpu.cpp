@@ -1,0 +1,11 @@
+// Matrix products on the CPU, for one instruction set.
+#include "common/gemm_tile.h"
+
+namespace tilewise::TILEWISE_ISA {
+
+extern const GemmKernels gemm_kernels{
+    .multiply_float = multiply_units<float>,
+    .multiply_double = multiply_units<double>,
+};
+
+}  // namespace tilewise::TILEWISE_ISA
