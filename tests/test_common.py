@@ -158,3 +158,50 @@ def test_moments_merge_in_any_order(maths, seed, mean):
 def test_moments_of_equal_values_have_no_variance(maths):
     count, average, m2 = maths.moments(np.full(300, 0.1, dtype=np.float32), [0, 100, 150, 300], [2, 0, 1])
     assert (count, average, m2) == (300, np.float32(0.1), 0.0)
+
+
+PRODUCTS = [  # rows, depth, columns
+    (1, 1, 1),
+    (6, 512, 64),
+    (7, 513, 65),
+    (97, 1025, 3),
+    (13, 40, 200),
+    (200, 5, 131),
+    (11, 0, 9),
+]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("shape", PRODUCTS, ids=lambda shape: "x".join(map(str, shape)))
+@pytest.mark.parametrize("a_layout", ["rows", "columns"])
+@pytest.mark.parametrize("c_layout", ["rows", "columns"])
+@pytest.mark.parametrize("start", ["none", "in place", "row", "column"])
+def test_matrix_product(maths, dtype, shape, a_layout, c_layout, start):
+    """Within the rounding of float64 of NumPy; nothing beyond C is written; shares of threads do not change a bit."""
+    rows, depth, columns = shape
+    rng = np.random.default_rng(0)
+
+    def matrix(height, width, layout="rows", border=0):
+        full = rng.standard_normal((height + border, width + border)).astype(dtype)
+        full = full if layout == "rows" else np.asfortranarray(full)
+        return full, full[:height, :width]
+
+    _, a = matrix(rows, depth, a_layout)
+    _, b = matrix(depth, columns)
+    results = []
+    begin, _ = matrix(rows + 3, columns + 3, c_layout)
+    broadcast = {"row": begin[:1, :columns].copy(), "column": begin[:rows, :1].copy()}.get(start)
+    for parts in (1, 2, 7):
+        outer = begin.copy(order="K")
+        out = outer[:rows, :columns]
+        first = out if start == "in place" else None
+        if broadcast is not None:
+            first = np.broadcast_to(broadcast, (rows, columns))
+        added = np.zeros_like(out) if first is None else first.copy()
+        getattr(maths, f"multiply_{dtype}")(a, b, out, first, parts)
+        results.append(outer)
+        exact = added.astype(np.float64) + a.astype(np.float64) @ b.astype(np.float64)
+        bound = (depth + 2) * np.finfo(dtype).eps * (np.abs(added) + np.abs(a) @ np.abs(b)) + 1e-300
+        assert (np.abs(out - exact) <= bound).all()
+        assert (outer[rows:] == begin[rows:]).all() and (outer[:, columns:] == begin[:, columns:]).all()
+    assert all((result == results[0]).all() for result in results)

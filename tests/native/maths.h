@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "common/isa.h"
+#include "common/gemm_tile.h"
 
 namespace tilewise {
 
@@ -25,6 +25,8 @@ struct Maths {
   void (*float_to_bfloat16)(const float* x, uint16_t* y, int64_t n);
   Softmax (*softmax)(const float* x, const float* c, const int64_t* tiles, const int64_t* order, int64_t n_tiles);
   Moments (*moments)(const float* x, const int64_t* tiles, const int64_t* order, int64_t n_tiles);
+  void (*multiply_float)(const Product<float>&, int64_t begin, int64_t end);
+  void (*multiply_double)(const Product<double>&, int64_t begin, int64_t end);
 };
 TILEWISE_DECLARE_KERNELS(Maths, maths)
 

@@ -3,6 +3,9 @@
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
 
 namespace py = pybind11;
 
@@ -17,6 +20,31 @@ auto mapped(void (*function)(const From*, To*, int64_t)) {
     Array<To> y(x.size());
     function(x.data(), y.mutable_data(), x.size());
     return y;
+  };
+}
+
+// c = start + a b by `parts` threads' shares, one after the other; arrays of any strides, b with unit columns.
+template <typename T>
+auto multiplied(void (*function)(const tilewise::Product<T>&, int64_t, int64_t)) {
+  using Strided = py::array_t<T>;
+  return [function](const Strided& a, const Strided& b, Strided c, const std::optional<Strided>& start, int64_t parts) {
+    constexpr int64_t kSize = sizeof(T);
+    tilewise::Product<T> product{.rows = c.shape(0), .columns = c.shape(1), .depth = a.shape(1)};
+    product.a = a.data();
+    product.a_row = a.strides(0) / kSize;
+    product.a_depth = a.strides(1) / kSize;
+    product.b = b.data();
+    product.b_depth = b.strides(0) / kSize;
+    product.c = c.mutable_data();
+    product.c_row = c.strides(0) / kSize;
+    product.c_column = c.strides(1) / kSize;
+    if (start.has_value()) {
+      product.start = start->data();
+      product.start_row = start->strides(0) / kSize;
+      product.start_column = start->strides(1) / kSize;
+    }
+    const int64_t units = tilewise::units_of(product);
+    for (int64_t part = 0; part < parts; ++part) function(product, units * part / parts, units * (part + 1) / parts);
   };
 }
 
@@ -40,6 +68,8 @@ void add_maths(py::module_& parent, const char* name, const tilewise::Maths& mat
     const tilewise::Moments s = maths.moments(x.data(), tiles.data(), order.data(), order.size());
     return py::make_tuple(s.count, s.mean, s.m2);
   });
+  m.def("multiply_float32", multiplied(maths.multiply_float));
+  m.def("multiply_float64", multiplied(maths.multiply_double));
 }
 
 }  // namespace
