@@ -127,9 +127,12 @@ Tensor ones(const Tensor& like, int64_t columns) {
 Gradients new_gradients(const Layer& layer, const Wanted& wanted) {
   const int64_t n = layer.logits.rows, v = layer.logits.columns, d = layer.input.size(1);
   const ScalarType dtype = layer.input.scalar_type();
-  Gradients gradients{wanted.input ? new_output(layer.input, {n, d}, dtype) : new_output(layer.input, {0}, dtype),
-                      wanted.weight ? new_output(layer.input, {v, d}, dtype) : new_output(layer.input, {0}, dtype),
-                      wanted.bias ? new_output(layer.input, {v}, dtype) : new_output(layer.input, {0}, dtype)};
+  // In ordinary pages: the products write them once, and a huge page that the host of a virtual machine has taken back
+  // costs more than the products of 64 rows.
+  const auto gradient = [&](bool is_wanted, std::vector<int64_t> shape) {
+    return torch::stable::new_empty(layer.input, is_wanted ? shape : std::vector<int64_t>{0}, dtype);
+  };
+  Gradients gradients{gradient(wanted.input, {n, d}), gradient(wanted.weight, {v, d}), gradient(wanted.bias, {v})};
   if (n == 0) {
     torch::stable::zero_(gradients.weight);
     torch::stable::zero_(gradients.bias);
