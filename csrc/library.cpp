@@ -33,6 +33,17 @@ STABLE_TORCH_LIBRARY(tilewise, m) {
       "bool input_grad, bool weight_grad, bool bias_grad) "
       "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
   m.def(
+      "pairwise_loss(Tensor x, Tensor y, Tensor x_labels, Tensor y_labels, Tensor scale, Tensor? bias=None, "
+      "Tensor? guide_x=None, Tensor? guide_y=None, *, str loss, float[] parameters, int? self_offset=None, "
+      "float guide_margin=0.0, str reduction=\"mean\", int chunk_bytes=0, bool form_x_grad=False, "
+      "bool form_y_grad=False, bool form_bias_grad=False) "
+      "-> (Tensor loss, Tensor total, Tensor grad_x, Tensor grad_y, Tensor grad_bias)");
+  m.def(
+      "pairwise_loss_backward(Tensor grad_loss, Tensor x, Tensor y, Tensor x_labels, Tensor y_labels, Tensor scale, "
+      "Tensor? bias, Tensor? guide_x, Tensor? guide_y, Tensor total, *, str loss, float[] parameters, "
+      "int? self_offset, float guide_margin, str reduction, int chunk_bytes, bool x_grad, bool y_grad, "
+      "bool bias_grad) -> (Tensor grad_x, Tensor grad_y, Tensor grad_bias)");
+  m.def(
       "z_loss(Tensor logits, Tensor target, *, float a, float b, int ignore_index=-100, str reduction=\"mean\") "
       "-> (Tensor loss, Tensor row_state, Tensor total)");
   m.def(

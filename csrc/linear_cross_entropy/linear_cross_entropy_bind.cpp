@@ -98,9 +98,8 @@ class LogitsProduct {
     const int64_t rows = out.size(0), classes = out.size(1);
     const Tensor weight = rows_of(layer_.weight, first_class, classes);
     const double beta = layer_.bias.has_value() ? 1.0 : 0.0;
-    const Tensor start = layer_.bias.has_value()
-                             ? torch::stable::unsqueeze(rows_of(*layer_.bias, first_class, classes), 0)
-                             : out;
+    const Tensor start =
+        layer_.bias.has_value() ? torch::stable::unsqueeze(rows_of(*layer_.bias, first_class, classes), 0) : out;
     if (!packed_.has_value()) return add_product(out, start, input, transposed(weight), beta);
     if (rows <= classes) return add_product(transposed(out), transposed(start), weight, packed(input), beta);
     add_product(out, start, input, packed(weight), beta);

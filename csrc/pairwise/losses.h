@@ -1,0 +1,249 @@
+// The losses of the pairwise engine, each a program over one row of similarities. z = scale s + bias; P and N are the
+// row's positive and negative pairs, #P and #N their numbers. A Row offers
+//
+//   fold<Op...>(f)    for every pair f(z, relation) gives one value per Op (Sum, Max, Min): their totals
+//   first(f)          the lowest column with f(z, relation), or -1
+//   finish(loss)      the loss of an active row;  skip() one without the pairs that the loss needs: 0, no gradient
+//   wants_gradient()
+//   write(f)          dL/dz of every pair: f(z, relation), or f(z, relation, column)
+//
+// with relation 1 for positives, -1 for negatives, 0 for what is neither.
+#pragma once
+
+#include "pairwise/pairwise.h"
+
+namespace tilewise {
+
+struct Sum {};
+struct Max {};
+struct Min {};
+
+template <typename T, int kCount>
+struct Values {
+  T value[kCount];
+};
+
+// log(e^0 + sum of e^(x - shift)) + shift with shift = max(0, max x)
+template <typename T>
+TILEWISE_FN T log_one_plus(T shift, T sum) {
+  return shift > T(0) ? shift + natural_log(fast_exp(-shift) + sum) : natural_log1p(sum);
+}
+
+// L = lse_{P+N} z - mean_P z                                     SupCon, InfoNCE (one positive), NT-Xent
+template <typename T, typename Row>
+TILEWISE_FN void softmax_loss(Row& row) {
+  const Values<T, 2> all = row.template fold<Max, Sum>([](T z, int relation) {
+    return Values<T, 2>{relation != 0 ? z : -infinity<T>(), relation > 0 ? T(1) : T(0)};
+  });
+  const T max = all.value[0];
+  const T positives = all.value[1];
+  if (positives == T(0)) return row.skip();
+  const Values<T, 2> sums = row.template fold<Sum, Sum>([=](T z, int relation) {
+    return Values<T, 2>{relation != 0 ? fast_exp(z - max) : T(0), relation > 0 ? z - max : T(0)};
+  });
+  const T log_sum = natural_log(sums.value[0]);
+  row.finish(log_sum - sums.value[1] / positives);
+  if (!row.wants_gradient()) return;
+  const T share = T(1) / positives;
+  row.write([=](T z, int relation) {
+    const T p = fast_exp((z - max) - log_sum);
+    return relation != 0 ? p - (relation > 0 ? share : T(0)) : T(0);
+  });
+}
+
+// L = mean_P softplus(lse_N z - z_p)                             the positives are no part of the denominator
+template <typename T, typename Row>
+TILEWISE_FN void decoupled_softmax_loss(Row& row) {
+  const Values<T, 2> all = row.template fold<Max, Sum>([](T z, int relation) {
+    return Values<T, 2>{relation < 0 ? z : -infinity<T>(), relation > 0 ? T(1) : T(0)};
+  });
+  const T max = all.value[0];
+  const T positives = all.value[1];
+  if (positives == T(0)) return row.skip();
+  if (max == -infinity<T>()) {
+    row.finish(T(0));
+    if (row.wants_gradient()) row.write([](T, int) { return T(0); });
+    return;
+  }
+  const T sum = row.template fold<Sum>([=](T z, int relation) {
+    return Values<T, 1>{relation < 0 ? fast_exp(z - max) : T(0)};
+  }).value[0];
+  const T lse = max + natural_log(sum);
+  const Values<T, 2> terms = row.template fold<Sum, Sum>([=](T z, int relation) {
+    return Values<T, 2>{relation > 0 ? softplus(lse - z) : T(0), relation > 0 ? sigmoid(lse - z) : T(0)};
+  });
+  row.finish(terms.value[0] / positives);
+  if (!row.wants_gradient()) return;
+  const T negative = terms.value[1] / positives;
+  row.write([=](T z, int relation) {
+    const T value = relation > 0 ? -sigmoid(lse - z) / positives : negative * fast_exp(z - lse);
+    return relation != 0 ? value : T(0);
+  });
+}
+
+// L = sum_P softplus(-z) + sum_N softplus(z)                     SigLIP
+template <typename T, typename Row>
+TILEWISE_FN void sigmoid_loss(Row& row) {
+  const T loss = row.template fold<Sum>([](T z, int relation) {
+    return Values<T, 1>{relation != 0 ? softplus(relation > 0 ? -z : z) : T(0)};
+  }).value[0];
+  row.finish(loss);
+  if (!row.wants_gradient()) return;
+  row.write([](T z, int relation) {
+    const T p = sigmoid(relation > 0 ? -z : z);
+    return relation != 0 ? (relation > 0 ? -p : p) : T(0);
+  });
+}
+
+// L = (1/alpha) log(1 + sum_P' e^(-alpha (z - base))) + (1/beta) log(1 + sum_N' e^(beta (z - base)))
+// Mining keeps N' = {n: z_n + epsilon > min_P z} and P' = {p: z_p - epsilon < max_N z}; a row without either has no
+// loss. epsilon = inf keeps all, and a row of one kind has the loss of that kind.
+template <typename T, typename Row>
+TILEWISE_FN void multi_similarity_loss(Row& row, T alpha, T beta, T base, T epsilon) {
+  const Values<T, 2> extremes = row.template fold<Min, Max>([](T z, int relation) {
+    return Values<T, 2>{relation > 0 ? z : infinity<T>(), relation < 0 ? z : -infinity<T>()};
+  });
+  const T least = extremes.value[0];
+  const T most = extremes.value[1];
+  const bool mines = epsilon != infinity<T>();
+  if (mines ? least == infinity<T>() || most == -infinity<T>() : least == infinity<T>() && most == -infinity<T>())
+    return row.skip();
+  const T above = mines ? least : -infinity<T>();
+  const T below = mines ? most : infinity<T>();
+  const T margin = mines ? epsilon : T(0);
+  const auto kept = [=](T z, int relation) {
+    return (relation > 0 && z - margin < below) || (relation < 0 && z + margin > above);
+  };
+  const T positive_shift = least < base ? -alpha * (least - base) : T(0);
+  const T negative_shift = most > base ? beta * (most - base) : T(0);
+  const auto exponential = [=](T z, int relation) {
+    return fast_exp(relation > 0 ? -alpha * (z - base) - positive_shift : beta * (z - base) - negative_shift);
+  };
+  const Values<T, 4> sums = row.template fold<Sum, Sum, Sum, Sum>([=](T z, int relation) {
+    const T e = kept(z, relation) ? exponential(z, relation) : T(0);
+    const T one = kept(z, relation) ? T(1) : T(0);
+    return Values<T, 4>{relation > 0 ? e : T(0), relation > 0 ? one : T(0), relation < 0 ? e : T(0),
+                        relation < 0 ? one : T(0)};
+  });
+  if (mines && (sums.value[1] == T(0) || sums.value[3] == T(0))) return row.skip();
+  row.finish(log_one_plus(positive_shift, sums.value[0]) / alpha + log_one_plus(negative_shift, sums.value[2]) / beta);
+  if (!row.wants_gradient()) return;
+  const T positive = T(-1) / (fast_exp(-positive_shift) + sums.value[0]);
+  const T negative = T(1) / (fast_exp(-negative_shift) + sums.value[2]);
+  row.write([=](T z, int relation) {
+    return kept(z, relation) ? (relation > 0 ? positive : negative) * exponential(z, relation) : T(0);
+  });
+}
+
+// L = mean_P softplus(-alpha (z - base)) + mean_N softplus(beta (z - base))
+template <typename T, typename Row>
+TILEWISE_FN void binomial_deviance_loss(Row& row, T alpha, T beta, T base) {
+  const Values<T, 4> sums = row.template fold<Sum, Sum, Sum, Sum>([=](T z, int relation) {
+    const T term = softplus(relation > 0 ? -alpha * (z - base) : beta * (z - base));
+    return Values<T, 4>{relation > 0 ? term : T(0), relation > 0 ? T(1) : T(0), relation < 0 ? term : T(0),
+                        relation < 0 ? T(1) : T(0)};
+  });
+  const T positives = sums.value[1];
+  const T negatives = sums.value[3];
+  if (positives + negatives == T(0)) return row.skip();
+  const T positive = positives > T(0) ? T(1) / positives : T(0);
+  const T negative = negatives > T(0) ? T(1) / negatives : T(0);
+  row.finish(sums.value[0] * positive + sums.value[2] * negative);
+  if (!row.wants_gradient()) return;
+  row.write([=](T z, int relation) {
+    const T p = sigmoid(relation > 0 ? -alpha * (z - base) : beta * (z - base));
+    return relation != 0 ? (relation > 0 ? -alpha * positive : beta * negative) * p : T(0);
+  });
+}
+
+// L = max(0, log sum_P e^(positive_margin - z) + log sum_N e^(z - negative_margin))
+template <typename T, typename Row>
+TILEWISE_FN void lifted_structure_loss(Row& row, T positive_margin, T negative_margin) {
+  const Values<T, 2> extremes = row.template fold<Min, Max>([](T z, int relation) {
+    return Values<T, 2>{relation > 0 ? z : infinity<T>(), relation < 0 ? z : -infinity<T>()};
+  });
+  const T least = extremes.value[0];
+  const T most = extremes.value[1];
+  if (least == infinity<T>() || most == -infinity<T>()) return row.skip();
+  const auto exponential = [=](T z, int relation) { return fast_exp(relation > 0 ? least - z : z - most); };
+  const Values<T, 2> sums = row.template fold<Sum, Sum>([=](T z, int relation) {
+    const T e = relation != 0 ? exponential(z, relation) : T(0);
+    return Values<T, 2>{relation > 0 ? e : T(0), relation < 0 ? e : T(0)};
+  });
+  const T loss = (positive_margin - least + natural_log(sums.value[0])) +  //
+                 (most - negative_margin + natural_log(sums.value[1]));
+  row.finish(loss < T(0) ? T(0) : loss);  // NaN stays NaN
+  if (!row.wants_gradient()) return;
+  const T positive = loss > T(0) ? T(-1) / sums.value[0] : T(0);
+  const T negative = loss > T(0) ? T(1) / sums.value[1] : T(0);
+  row.write([=](T z, int relation) {
+    return relation != 0 ? (relation > 0 ? positive : negative) * exponential(z, relation) : T(0);
+  });
+}
+
+// L = mean_P max(0, positive_margin - z) + mean_N max(0, z - negative_margin)
+template <typename T, typename Row>
+TILEWISE_FN void contrastive_loss(Row& row, T positive_margin, T negative_margin) {
+  const Values<T, 4> sums = row.template fold<Sum, Sum, Sum, Sum>([=](T z, int relation) {
+    const T gap = relation > 0 ? positive_margin - z : z - negative_margin;
+    const T hinge = gap < T(0) ? T(0) : gap;
+    return Values<T, 4>{relation > 0 ? hinge : T(0), relation > 0 ? T(1) : T(0), relation < 0 ? hinge : T(0),
+                        relation < 0 ? T(1) : T(0)};
+  });
+  const T positives = sums.value[1];
+  const T negatives = sums.value[3];
+  if (positives + negatives == T(0)) return row.skip();
+  const T positive = positives > T(0) ? T(1) / positives : T(0);
+  const T negative = negatives > T(0) ? T(1) / negatives : T(0);
+  row.finish(sums.value[0] * positive + sums.value[2] * negative);
+  if (!row.wants_gradient()) return;
+  row.write([=](T z, int relation) {
+    const T weight = relation > 0 ? (positive_margin - z > T(0) ? -positive : T(0))  //
+                                  : (z - negative_margin > T(0) ? negative : T(0));
+    return relation != 0 ? weight : T(0);
+  });
+}
+
+// L = max(0, max_N z - min_P z + margin)                         the hardest positive and negative; ties: lowest column
+template <typename T, typename Row>
+TILEWISE_FN void triplet_loss(Row& row, T margin) {
+  const Values<T, 2> extremes = row.template fold<Min, Max>([](T z, int relation) {
+    return Values<T, 2>{relation > 0 ? z : infinity<T>(), relation < 0 ? z : -infinity<T>()};
+  });
+  const T least = extremes.value[0];
+  const T most = extremes.value[1];
+  if (least == infinity<T>() || most == -infinity<T>()) return row.skip();
+  const T loss = most - least + margin;
+  row.finish(loss < T(0) ? T(0) : loss);
+  if (!row.wants_gradient()) return;
+  const int64_t positive = row.first([=](T z, int relation) { return relation > 0 && z == least; });
+  const int64_t negative = row.first([=](T z, int relation) { return relation < 0 && z == most; });
+  const T weight = loss > T(0) ? T(1) : T(0);
+  row.write([=](T, int, int64_t column) {
+    return column == positive ? -weight : column == negative ? weight : T(0);
+  });
+}
+
+template <typename T, typename Row>
+TILEWISE_FN void run_loss(PairLoss loss, const T (&p)[kPairParameters], Row& row) {
+  switch (loss) {
+    case PairLoss::kSoftmax:
+      return softmax_loss<T>(row);
+    case PairLoss::kDecoupledSoftmax:
+      return decoupled_softmax_loss<T>(row);
+    case PairLoss::kSigmoid:
+      return sigmoid_loss<T>(row);
+    case PairLoss::kMultiSimilarity:
+      return multi_similarity_loss<T>(row, p[0], p[1], p[2], p[3]);
+    case PairLoss::kBinomialDeviance:
+      return binomial_deviance_loss<T>(row, p[0], p[1], p[2]);
+    case PairLoss::kLiftedStructure:
+      return lifted_structure_loss<T>(row, p[0], p[1]);
+    case PairLoss::kContrastive:
+      return contrastive_loss<T>(row, p[0], p[1]);
+    case PairLoss::kTriplet:
+      return triplet_loss<T>(row, p[0]);
+  }
+}
+
+}  // namespace tilewise
