@@ -2,14 +2,14 @@
 // the factors are float32 or float64 and need no packing, by gemm_tile.h.
 #pragma once
 
+#include <algorithm>
+
 #include "common/checks.h"
 
 #if defined(TILEWISE_CUDA)
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
 #else
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
-
-#include <algorithm>
 
 #include "common/gemm_tile.h"
 #endif
@@ -42,7 +42,7 @@ void multiply(const Tensor& out, const Tensor& self, const Tensor& a, const Tens
 
 #endif
 
-// Whether add_product is fastest with the columns of b side by side.
+// Whether gemm_tile.h multiplies: it reads the columns of b side by side.
 inline bool wants_unit_columns([[maybe_unused]] ScalarType dtype) {
 #if defined(TILEWISE_CUDA)
   return false;
@@ -78,5 +78,33 @@ inline Tensor columns_of(Tensor matrix, int64_t begin, int64_t count) {
 }
 
 inline Tensor transposed(const Tensor& matrix) { return torch::stable::transpose(matrix, 0, 1); }
+
+// Blocks a b^T of matrices whose rows are vectors of one length, such as logits and similarities. gemm_tile.h wants one
+// factor transposed: it is the smaller, of up to min(rows, columns) vectors.
+class RowProducts {
+ public:
+  RowProducts(const Tensor& like, int64_t rows, int64_t columns) {
+    if (!wants_unit_columns(like.scalar_type())) return;
+    packed_ = new_output(like, {like.size(1), std::min(rows, columns)}, like.scalar_type());
+  }
+
+  // out = a b^T, plus start (columns,) in every row.
+  void form(const Tensor& out, const Tensor& a, const Tensor& b, const std::optional<Tensor>& start = {}) const {
+    const Tensor first = start.has_value() ? torch::stable::unsqueeze(*start, 0) : out;
+    const double beta = start.has_value() ? 1.0 : 0.0;
+    if (!packed_.has_value()) return add_product(out, first, a, transposed(b), beta);
+    if (out.size(0) <= out.size(1)) return add_product(transposed(out), transposed(first), b, packed(a), beta);
+    add_product(out, first, a, packed(b), beta);
+  }
+
+ private:
+  Tensor packed(const Tensor& matrix) const {
+    Tensor result = columns_of(*packed_, 0, matrix.size(0));
+    torch::stable::copy_(result, transposed(matrix));
+    return result;
+  }
+
+  std::optional<Tensor> packed_;
+};
 
 }  // namespace tilewise

@@ -45,6 +45,8 @@ TILEWISE_FN double fast_exp(double x) { return ::exp(x); }
 
 TILEWISE_FN float natural_log(float x) { return ::logf(x); }
 TILEWISE_FN double natural_log(double x) { return ::log(x); }
+TILEWISE_FN float natural_log1p(float x) { return ::log1pf(x); }
+TILEWISE_FN double natural_log1p(double x) { return ::log1p(x); }
 
 // The exponent below which exp is exactly 0 in the type: log-probabilities are clamped here before they
 // multiply a probability, so that 0 * -inf is 0.
@@ -96,8 +98,20 @@ TILEWISE_FN T sigmoid(T x) {
   return (x < T(0) ? e : T(1)) / (T(1) + e);
 }
 
-// log(1 + exp(x)) without overflow
-TILEWISE_FN float softplus(float x) { return (x > 0.0f ? x : 0.0f) + ::log1pf(::expf(-::fabsf(x))); }
+// log(1 + exp(x)) without overflow. With u = exp(-|x|) and w = u / (2 + u) <= 1/3, log(1 + u) = 2 artanh(w), whose
+// series to w^13 leaves 1e-8.
+TILEWISE_FN float softplus(float x) {
+  const float u = fast_exp(-::fabsf(x));
+  const float w = fast_divide(u, 2.0f + u);
+  const float s = w * w;
+  float p = 1.0f / 13.0f;
+  p = p * s + 1.0f / 11.0f;
+  p = p * s + 1.0f / 9.0f;
+  p = p * s + 1.0f / 7.0f;
+  p = p * s + 1.0f / 5.0f;
+  p = p * s + 1.0f / 3.0f;
+  return (x > 0.0f ? x : 0.0f) + 2.0f * (w + w * s * p);
+}
 TILEWISE_FN double softplus(double x) { return (x > 0.0 ? x : 0.0) + ::log1p(::exp(-::fabs(x))); }
 
 }  // namespace tilewise

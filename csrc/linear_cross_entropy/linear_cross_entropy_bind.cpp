@@ -86,36 +86,12 @@ void for_blocks(int64_t count, int64_t size, Function f) {
   for (int64_t begin = 0; begin < count; begin += size) f(begin, std::min(size, count - begin));
 }
 
-// Forms blocks of logits of up to `rows` rows and `classes` classes.
-class LogitsProduct {
- public:
-  LogitsProduct(const Layer& layer, int64_t rows, int64_t classes) : layer_(layer) {
-    if (!wants_unit_columns(layer.input.scalar_type())) return;
-    packed_ = new_output(layer.input, {layer.input.size(1), std::min(rows, classes)}, layer.input.scalar_type());
-  }
-
-  void form(const Tensor& out, const Tensor& input, int64_t first_class) const {
-    const int64_t rows = out.size(0), classes = out.size(1);
-    const Tensor weight = rows_of(layer_.weight, first_class, classes);
-    const double beta = layer_.bias.has_value() ? 1.0 : 0.0;
-    const Tensor start =
-        layer_.bias.has_value() ? torch::stable::unsqueeze(rows_of(*layer_.bias, first_class, classes), 0) : out;
-    if (!packed_.has_value()) return add_product(out, start, input, transposed(weight), beta);
-    if (rows <= classes) return add_product(transposed(out), transposed(start), weight, packed(input), beta);
-    add_product(out, start, input, packed(weight), beta);
-  }
-
- private:
-  // The transpose of a matrix, columns side by side.
-  Tensor packed(const Tensor& matrix) const {
-    Tensor result = columns_of(*packed_, 0, matrix.size(0));
-    torch::stable::copy_(result, transposed(matrix));
-    return result;
-  }
-
-  const Layer& layer_;
-  std::optional<Tensor> packed_;
-};
+void form_logits(const RowProducts& products, const Tensor& out, const Layer& layer, const Tensor& input,
+                 int64_t first_class, int64_t classes) {
+  std::optional<Tensor> bias;
+  if (layer.bias.has_value()) bias = rows_of(*layer.bias, first_class, classes);
+  products.form(out, input, rows_of(layer.weight, first_class, classes), bias);
+}
 
 Tensor ones(const Tensor& like, int64_t columns) {
   Tensor row = new_output(like, {1, columns}, like.scalar_type());
@@ -219,13 +195,13 @@ ForwardResult forward_as(const Layer& layer, const Tensor& target, const std::op
 
   const int64_t rows = lines_at_a_time(layer, n, v, layer.chunk_bytes == 0 ? kLeastRows : 1);
   const Tensor buffer = new_output(layer.input, {rows, v}, layer.input.scalar_type());
-  const LogitsProduct logits(layer, rows, v);
+  const RowProducts products(layer.input, rows, v);
   const Gradients gradients = new_gradients(layer, wanted);
   const Tensor one = ones(layer.input, wanted.any() ? std::max<int64_t>(rows, 1) : 1);
   for_blocks(n, rows, [&](int64_t begin, int64_t count) {
     const Tensor input = rows_of(layer.input, begin, count);
     const Tensor chunk = rows_of(buffer, 0, count);
-    logits.form(chunk, input, 0);
+    form_logits(products, chunk, layer, input, 0, v);
     const CrossEntropyForward<T> part = part_of_rows(op, begin, chunk);
     run(part, layer.input, kOp);
     if (!wanted.any()) return;
@@ -318,13 +294,13 @@ Gradients backward_as(const Tensor& grad_loss, const Layer& layer, const Tensor&
 
   const int64_t classes = lines_at_a_time(layer, v, n, kLeastClasses);
   const Tensor buffer = new_output(layer.input, {n, classes}, layer.input.scalar_type());
-  const LogitsProduct logits(layer, n, classes);
+  const RowProducts products(layer.input, n, classes);
   const Tensor one = ones(layer.input, wanted.bias ? n : 1);
   std::optional<InputGradient> input_gradient;
   if (wanted.input) input_gradient.emplace(layer, gradients.input);
   for_blocks(v, classes, [&](int64_t first, int64_t width) {
     const Tensor block = columns_of(buffer, 0, width);
-    logits.form(block, layer.input, first);
+    form_logits(products, block, layer, layer.input, first, width);
     run(part_of_classes(op, first, block), layer.input, kOp);
     if (wanted.input) input_gradient->add(block, rows_of(layer.weight, first, width), first == 0, first + width == v);
     if (wanted.weight) {

@@ -8,7 +8,7 @@
 #pragma once
 
 #include "common/isa.h"
-#include "common/vexp.h"
+#include "rows/rows.h"
 
 namespace tilewise {
 
@@ -40,7 +40,7 @@ struct Relations {
 
 template <typename T>
 struct PairwiseChunk {
-  T* similarities = nullptr;  // (rows, columns), overwritten by dL/dz where gradients are wanted
+  T* similarities = nullptr;  // (rows, columns)
   int64_t rows = 0;
   int64_t columns = 0;
   int64_t row_stride = 0;
@@ -49,11 +49,24 @@ struct PairwiseChunk {
   T parameters[kPairParameters] = {};
   const T* scale = nullptr;  // z = scale s + bias
   const T* bias = nullptr;   // null: 0
-  const T* upstream = nullptr;  // (rows,) factor of the gradient; null: 1
-  bool wants_gradient = false;
-  T* loss_rows = nullptr;   // (rows,)
+  T* loss_rows = nullptr;    // (rows,)
   T* active_rows = nullptr;  // (rows,) 1 where the row has the pairs that its loss needs, else 0
-  T* bias_rows = nullptr;   // (rows,) sum over pairs of dL/dz; written with the gradient
+  // G = upstream dL/dz, where wanted; its matrix may be the similarities themselves.
+  bool wants_gradient = false;
+  Dtype gradient_dtype = Dtype::kFloat32;
+  void* gradient = nullptr;  // (rows, columns), rows as far apart as those of the similarities
+  Upstream<T> upstream;
+  T* bias_rows = nullptr;  // (rows,) sums of G over columns
 };
+
+struct PairwiseKernels {
+  void (*run_float)(const PairwiseChunk<float>&, int64_t begin, int64_t end);  // rows [begin, end)
+  void (*run_double)(const PairwiseChunk<double>&, int64_t begin, int64_t end);
+};
+TILEWISE_DECLARE_KERNELS(PairwiseKernels, pairwise_kernels)
+
+// A CUDA error string, or null.
+const char* pairwise_cuda(const PairwiseChunk<float>& chunk, void* stream);
+const char* pairwise_reduction_cuda(const RowReduction<float>& reduction, void* stream);
 
 }  // namespace tilewise
