@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "common/accumulate.h"
 #include "common/checks.h"
 
 #if defined(TILEWISE_CUDA)
@@ -105,6 +106,45 @@ class RowProducts {
   }
 
   std::optional<Tensor> packed_;
+};
+
+// out = the sum of products a b, one a call; that of 16-bit products is kept in float32.
+class ProductSum {
+ public:
+  explicit ProductSum(const Tensor& out)
+      : out_(out), rounded_(out.scalar_type() != ScalarType::Float && out.scalar_type() != ScalarType::Double) {
+    if (!rounded_) return;
+    part_ = new_output(out, {out.size(0), out.size(1)}, out.scalar_type());
+    sum_ = new_output(out, {out.size(0), out.size(1)}, ScalarType::Float);
+  }
+
+  void add(const Tensor& a, const Tensor& b, bool first, bool last) {
+    if (!rounded_) return add_product(out_, out_, a, b, first ? 0.0 : 1.0);
+    add_product(*part_, *part_, a, b, 0.0);
+    accumulate({.dtype = out_.scalar_type() == ScalarType::BFloat16 ? Dtype::kBFloat16 : Dtype::kFloat16,
+                .part = part_->data_ptr(),
+                .sum = static_cast<float*>(sum_->data_ptr()),
+                .out = out_.data_ptr(),
+                .count = out_.numel(),
+                .first = first,
+                .last = last});
+  }
+
+ private:
+  void accumulate(const Accumulation& op) const {
+#if defined(TILEWISE_CUDA)
+    const char* error = accumulate_cuda(op, current_stream(out_));
+    require(error == nullptr, "accumulate", "the CUDA kernel could not be launched: ", error == nullptr ? "" : error);
+#else
+    torch::stable::parallel_for(0, op.count, 32768, [&](int64_t begin, int64_t end) {
+      selected_accumulate_kernels().accumulate(op, begin, end);
+    });
+#endif
+  }
+
+  Tensor out_;
+  bool rounded_;
+  std::optional<Tensor> part_, sum_;
 };
 
 }  // namespace tilewise

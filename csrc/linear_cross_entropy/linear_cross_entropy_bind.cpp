@@ -12,7 +12,6 @@
 
 #include "common/gemm.h"
 #include "cross_entropy/cross_entropy_bind.h"
-#include "linear_cross_entropy/linear_cross_entropy.h"
 
 namespace tilewise {
 namespace {
@@ -240,45 +239,6 @@ ForwardResult forward(const Tensor& input, const Tensor& linear_weight, const Te
                          [&](auto zero) { return forward_as<decltype(zero)>(layer, target, weight, options, wanted); });
 }
 
-void accumulate(const Accumulation& op, [[maybe_unused]] const Tensor& like) {
-#if defined(TILEWISE_CUDA)
-  require_launched(accumulate_cuda(op, current_stream(like)), kOp);
-#else
-  torch::stable::parallel_for(0, op.count, 32768, [&](int64_t begin, int64_t end) {
-    selected_linear_cross_entropy_kernels().accumulate(op, begin, end);
-  });
-#endif
-}
-
-// Sums the products G W of all blocks in the type of statistics.
-class InputGradient {
- public:
-  InputGradient(const Layer& layer, const Tensor& out)
-      : out_(out), rounded_(out.scalar_type() != statistics_type(out)) {
-    if (!rounded_) return;
-    part_ = new_output(layer.input, {layer.logits.rows, layer.input.size(1)}, out.scalar_type());
-    sum_ = new_output(layer.input, {layer.logits.rows, layer.input.size(1)}, ScalarType::Float);
-  }
-
-  void add(const Tensor& block, const Tensor& weight, bool first, bool last) {
-    if (!rounded_) return add_product(out_, out_, block, weight, first ? 0.0 : 1.0);
-    add_product(*part_, *part_, block, weight, 0.0);
-    accumulate({.dtype = out_.scalar_type() == ScalarType::BFloat16 ? Dtype::kBFloat16 : Dtype::kFloat16,
-                .part = part_->data_ptr(),
-                .sum = static_cast<float*>(sum_->data_ptr()),
-                .out = out_.data_ptr(),
-                .count = out_.numel(),
-                .first = first,
-                .last = last},
-               out_);
-  }
-
- private:
-  Tensor out_;
-  bool rounded_;
-  std::optional<Tensor> part_, sum_;
-};
-
 template <typename T>
 Gradients backward_as(const Tensor& grad_loss, const Layer& layer, const Tensor& target,
                       const std::optional<Tensor>& class_weight, const Tensor& row_state, const Tensor& total,
@@ -296,8 +256,8 @@ Gradients backward_as(const Tensor& grad_loss, const Layer& layer, const Tensor&
   const Tensor buffer = new_output(layer.input, {n, classes}, layer.input.scalar_type());
   const RowProducts products(layer.input, n, classes);
   const Tensor one = ones(layer.input, wanted.bias ? n : 1);
-  std::optional<InputGradient> input_gradient;
-  if (wanted.input) input_gradient.emplace(layer, gradients.input);
+  std::optional<ProductSum> input_gradient;
+  if (wanted.input) input_gradient.emplace(gradients.input);
   for_blocks(v, classes, [&](int64_t first, int64_t width) {
     const Tensor block = columns_of(buffer, 0, width);
     form_logits(products, block, layer, layer.input, first, width);

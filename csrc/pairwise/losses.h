@@ -32,9 +32,8 @@ TILEWISE_FN T log_one_plus(T shift, T sum) {
 // L = lse_{P+N} z - mean_P z                                     SupCon, InfoNCE (one positive), NT-Xent
 template <typename T, typename Row>
 TILEWISE_FN void softmax_loss(Row& row) {
-  const Values<T, 2> all = row.template fold<Max, Sum>([](T z, int relation) {
-    return Values<T, 2>{relation != 0 ? z : -infinity<T>(), relation > 0 ? T(1) : T(0)};
-  });
+  const Values<T, 2> all = row.template fold<Max, Sum>(
+      [](T z, int relation) { return Values<T, 2>{relation != 0 ? z : -infinity<T>(), relation > 0 ? T(1) : T(0)}; });
   const T max = all.value[0];
   const T positives = all.value[1];
   if (positives == T(0)) return row.skip();
@@ -54,9 +53,8 @@ TILEWISE_FN void softmax_loss(Row& row) {
 // L = mean_P softplus(lse_N z - z_p)                             the positives are no part of the denominator
 template <typename T, typename Row>
 TILEWISE_FN void decoupled_softmax_loss(Row& row) {
-  const Values<T, 2> all = row.template fold<Max, Sum>([](T z, int relation) {
-    return Values<T, 2>{relation < 0 ? z : -infinity<T>(), relation > 0 ? T(1) : T(0)};
-  });
+  const Values<T, 2> all = row.template fold<Max, Sum>(
+      [](T z, int relation) { return Values<T, 2>{relation < 0 ? z : -infinity<T>(), relation > 0 ? T(1) : T(0)}; });
   const T max = all.value[0];
   const T positives = all.value[1];
   if (positives == T(0)) return row.skip();
@@ -65,9 +63,9 @@ TILEWISE_FN void decoupled_softmax_loss(Row& row) {
     if (row.wants_gradient()) row.write([](T, int) { return T(0); });
     return;
   }
-  const T sum = row.template fold<Sum>([=](T z, int relation) {
-    return Values<T, 1>{relation < 0 ? fast_exp(z - max) : T(0)};
-  }).value[0];
+  const T sum =
+      row.template fold<Sum>([=](T z, int relation) { return Values<T, 1>{relation < 0 ? fast_exp(z - max) : T(0)}; })
+          .value[0];
   const T lse = max + natural_log(sum);
   const Values<T, 2> terms = row.template fold<Sum, Sum>([=](T z, int relation) {
     return Values<T, 2>{relation > 0 ? softplus(lse - z) : T(0), relation > 0 ? sigmoid(lse - z) : T(0)};
@@ -85,8 +83,9 @@ TILEWISE_FN void decoupled_softmax_loss(Row& row) {
 template <typename T, typename Row>
 TILEWISE_FN void sigmoid_loss(Row& row) {
   const T loss = row.template fold<Sum>([](T z, int relation) {
-    return Values<T, 1>{relation != 0 ? softplus(relation > 0 ? -z : z) : T(0)};
-  }).value[0];
+                      return Values<T, 1>{relation != 0 ? softplus(relation > 0 ? -z : z) : T(0)};
+                    })
+                     .value[0];
   row.finish(loss);
   if (!row.wants_gradient()) return;
   row.write([](T z, int relation) {
@@ -219,9 +218,7 @@ TILEWISE_FN void triplet_loss(Row& row, T margin) {
   const int64_t positive = row.first([=](T z, int relation) { return relation > 0 && z == least; });
   const int64_t negative = row.first([=](T z, int relation) { return relation < 0 && z == most; });
   const T weight = loss > T(0) ? T(1) : T(0);
-  row.write([=](T, int, int64_t column) {
-    return column == positive ? -weight : column == negative ? weight : T(0);
-  });
+  row.write([=](T, int, int64_t column) { return column == positive ? -weight : column == negative ? weight : T(0); });
 }
 
 template <typename T, typename Row>

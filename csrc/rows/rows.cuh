@@ -33,7 +33,7 @@ static __global__ void __launch_bounds__(512) row_reduction_kernel(const __grid_
     total += partial[warp * 2 + 1];
   }
   *op.total = static_cast<float>(total);
-  if (op.reduction == Reduction::kSum) *op.loss = static_cast<float>(loss);
+  if (op.reduction == Reduction::kSum) *op.loss = static_cast<float>(loss / op.divisor);
   if (op.reduction == Reduction::kMean) *op.loss = total == 0.0 ? 0.0f : static_cast<float>(loss / total);
 }
 

@@ -116,6 +116,7 @@ struct Upstream {
   const T* row_weight = nullptr;
   const T* total = nullptr;
   bool mean = false;
+  T divisor = 1;  // a mean over a number known beforehand
 };
 
 template <typename T>
@@ -123,7 +124,7 @@ TILEWISE_FN T upstream_of_row(const Upstream<T>& upstream, int64_t row) {
   if (upstream.grad_loss == nullptr) return T(0);
   T g = upstream.grad_loss[row * upstream.stride];
   if (upstream.row_weight != nullptr) g *= upstream.row_weight[row];
-  if (!upstream.mean) return g;
+  if (!upstream.mean) return upstream.divisor == T(1) ? g : g / upstream.divisor;
   return *upstream.total == T(0) ? T(0) : g / *upstream.total;
 }
 
@@ -137,6 +138,7 @@ struct RowReduction {
   Reduction reduction = Reduction::kNone;
   T* loss = nullptr;  // not written with kNone: loss_rows is the result
   T* total = nullptr;
+  T divisor = 1;  // of the sum with kSum
 };
 
 }  // namespace tilewise

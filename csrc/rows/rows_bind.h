@@ -143,7 +143,7 @@ void reduce_rows(const RowReduction<T>& reduction) {
     total += reduction.share_rows[i];
   }
   *reduction.total = static_cast<T>(total);
-  if (reduction.reduction == Reduction::kSum) *reduction.loss = static_cast<T>(loss);
+  if (reduction.reduction == Reduction::kSum) *reduction.loss = static_cast<T>(loss / reduction.divisor);
   if (reduction.reduction == Reduction::kMean) *reduction.loss = static_cast<T>(total == 0 ? 0 : loss / total);
 }
 

@@ -1,8 +1,8 @@
 // A flat C interface to the launch functions of the .cu files, for ctypes: `Call` is mirrored in
 // tests/test_cuda_emulated.py. Strides are in elements; null pointers are absent tensors.
+#include "common/accumulate.h"
 #include "common/launch.cuh"
 #include "cross_entropy/cross_entropy.h"
-#include "linear_cross_entropy/linear_cross_entropy.h"
 #include "z_loss/z_loss.h"
 
 namespace {

@@ -1,7 +1,6 @@
-// linear_cross_entropy has no loop of its own over logits: matrix products are the BLAS's, rows are the row engine's
-// (cross_entropy/cross_entropy.h). What is left is to add up 16-bit products in float32:
+// Products of 16-bit factors are rounded to 16 bits; their sums over blocks are kept in float32 and rounded once:
 //
-//   sum = part (first) or sum + part;   out = sum, rounded once (last)
+//   sum = part (first) or sum + part;   out = sum, rounded (last)
 #pragma once
 
 #include "common/dtype.h"
@@ -27,10 +26,10 @@ TILEWISE_FN void accumulate_element(const Accumulation& op, int64_t i) {
   if (op.last) from_float(sum, static_cast<Storage*>(op.out)[i]);
 }
 
-struct LinearCrossEntropyKernels {
+struct AccumulateKernels {
   void (*accumulate)(const Accumulation&, int64_t begin, int64_t end);  // elements [begin, end)
 };
-TILEWISE_DECLARE_KERNELS(LinearCrossEntropyKernels, linear_cross_entropy_kernels)
+TILEWISE_DECLARE_KERNELS(AccumulateKernels, accumulate_kernels)
 
 // A CUDA error string, or null.
 const char* accumulate_cuda(const Accumulation& op, void* stream);

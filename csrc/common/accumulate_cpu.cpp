@@ -1,5 +1,5 @@
-// linear_cross_entropy on the CPU: the float32 sums of 16-bit products, for one instruction set.
-#include "linear_cross_entropy/linear_cross_entropy.h"
+// Float32 sums of 16-bit products on the CPU, for one instruction set.
+#include "common/accumulate.h"
 
 namespace tilewise::TILEWISE_ISA {
 namespace {
@@ -20,6 +20,6 @@ void accumulate(const Accumulation& op, int64_t begin, int64_t end) {
 
 }  // namespace
 
-extern const LinearCrossEntropyKernels linear_cross_entropy_kernels{.accumulate = accumulate};
+extern const AccumulateKernels accumulate_kernels{.accumulate = accumulate};
 
 }  // namespace tilewise::TILEWISE_ISA

@@ -1,6 +1,5 @@
-// linear_cross_entropy on CUDA: the float32 sums of 16-bit products, four elements a thread.
-#include "linear_cross_entropy/linear_cross_entropy.h"
-
+// Float32 sums of 16-bit products on CUDA, four elements a thread.
+#include "common/accumulate.h"
 #include "common/launch.cuh"
 
 namespace tilewise {

@@ -1,0 +1,325 @@
+// Pairwise losses, a chunk of rows of the similarities at a time: a product forms it, a program per row
+// (pairwise/losses.h) takes its loss from it and where gradients are wanted writes G = dL/dz over it, which enters two
+// more products:
+//
+//   grad_x = G Y      grad_y += G^T X      grad_bias = G 1
+//
+// The gradients are those of z = s + bias: with z = scale s + bias a caller multiplies them by scale.
+#include "common/gemm.h"
+#include "pairwise/pairwise.h"
+#include "rows/rows_bind.h"
+
+namespace tilewise {
+namespace {
+
+constexpr const char* kOp = "pairwise_loss";
+
+// Similarities held at a time. On the CPU they stay in the cache between the product and the programs; a GPU wants
+// large products. Sizes alone decide, so that the same call gives the same bits whatever memory is free.
+#if defined(TILEWISE_CUDA)
+constexpr int64_t kChunkBytes = int64_t{128} << 20;
+#else
+constexpr int64_t kChunkBytes = int64_t{4} << 20;
+#endif
+constexpr int64_t kLeastRows = 96;
+
+struct Problem {
+  const Tensor& x;
+  const Tensor& y;
+  const Tensor& x_labels;
+  const Tensor& y_labels;
+  const Tensor& scale;
+  const std::optional<Tensor>& bias;
+  const std::optional<Tensor>& guide_x;
+  const std::optional<Tensor>& guide_y;
+  const std::string& loss;
+  const std::vector<double>& parameters;
+  std::optional<int64_t> self_offset;
+  double guide_margin;
+  int64_t chunk_bytes;
+};
+
+struct Wanted {
+  bool x, y, bias;
+  bool any() const { return x || y || bias; }
+};
+
+struct Gradients {
+  Tensor x, y, bias;
+};
+
+struct NamedLoss {
+  const char* name;
+  PairLoss loss;
+  size_t parameters;
+};
+
+constexpr NamedLoss kLosses[] = {
+    {"softmax", PairLoss::kSoftmax, 0},
+    {"decoupled_softmax", PairLoss::kDecoupledSoftmax, 0},
+    {"sigmoid", PairLoss::kSigmoid, 0},
+    {"multi_similarity", PairLoss::kMultiSimilarity, 4},
+    {"binomial_deviance", PairLoss::kBinomialDeviance, 3},
+    {"lifted_structure", PairLoss::kLiftedStructure, 2},
+    {"contrastive", PairLoss::kContrastive, 2},
+    {"triplet", PairLoss::kTriplet, 1},
+};
+
+const NamedLoss& loss_of(const Problem& problem) {
+  for (const NamedLoss& found : kLosses) {
+    if (problem.loss != found.name) continue;
+    require(problem.parameters.size() == found.parameters, kOp, "expected ", found.parameters, " parameters of loss '",
+            found.name, "', got ", problem.parameters.size());
+    return found;
+  }
+  require(false, kOp, "expected loss to be the name of a loss, got '", problem.loss, "'");
+  return kLosses[0];
+}
+
+const int64_t* labels_of(const Tensor& labels, const Tensor& of, const char* name) {
+  require_shape(labels, {of.size(0)}, kOp, name);
+  require_dtype(labels, ScalarType::Long, kOp, name);
+  require_same_device(labels, of, kOp, name);
+  require(labels.is_contiguous(), kOp, "expected ", name, " to be contiguous");
+  return static_cast<const int64_t*>(labels.data_ptr());
+}
+
+void check_pair(const Tensor& x, const Tensor& y, const char* x_name, const char* y_name) {
+  row_matrix(x, kOp, x_name);
+  row_matrix(y, kOp, y_name);
+  require_dtype(y, x.scalar_type(), kOp, y_name);
+  require_same_device(y, x, kOp, y_name);
+  require_shape(y, {y.size(0), x.size(1)}, kOp, y_name);
+}
+
+void check(const Problem& problem) {
+  check_pair(problem.x, problem.y, "x", "y");
+  [[maybe_unused]] const ScalarType dtype = problem.x.scalar_type();
+#if defined(TILEWISE_CUDA)
+  require(dtype != ScalarType::Double, kOp, "expected x to be float32, bfloat16 or float16 on a GPU, got Double");
+#else
+  require(dtype == ScalarType::Float || dtype == ScalarType::Double, kOp,
+          "expected x to be float32 or float64 on a CPU, got ", toString(dtype));
+#endif
+  require(problem.guide_x.has_value() == problem.guide_y.has_value(), kOp,
+          "expected guide_x and guide_y together, got one of them");
+  if (problem.guide_x.has_value()) {
+    check_pair(*problem.guide_x, *problem.guide_y, "guide_x", "guide_y");
+    require_dtype(*problem.guide_x, dtype, kOp, "guide_x");
+    require_same_device(*problem.guide_x, problem.x, kOp, "guide_x");
+    require(problem.guide_x->size(0) == problem.x.size(0) && problem.guide_y->size(0) == problem.y.size(0), kOp,
+            "expected as many rows in guide_x and guide_y as in x and y, got shapes ", shape_of(*problem.guide_x),
+            " and ", shape_of(*problem.guide_y));
+  }
+  require(problem.chunk_bytes >= 0, kOp, "expected chunk_bytes not below 0, got ", problem.chunk_bytes);
+}
+
+int64_t rows_at_a_time(const Problem& problem) {
+  const int64_t n = problem.x.size(0);
+  const int64_t row =
+      std::max<int64_t>(1, problem.y.size(0)) * (statistics_type(problem.x) == ScalarType::Double ? 8 : 4);
+  const int64_t least = problem.chunk_bytes == 0 ? kLeastRows : 1;
+  const int64_t bytes = problem.chunk_bytes == 0 ? kChunkBytes : problem.chunk_bytes;
+  const int64_t most = std::min(std::max(bytes / row, least), std::max<int64_t>(1, n));
+  const int64_t parts = std::max<int64_t>(1, (n + most - 1) / most);
+  return (n + parts - 1) / parts;
+}
+
+template <typename T>
+PairwiseChunk<T> whole(const Problem& problem) {
+  const NamedLoss& loss = loss_of(problem);
+  PairwiseChunk<T> chunk;
+  chunk.columns = problem.y.size(0);
+  chunk.relations.x_labels = labels_of(problem.x_labels, problem.x, "x_labels");
+  chunk.relations.y_labels = labels_of(problem.y_labels, problem.y, "y_labels");
+  chunk.relations.excludes_self = problem.self_offset.has_value();
+  chunk.relations.self_offset = problem.self_offset.value_or(0);
+  chunk.relations.guide_margin = static_cast<T>(problem.guide_margin);
+  chunk.loss = loss.loss;
+  for (size_t i = 0; i < loss.parameters; ++i) chunk.parameters[i] = static_cast<T>(problem.parameters[i]);
+  const auto number = [&](const Tensor& tensor, const char* name) {
+    require_shape(tensor, {}, kOp, name);
+    require_dtype(tensor, statistics_type(problem.x), kOp, name);
+    require_same_device(tensor, problem.x, kOp, name);
+    return static_cast<const T*>(tensor.data_ptr());
+  };
+  chunk.scale = number(problem.scale, "scale");
+  if (problem.bias.has_value()) chunk.bias = number(*problem.bias, "bias");
+  return chunk;
+}
+
+// out = a b^T in the type of statistics
+void form_similarities(const RowProducts& products, const Tensor& out, const Tensor& a, const Tensor& b) {
+#if defined(TILEWISE_CUDA)
+  if (a.scalar_type() != out.scalar_type()) {
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_cuda_mm_dtype_out(out.get(), a.get(), transposed(b).get(), aoti_torch_dtype_float32()));
+    return;
+  }
+#endif
+  products.form(out, a, b);
+}
+
+template <typename T>
+void run(const PairwiseChunk<T>& chunk, [[maybe_unused]] const Tensor& like) {
+#if defined(TILEWISE_CUDA)
+  require_launched(pairwise_cuda(chunk, current_stream(like)), kOp);
+#else
+  const PairwiseKernels& kernels = selected_pairwise_kernels();
+  const int64_t grain = 1 + 32768 / std::max<int64_t>(1, chunk.columns);
+  torch::stable::parallel_for(0, chunk.rows, grain, [&](int64_t begin, int64_t end) {
+    if constexpr (sizeof(T) == sizeof(double)) {
+      kernels.run_double(chunk, begin, end);
+    } else {
+      kernels.run_float(chunk, begin, end);
+    }
+  });
+#endif
+}
+
+// Row losses, and the gradients with the upstream of each row.
+template <typename T>
+Gradients run_chunks(const Problem& problem, const LossOutputs& outputs, const Upstream<T>& upstream,
+                     const Wanted& wanted) {
+  const int64_t n = problem.x.size(0), m = problem.y.size(0), d = problem.x.size(1);
+  const ScalarType dtype = problem.x.scalar_type(), statistics = statistics_type(problem.x);
+  const auto output = [&](bool is_wanted, std::vector<int64_t> shape, ScalarType type) {
+    return torch::stable::new_empty(problem.x, is_wanted ? shape : std::vector<int64_t>{0}, type);
+  };
+  Gradients gradients{output(wanted.x, {n, d}, dtype), output(wanted.y, {m, d}, dtype),
+                      output(wanted.any(), {n}, statistics)};
+  if (n == 0 || m == 0) {
+    torch::stable::zero_(gradients.x);
+    torch::stable::zero_(gradients.y);
+    torch::stable::zero_(gradients.bias);
+  }
+  const int64_t rows = rows_at_a_time(problem);
+  const Tensor buffer = new_output(problem.x, {rows, m}, statistics);
+  const RowProducts products(problem.x, rows, m);
+  std::optional<Tensor> narrow, guide;
+  std::optional<RowProducts> guide_products;
+  std::optional<ProductSum> y_gradient;
+  if (wanted.y) y_gradient.emplace(gradients.y);
+  if (wanted.any() && dtype != statistics) narrow = new_output(problem.x, {rows, m}, dtype);
+  if (problem.guide_x.has_value()) {
+    guide = new_output(problem.x, {rows, m}, statistics);
+    guide_products.emplace(*problem.guide_x, rows, m);
+  }
+  const PairwiseChunk<T> all = whole<T>(problem);
+  for (int64_t begin = 0; begin < n; begin += rows) {
+    const int64_t count = std::min(rows, n - begin);
+    const Tensor x = rows_of(problem.x, begin, count);
+    const Tensor similarities = rows_of(buffer, 0, count);
+    PairwiseChunk<T> chunk = all;
+    if (m > 0) form_similarities(products, similarities, x, problem.y);
+    if (guide.has_value() && m > 0) {
+      const Tensor part = rows_of(*guide, 0, count);
+      form_similarities(*guide_products, part, rows_of(*problem.guide_x, begin, count), *problem.guide_y);
+      chunk.relations.guide = static_cast<const T*>(part.data_ptr());
+      chunk.relations.guide_stride = m;
+    }
+    const Tensor g = narrow.has_value() ? rows_of(*narrow, 0, count) : similarities;
+    chunk.similarities = static_cast<T*>(similarities.data_ptr());
+    chunk.rows = count;
+    chunk.row_stride = m;
+    chunk.relations.x_labels += begin;
+    chunk.relations.self_offset += begin;
+    chunk.loss_rows = static_cast<T*>(outputs.loss_rows.data_ptr()) + begin;
+    chunk.active_rows = static_cast<T*>(outputs.share_rows.data_ptr()) + begin;
+    chunk.wants_gradient = wanted.any();
+    chunk.gradient = g.data_ptr();
+    chunk.gradient_dtype = row_matrix(g, kOp, "gradient").dtype;
+    chunk.upstream = upstream;
+    if (chunk.upstream.grad_loss != nullptr) chunk.upstream.grad_loss += begin * upstream.stride;
+    if (wanted.any()) chunk.bias_rows = static_cast<T*>(gradients.bias.data_ptr()) + begin;
+    run(chunk, problem.x);
+    if (m == 0) continue;
+    if (wanted.x) {
+      const Tensor out = rows_of(gradients.x, begin, count);
+      add_product(out, out, g, problem.y, 0.0);
+    }
+    if (wanted.y) y_gradient->add(transposed(g), x, begin == 0, begin + count == n);
+  }
+  return gradients;
+}
+
+struct Reduced {
+  Reduction kind;
+  double divisor;  // of the sum
+};
+
+// "mean" divides by the number of rows, "mean_active" by that of active rows: the engine's own mean.
+Reduced parse_pair_reduction(const std::string& reduction, int64_t rows) {
+  if (reduction == "mean") return {Reduction::kSum, static_cast<double>(std::max<int64_t>(1, rows))};
+  if (reduction == "mean_active") return {Reduction::kMean, 1.0};
+  require(reduction == "none" || reduction == "sum", kOp,
+          "expected reduction to be 'none', 'sum', 'mean' or 'mean_active', got '", reduction, "'");
+  return {reduction == "none" ? Reduction::kNone : Reduction::kSum, 1.0};
+}
+
+template <typename T>
+void reduce(const RowReduction<T>& reduction, [[maybe_unused]] const Tensor& like) {
+#if defined(TILEWISE_CUDA)
+  require_launched(pairwise_reduction_cuda(reduction, current_stream(like)), kOp);
+#else
+  reduce_rows(reduction);
+#endif
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
+    const Tensor& x, const Tensor& y, const Tensor& x_labels, const Tensor& y_labels, const Tensor& scale,
+    const std::optional<Tensor>& bias, const std::optional<Tensor>& guide_x, const std::optional<Tensor>& guide_y,
+    const std::string& loss, const std::vector<double>& parameters, std::optional<int64_t> self_offset,
+    double guide_margin, const std::string& reduction, int64_t chunk_bytes, bool form_x_grad, bool form_y_grad,
+    bool form_bias_grad) {
+  const Problem problem{x,       y,    x_labels,   y_labels,    scale,        bias,       guide_x,
+                        guide_y, loss, parameters, self_offset, guide_margin, chunk_bytes};
+  check(problem);
+  const DeviceScope scope(x);
+  const Reduced reduced = parse_pair_reduction(reduction, x.size(0));
+  const bool formed = reduced.kind != Reduction::kNone && x.scalar_type() == statistics_type(x);
+  const Wanted wanted{formed && form_x_grad, formed && form_y_grad, formed && form_bias_grad};
+  const LossOutputs outputs(x, reduced.kind);
+  return with_statistics(x, [&](auto zero) -> std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> {
+    using T = decltype(zero);
+    const Tensor one = torch::stable::new_empty(x, {}, statistics_type(x));
+    torch::stable::fill_(one, 1.0);
+    const Upstream<T> upstream{.grad_loss = static_cast<const T*>(one.data_ptr())};
+    const Gradients gradients = run_chunks<T>(problem, outputs, upstream, wanted);
+    RowReduction<T> sum = outputs.reduction<T>(reduced.kind);
+    sum.divisor = static_cast<T>(reduced.divisor);
+    reduce(sum, x);
+    return {outputs.loss, outputs.total, gradients.x, gradients.y, gradients.bias};
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_loss, const Tensor& x, const Tensor& y,
+                                            const Tensor& x_labels, const Tensor& y_labels, const Tensor& scale,
+                                            const std::optional<Tensor>& bias, const std::optional<Tensor>& guide_x,
+                                            const std::optional<Tensor>& guide_y, const Tensor& total,
+                                            const std::string& loss, const std::vector<double>& parameters,
+                                            std::optional<int64_t> self_offset, double guide_margin,
+                                            const std::string& reduction, int64_t chunk_bytes, bool x_grad, bool y_grad,
+                                            bool bias_grad) {
+  const Problem problem{x,       y,    x_labels,   y_labels,    scale,        bias,       guide_x,
+                        guide_y, loss, parameters, self_offset, guide_margin, chunk_bytes};
+  check(problem);
+  const DeviceScope scope(x);
+  const Reduced reduced = parse_pair_reduction(reduction, x.size(0));
+  const LossOutputs outputs(x, Reduction::kNone);  // the losses again, for nobody
+  const Gradients gradients = with_statistics(x, [&](auto zero) {
+    using T = decltype(zero);
+    Upstream<T> upstream = upstream_of<T>(grad_loss, x, nullptr, total, reduced.kind, kOp);
+    upstream.divisor = static_cast<T>(reduced.divisor);
+    return run_chunks<T>(problem, outputs, upstream, {x_grad, y_grad, bias_grad});
+  });
+  return {gradients.x, gradients.y, gradients.bias};
+}
+
+}  // namespace
+}  // namespace tilewise
+
+STABLE_TORCH_LIBRARY_IMPL(tilewise, TILEWISE_DISPATCH_KEY, m) {
+  m.impl("pairwise_loss", TORCH_BOX(&tilewise::forward));
+  m.impl("pairwise_loss_backward", TORCH_BOX(&tilewise::backward));
+}
