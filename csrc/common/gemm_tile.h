@@ -8,11 +8,10 @@
 #pragma once
 
 #include <array>
-#include <cstring>
 #include <utility>
 
 #include "common/isa.h"
-#include "common/platform.h"
+#include "common/simd.h"
 
 namespace tilewise {
 
@@ -52,30 +51,9 @@ TILEWISE_DECLARE_KERNELS(GemmKernels, gemm_kernels)
 #if defined(TILEWISE_ISA)
 namespace TILEWISE_ISA {
 
-#if defined(__AVX512F__)
-constexpr int kVectorBytes = 64;
-constexpr int kVectors = 4;  // 6 x 4 of 32 registers accumulate
-#elif defined(__AVX__)
-constexpr int kVectorBytes = 32;
-constexpr int kVectors = 2;  // 6 x 2 of 16
-#else
-constexpr int kVectorBytes = 16;
-constexpr int kVectors = 2;
-#endif
+constexpr int kVectors = kRegisters >= 32 ? 4 : 2;  // 6 x 4 of 32 registers hold sums, or 6 x 2 of 16
 constexpr int64_t kDepth = 512;
 constexpr int64_t kBlockRows = 96;
-
-template <typename T>
-using Vector [[gnu::vector_size(kVectorBytes)]] = T;
-template <typename T>
-constexpr int64_t kLanes = kVectorBytes / sizeof(T);
-
-template <typename T>
-TILEWISE_FN Vector<T> load_vector(const T* from) {
-  Vector<T> result;
-  std::memcpy(&result, from, sizeof(result));
-  return result;
-}
 
 // `product` describes one tile of kRows x (up to kCount vectors) columns.
 template <typename T, int kRows, int kCount>
@@ -107,7 +85,7 @@ static void multiply_tile(const Product<T>& product) {
 #pragma GCC unroll 4
       for (int j = 0; j < kCount; ++j) {
         if (product.start != nullptr) sums[i][j] += load_vector(product.start + i * product.start_row + j * kLanes<T>);
-        std::memcpy(product.c + i * product.c_row + j * kLanes<T>, &sums[i][j], kVectorBytes);
+        store_vector(sums[i][j], product.c + i * product.c_row + j * kLanes<T>);
       }
     }
     return;

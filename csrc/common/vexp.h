@@ -2,6 +2,9 @@
 // double through the C library.
 #pragma once
 
+#include <type_traits>
+#include <utility>
+
 #include "common/dtype.h"
 
 namespace tilewise {
@@ -17,28 +20,49 @@ TILEWISE_FN float fast_exp2(float x) {
 #endif
 }
 
+// The low bits of a float as the exponent of another.
+TILEWISE_FN float shifted_to_exponent(float x) { return bits_to_float(float_to_bits(x) << 23); }
+
+#if !defined(__CUDACC__)
+
+// GCC's and Clang's vectors of float or double: functions of V take them as well.
+template <typename V>
+concept IsVector = sizeof(V) > sizeof(double) && requires(V v) { v[0]; };
+template <typename V>
+using Element = std::remove_cvref_t<decltype(std::declval<V>()[0])>;
+
+template <IsVector V>
+TILEWISE_FN V shifted_to_exponent(V x) {
+  return std::bit_cast<V>(std::bit_cast<decltype(x < x)>(x) << 23);
+}
+
+#endif
+
 // exp(x) for x <= 88 within 2 units in the last place; 0 below -87, where results would be subnormal; NaN kept.
 // Cody-Waite: x = n ln 2 + r with |r| <= ln 2 / 2, exp(x) = 2^n exp(r). Adding 1.5 2^23 + 127 rounds to the integer
-// n + 127 in the low bits of the sum: shifted into the exponent they are 2^n.
-TILEWISE_FN float fast_exp(float x) {
-#if defined(__CUDA_ARCH__)
-  return fast_exp2(x * 1.44269504088896341f);  // __expf spends three more instructions on subnormal results
-#else
+// n + 127 in the low bits of the sum: shifted into the exponent they are 2^n. V is float, or a vector of floats.
+template <typename V>
+TILEWISE_FN V exp_polynomial(V x) {
   constexpr float kRound = 0x1.8p23f + 127.0f;
-  const float clamped = x < -87.0f ? -87.0f : x;
-  const float shifted = clamped * 1.44269504088896341f + kRound;
-  const float n = shifted - kRound;
-  const float high = clamped - n * 0.693359375f;
-  const float r = high + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
+  const V clamped = x < -87.0f ? -87.0f : x;
+  const V shifted = clamped * 1.44269504088896341f + kRound;
+  const V n = shifted - kRound;
+  const V high = clamped - n * 0.693359375f;
+  const V r = high + n * 2.12194440e-4f;
+  V p = 1.9875691500e-4f * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  const float power = bits_to_float(float_to_bits(shifted) << 23);
-  return x < -87.0f ? 0.0f : p * power;
+  return x < -87.0f ? 0.0f : p * shifted_to_exponent(shifted);
+}
+
+TILEWISE_FN float fast_exp(float x) {
+#if defined(__CUDA_ARCH__)
+  return fast_exp2(x * 1.44269504088896341f);  // __expf spends three more instructions on subnormal results
+#else
+  return exp_polynomial(x);
 #endif
 }
 TILEWISE_FN double fast_exp(double x) { return ::exp(x); }
@@ -92,26 +116,54 @@ TILEWISE_FN float fast_tanh(float x) {
 }
 TILEWISE_FN double fast_tanh(double x) { return ::tanh(x); }
 
-template <typename T>
-TILEWISE_FN T sigmoid(T x) {
-  const T e = fast_exp(x < T(0) ? x : -x);
-  return (x < T(0) ? e : T(1)) / (T(1) + e);
-}
-
-// log(1 + exp(x)) without overflow. With u = exp(-|x|) and w = u / (2 + u) <= 1/3, log(1 + u) = 2 artanh(w), whose
-// series to w^13 leaves 1e-8.
-TILEWISE_FN float softplus(float x) {
-  const float u = fast_exp(-::fabsf(x));
-  const float w = fast_divide(u, 2.0f + u);
-  const float s = w * w;
-  float p = 1.0f / 13.0f;
-  p = p * s + 1.0f / 11.0f;
+// log(1 + u) for u in [0, 1]: with w = u / (2 + u) <= 1/3 it is 2 artanh(w), whose series to w^13 leaves 1e-8.
+template <typename V>
+TILEWISE_FN V log1p_series(V u) {
+  const V w = u / (2.0f + u);
+  const V s = w * w;
+  V p = (1.0f / 13.0f) * s + 1.0f / 11.0f;
   p = p * s + 1.0f / 9.0f;
   p = p * s + 1.0f / 7.0f;
   p = p * s + 1.0f / 5.0f;
   p = p * s + 1.0f / 3.0f;
-  return (x > 0.0f ? x : 0.0f) + 2.0f * (w + w * s * p);
+  return 2.0f * (w + w * s * p);
 }
-TILEWISE_FN double softplus(double x) { return (x > 0.0 ? x : 0.0) + ::log1p(::exp(-::fabs(x))); }
+
+#if !defined(__CUDACC__)
+
+template <IsVector V>
+TILEWISE_FN V fast_exp(V x) {
+  if constexpr (sizeof(Element<V>) == sizeof(float)) return exp_polynomial(x);
+  for (size_t i = 0; i < sizeof(V) / sizeof(Element<V>); ++i) x[i] = fast_exp(x[i]);
+  return x;
+}
+
+#endif
+
+TILEWISE_FN float log1p_of_unit(float u) { return log1p_series(u); }
+TILEWISE_FN double log1p_of_unit(double u) { return ::log1p(u); }
+
+#if !defined(__CUDACC__)
+
+template <IsVector V>
+TILEWISE_FN V log1p_of_unit(V u) {
+  if constexpr (sizeof(Element<V>) == sizeof(float)) return log1p_series(u);
+  for (size_t i = 0; i < sizeof(V) / sizeof(Element<V>); ++i) u[i] = log1p_of_unit(u[i]);
+  return u;
+}
+
+#endif
+
+template <typename V>
+TILEWISE_FN V sigmoid(V x) {
+  const V e = fast_exp(x < 0.0f ? x : -x);
+  return (x < 0.0f ? e : 1.0f) / (1.0f + e);
+}
+
+// log(1 + exp(x)) without overflow
+template <typename V>
+TILEWISE_FN V softplus(V x) {
+  return (x > 0.0f ? x : 0.0f) + log1p_of_unit(fast_exp(x > 0.0f ? -x : x));
+}
 
 }  // namespace tilewise

@@ -1,8 +1,8 @@
-// The pairwise engine on the CPU, for one instruction set: a row is walked in lanes, once per fold of its loss.
+// The pairwise engine on the CPU, for one instruction set: a row is walked by vectors, once per fold of its loss.
 #include <memory>
-#include <type_traits>
 #include <utility>
 
+#include "common/simd.h"
 #include "pairwise/losses.h"
 
 namespace tilewise::TILEWISE_ISA {
@@ -11,8 +11,13 @@ namespace {
 template <typename T>
 class Row {
  public:
-  // `relation` has room for one value per column.
-  Row(const PairwiseChunk<T>& chunk, int64_t row, int32_t* relation)
+  // As wide as T, so that comparisons select among vectors of T.
+  using Relation = std::conditional_t<sizeof(T) == sizeof(float), int32_t, int64_t>;
+
+  static size_t relations_of(int64_t columns) { return static_cast<size_t>(columns + kLanes<T>); }
+
+  // `relation` has room for relations_of(columns) values: beyond the columns they are 0.
+  Row(const PairwiseChunk<T>& chunk, int64_t row, Relation* relation)
       : chunk_(chunk),
         row_(row),
         columns_(chunk.columns),
@@ -25,9 +30,10 @@ class Row {
     const int64_t* labels = relations.y_labels;
 #pragma omp simd
     for (int64_t j = 0; j < columns_; ++j) relation[j] = labels[j] == label ? 1 : -1;
+    for (int64_t j = columns_; j < columns_ + kLanes<T>; ++j) relation[j] = 0;
     const int64_t self = row + relations.self_offset;
     if (relations.excludes_self && self >= 0 && self < columns_) relation[self] = 0;
-    if (relations.guide != nullptr) mask_by_guide();
+    if (relations.guide != nullptr) mask_by_guide(relations.guide + row * relations.guide_stride);
   }
 
   template <typename... Ops, typename Function>
@@ -38,7 +44,7 @@ class Row {
   template <typename Function>
   int64_t first(const Function& f) const {
     for (int64_t j = 0; j < columns_; ++j) {
-      if (f(z(j), relation_[j])) return j;
+      if (f(scale_ * s_[j] + bias_, relation_[j])) return j;
     }
     return -1;
   }
@@ -47,10 +53,7 @@ class Row {
 
   void skip() {
     set(T(0), T(0));
-    if (!chunk_.wants_gradient) return;
-    T* out = gradient();
-    for (int64_t j = 0; j < columns_; ++j) out[j] = T(0);
-    chunk_.bias_rows[row_] = T(0);
+    if (chunk_.wants_gradient) write_two(-1, T(0), -1, T(0));
   }
 
   bool wants_gradient() const { return chunk_.wants_gradient; }
@@ -59,64 +62,71 @@ class Row {
   void write(const Function& f) {
     const T factor = upstream_of_row(chunk_.upstream, row_);
     T* out = gradient();
-    T sums[kLanes] = {};
-    int64_t begin = 0;
-    for (; begin + kLanes <= columns_; begin += kLanes) {
-#pragma omp simd
-      for (int l = 0; l < kLanes; ++l) sums[l] += out[begin + l] = factor * weight(f, begin + l);
+    Vector<T> sums = {};
+    for (int64_t j = 0; j < columns_; j += kLanes<T>) {
+      const Vector<T> g = factor * f(z(j), relation(j));
+      sums += g;
+      if (j + kLanes<T> <= columns_) {
+        store_vector(g, out + j);
+      } else {
+        std::memcpy(out + j, &g, static_cast<size_t>(columns_ - j) * sizeof(T));
+      }
     }
-    for (int l = 0; begin + l < columns_; ++l) sums[l] += out[begin + l] = factor * weight(f, begin + l);
     T sum = 0;
-    for (int l = 0; l < kLanes; ++l) sum += sums[l];
+    for (int l = 0; l < kLanes<T>; ++l) sum += sums[l];
     chunk_.bias_rows[row_] = sum;
   }
 
- private:
-  static constexpr int kLanes = 256 / sizeof(T);  // sums of a fold: enough to hide the latency of an addition
+  void write_two(int64_t a, T at_a, int64_t b, T at_b) {
+    const T factor = upstream_of_row(chunk_.upstream, row_);
+    T* out = gradient();
+    for (int64_t j = 0; j < columns_; ++j) out[j] = T(0);
+    if (a >= 0) out[a] += factor * at_a;
+    if (b >= 0) out[b] += factor * at_b;
+    chunk_.bias_rows[row_] = factor * (at_a + at_b);
+  }
 
+ private:
   static T initial(Sum) { return T(0); }
   static T initial(Max) { return -infinity<T>(); }
   static T initial(Min) { return infinity<T>(); }
-  static T combined(Sum, T a, T b) { return a + b; }
-  static T combined(Max, T a, T b) { return b > a ? b : a; }
-  static T combined(Min, T a, T b) { return b < a ? b : a; }
+  template <typename V>
+  static V combined(Sum, V a, V b) {
+    return a + b;
+  }
+  template <typename V>
+  static V combined(Max, V a, V b) {
+    return b > a ? b : a;
+  }
+  template <typename V>
+  static V combined(Min, V a, V b) {
+    return b < a ? b : a;
+  }
 
   template <typename Function, typename... Ops, size_t... kIndex>
   Values<T, sizeof...(Ops)> fold_as(const Function& f, std::index_sequence<kIndex...>) const {
-    T lanes[sizeof...(Ops)][kLanes];
-    for (int l = 0; l < kLanes; ++l) ((lanes[kIndex][l] = initial(Ops{})), ...);
-    int64_t begin = 0;
-    for (; begin + kLanes <= columns_; begin += kLanes) {
-#pragma omp simd
-      for (int l = 0; l < kLanes; ++l) {
-        const auto values = f(z(begin + l), relation_[begin + l]);
-        ((lanes[kIndex][l] = combined(Ops{}, lanes[kIndex][l], values.value[kIndex])), ...);
-      }
-    }
-    for (int l = 0; begin + l < columns_; ++l) {
-      const auto values = f(z(begin + l), relation_[begin + l]);
-      ((lanes[kIndex][l] = combined(Ops{}, lanes[kIndex][l], values.value[kIndex])), ...);
+    Vector<T> totals[] = {Vector<T>{} + initial(Ops{})...};
+    for (int64_t j = 0; j < columns_; j += kLanes<T>) {
+      const auto found = f(z(j), relation(j));
+      ((totals[kIndex] = combined(Ops{}, totals[kIndex], found.value[kIndex])), ...);
     }
     Values<T, sizeof...(Ops)> total{initial(Ops{})...};
-    for (int l = 0; l < kLanes; ++l)
-      ((total.value[kIndex] = combined(Ops{}, total.value[kIndex], lanes[kIndex][l])), ...);
+    for (int l = 0; l < kLanes<T>; ++l)
+      ((total.value[kIndex] = combined<T>(Ops{}, total.value[kIndex], totals[kIndex][l])), ...);
     return total;
   }
 
-  T z(int64_t j) const { return scale_ * s_[j] + bias_; }
-
-  template <typename Function>
-  T weight(const Function& f, int64_t j) const {
-    if constexpr (std::is_invocable_v<Function, T, int, int64_t>) {
-      return f(z(j), relation_[j], j);
-    } else {
-      return f(z(j), relation_[j]);
-    }
+  Vector<T> z(int64_t j) const {
+    if (j + kLanes<T> <= columns_) return scale_ * load_vector(s_ + j) + bias_;
+    T rest[kLanes<T>] = {};
+    std::memcpy(rest, s_ + j, static_cast<size_t>(columns_ - j) * sizeof(T));
+    return scale_ * load_vector(rest) + bias_;
   }
 
-  void mask_by_guide() {
-    const T* guide = chunk_.relations.guide + row_ * chunk_.relations.guide_stride;
-    const int64_t positive = first([](T, int relation) { return relation > 0; });
+  Vector<Relation> relation(int64_t j) const { return load_vector(relation_ + j); }
+
+  void mask_by_guide(const T* guide) {
+    const int64_t positive = first([](T, Relation relation) { return relation > 0; });
     if (positive < 0) return;
     const T most = guide[positive] - chunk_.relations.guide_margin;
 #pragma omp simd
@@ -136,16 +146,19 @@ class Row {
   T scale_;
   T bias_;
   const T* s_;
-  int32_t* relation_;
+  Relation* relation_;
 };
 
 template <typename T>
 void run(const PairwiseChunk<T>& chunk, int64_t begin, int64_t end) {
-  const std::unique_ptr<int32_t[]> relation(new int32_t[static_cast<size_t>(chunk.columns)]);
-  for (int64_t i = begin; i < end; ++i) {
-    Row<T> row(chunk, i, relation.get());
-    run_loss(chunk.loss, chunk.parameters, row);
-  }
+  using Relation = typename Row<T>::Relation;
+  const std::unique_ptr<Relation[]> relation(new Relation[Row<T>::relations_of(chunk.columns)]);
+  with_loss(chunk.loss, [&](auto loss) {
+    for (int64_t i = begin; i < end; ++i) {
+      Row<T> row(chunk, i, relation.get());
+      run_loss<decltype(loss)::value>(chunk.parameters, row);
+    }
+  });
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 #include "common/accumulate.h"
 #include "common/launch.cuh"
 #include "cross_entropy/cross_entropy.h"
+#include "pairwise/pairwise.h"
 #include "z_loss/z_loss.h"
 
 namespace {
@@ -25,6 +26,25 @@ struct Call {
   float *grad_loss, *grad_lse, *grad_entropy;
   int64_t grad_loss_stride, grad_lse_stride, grad_entropy_stride;
   int64_t all_rows, first_class, all_classes;  // of the problem that this is a block of; 0: it is the whole
+};
+
+// One chunk of a pairwise loss; the gradient is wanted where it has a place.
+struct PairCall {
+  int64_t rows, columns, row_stride;
+  float* similarities;
+  int64_t *x_labels, *y_labels;
+  int64_t self_offset, excludes_self;
+  float* guide;
+  int64_t guide_stride;
+  double guide_margin;
+  int64_t loss;
+  double parameters[tilewise::kPairParameters];
+  float *scale, *bias, *loss_rows, *active_rows;
+  int64_t gradient_dtype;
+  void* gradient;
+  float* grad_loss;
+  int64_t grad_loss_stride;
+  float* bias_rows;
 };
 
 tilewise::RowMatrix matrix_of(const Call& call, const Matrix& m) {
@@ -137,6 +157,33 @@ extern "C" const char* accumulate(int64_t dtype, const void* part, float* sum, v
                                   int last) {
   const tilewise::Accumulation op{static_cast<tilewise::Dtype>(dtype), part, sum, out, count, first != 0, last != 0};
   return tilewise::accumulate_cuda(op, nullptr);
+}
+
+extern "C" const char* pairwise(const PairCall& call) {
+  tilewise::PairwiseChunk<float> chunk;
+  chunk.similarities = call.similarities;
+  chunk.rows = call.rows;
+  chunk.columns = call.columns;
+  chunk.row_stride = call.row_stride;
+  chunk.relations = {.x_labels = call.x_labels,
+                     .y_labels = call.y_labels,
+                     .self_offset = call.self_offset,
+                     .excludes_self = call.excludes_self != 0,
+                     .guide = call.guide,
+                     .guide_stride = call.guide_stride,
+                     .guide_margin = static_cast<float>(call.guide_margin)};
+  chunk.loss = static_cast<tilewise::PairLoss>(call.loss);
+  for (int i = 0; i < tilewise::kPairParameters; ++i) chunk.parameters[i] = static_cast<float>(call.parameters[i]);
+  chunk.scale = call.scale;
+  chunk.bias = call.bias;
+  chunk.loss_rows = call.loss_rows;
+  chunk.active_rows = call.active_rows;
+  chunk.wants_gradient = call.gradient != nullptr;
+  chunk.gradient_dtype = static_cast<tilewise::Dtype>(call.gradient_dtype);
+  chunk.gradient = call.gradient;
+  chunk.upstream = {.grad_loss = call.grad_loss, .stride = call.grad_loss_stride};
+  chunk.bias_rows = call.bias_rows;
+  return tilewise::pairwise_cuda(chunk, nullptr);
 }
 
 extern "C" const char* z_loss_forward(const Call& call) {

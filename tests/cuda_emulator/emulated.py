@@ -53,6 +53,26 @@ class Call(ctypes.Structure):
     ]
 
 
+class PairCall(ctypes.Structure):
+    """Mirrors `PairCall` of driver.cpp."""
+
+    _fields_ = [
+        *[(name, c_int64) for name in ("rows", "columns", "row_stride")],
+        *[(name, c_void_p) for name in ("similarities", "x_labels", "y_labels")],
+        *[(name, c_int64) for name in ("self_offset", "excludes_self")],
+        ("guide", c_void_p),
+        ("guide_stride", c_int64),
+        ("guide_margin", c_double),
+        ("loss", c_int64),
+        ("parameters", c_double * 4),
+        *[(name, c_void_p) for name in ("scale", "bias", "loss_rows", "active_rows")],
+        ("gradient_dtype", c_int64),
+        *[(name, c_void_p) for name in ("gradient", "grad_loss")],
+        ("grad_loss_stride", c_int64),
+        ("bias_rows", c_void_p),
+    ]
+
+
 def build() -> ctypes.CDLL:
     """Compiles once per content of the sources, into build/cuda_emulator."""
     digest = hashlib.sha256(" ".join([str(COMPILER), *FLAGS]).encode())
@@ -76,6 +96,8 @@ def build() -> ctypes.CDLL:
     for name in ("cross_entropy_forward", "cross_entropy_backward", "z_loss_forward", "z_loss_backward"):
         getattr(loaded, name).argtypes = [ctypes.POINTER(Call)]
         getattr(loaded, name).restype = c_char_p
+    loaded.pairwise.argtypes = [ctypes.POINTER(PairCall)]
+    loaded.pairwise.restype = c_char_p
     loaded.accumulate.argtypes = [c_int64, c_void_p, c_void_p, c_void_p, c_int64, c_int, c_int]
     loaded.accumulate.restype = c_char_p
     loaded.wrong_kernel.restype = c_char_p
