@@ -33,6 +33,14 @@ STABLE_TORCH_LIBRARY(tilewise, m) {
       "bool input_grad, bool weight_grad, bool bias_grad) "
       "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
   m.def(
+      "mala(Tensor q, Tensor k, Tensor v, Tensor? cos=None, Tensor? sin=None, Tensor? q_bounds=None, "
+      "Tensor? k_bounds=None, Tensor? s=None, Tensor? z=None, Tensor? u=None, *, bool causal, float scale, float eps, "
+      "int seen=0) -> (Tensor out, Tensor s, Tensor z, Tensor u)");
+  m.def(
+      "mala_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor? cos, Tensor? sin, Tensor? q_bounds, "
+      "Tensor? k_bounds, Tensor? s, Tensor? z, Tensor? u, *, bool causal, float scale, float eps, int seen) "
+      "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
+  m.def(
       "pairwise_loss(Tensor x, Tensor y, Tensor x_labels, Tensor y_labels, Tensor scale, Tensor? bias=None, "
       "Tensor? guide_x=None, Tensor? guide_y=None, *, str loss, float[] parameters, int? self_offset=None, "
       "float guide_margin=0.0, str reduction=\"mean\", int chunk_bytes=0, bool form_x_grad=False, "
