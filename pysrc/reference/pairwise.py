@@ -1,95 +1,123 @@
 """Pairwise losses from the whole matrix of similarities, in plain PyTorch; see csrc/library.cpp for the signatures.
 
-Each loss maps z (N, M) and the masks of positive and negative pairs to the loss of every row and to which rows have the
-pairs that their loss needs. PyTorch differentiates it.
+Each loss maps z (N, M) and the masks of positive and negative pairs to the loss of every row, which rows have the pairs
+that their loss needs (the others count 0), and dL/dz.
 """
 
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tilewise.reference.rows import statistics_dtype
 
 
 def _least(z: Tensor, mask: Tensor) -> Tensor:
-    return _or(z.masked_fill(~mask, math.inf), math.inf).amin(1, keepdim=True)
+    return _with(z.masked_fill(~mask, math.inf), math.inf).amin(1, keepdim=True)
 
 
 def _most(z: Tensor, mask: Tensor) -> Tensor:
-    return _or(z.masked_fill(~mask, -math.inf), -math.inf).amax(1, keepdim=True)
+    return _with(z.masked_fill(~mask, -math.inf), -math.inf).amax(1, keepdim=True)
 
 
-def _or(z: Tensor, empty: float) -> Tensor:
-    """z with one more column, so that a reduction over no columns is `empty`."""
-    return torch.cat([z, z.new_full((len(z), 1), empty)], 1)
+def _with(z: Tensor, value: float) -> Tensor:
+    """z with one more column, so that a reduction over no columns is `value`."""
+    return torch.cat([z, z.new_full((len(z), 1), value)], 1)
 
 
 def _lse(x: Tensor, mask: Tensor) -> Tensor:
-    """logsumexp over the masked columns; rows without any give 0 and no gradient."""
-    found = torch.logsumexp(_or(x.masked_fill(~mask, -math.inf), -math.inf), 1)
-    return torch.where(mask.any(1), found, 0)
+    """(N, 1) logsumexp over the masked columns, 0 where there are none."""
+    found = torch.logsumexp(_with(x.masked_fill(~mask, -math.inf), -math.inf), 1, keepdim=True)
+    return torch.where(mask.any(1, keepdim=True), found, 0)
+
+
+def _exp(x: Tensor, mask: Tensor) -> Tensor:
+    return torch.where(mask, torch.exp(x), 0)
 
 
 def _mean(x: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, x, 0).sum(1) / mask.sum(1).clamp(min=1)
 
 
+def _share(mask: Tensor, z: Tensor) -> Tensor:
+    return mask.to(z.dtype) / mask.sum(1, keepdim=True).clamp(min=1)
+
+
+def _softplus(x: Tensor) -> Tensor:
+    return torch.logaddexp(x, torch.zeros_like(x))  # F.softplus is linear above 20
+
+
 def softmax(z, positive, negative):
-    return _lse(z, positive | negative) - _mean(z, positive), positive.any(1)
+    pairs = positive | negative
+    lse = _lse(z, pairs)
+    return lse[:, 0] - _mean(z, positive), positive.any(1), _exp(z - lse, pairs) - _share(positive, z)
 
 
 def decoupled_softmax(z, positive, negative):
-    lse = _lse(z, negative)[:, None]
-    return torch.where(negative.any(1), _mean(F.softplus(lse - z), positive), 0), positive.any(1)
+    lse = _lse(z, negative)
+    some = negative.any(1, keepdim=True)
+    loss = torch.where(some[:, 0], _mean(_softplus(lse - z), positive), 0)
+    pull = torch.where(some, _share(positive, z) * torch.sigmoid(lse - z), 0)
+    return loss, positive.any(1), pull.sum(1, keepdim=True) * _exp(z - lse, negative) - pull
 
 
 def sigmoid(z, positive, negative):
-    loss = torch.where(positive | negative, F.softplus(torch.where(positive, -z, z)), 0).sum(1)
-    return loss, torch.ones_like(positive[:, :1].any(1))
+    sign = negative.to(z.dtype) - positive.to(z.dtype)
+    loss = torch.where(positive | negative, _softplus(sign * z), 0).sum(1)
+    return loss, torch.ones(len(z), dtype=torch.bool, device=z.device), sign * torch.sigmoid(sign * z)
 
 
 def multi_similarity(z, positive, negative, alpha, beta, base, epsilon):
-    both = positive.any(1) & negative.any(1)
     if epsilon == math.inf:
         active = positive.any(1) | negative.any(1)
     else:
-        with torch.no_grad():
-            least, most = _least(z, positive), _most(z, negative)
-            positive = positive & both[:, None] & (z - epsilon < most)
-            negative = negative & both[:, None] & (z + epsilon > least)
+        both = (positive.any(1) & negative.any(1))[:, None]
+        least, most = _least(z, positive), _most(z, negative)
+        positive = positive & both & (z - epsilon < most)
+        negative = negative & both & (z + epsilon > least)
         active = positive.any(1) & negative.any(1)
-    zero = torch.zeros_like(z[:, :1].sum(1))
 
     def one_plus(x, mask):
-        return torch.logaddexp(torch.where(mask.any(1), _lse(x, mask), -math.inf), zero)
+        lse = torch.where(mask.any(1, keepdim=True), _lse(x, mask), -math.inf)
+        return torch.logaddexp(lse, torch.zeros_like(lse))
 
-    return one_plus(-alpha * (z - base), positive) / alpha + one_plus(beta * (z - base), negative) / beta, active
+    pull, push = -alpha * (z - base), beta * (z - base)
+    pulled, pushed = one_plus(pull, positive), one_plus(push, negative)
+    loss = pulled / alpha + pushed / beta
+    return loss[:, 0], active, _exp(push - pushed, negative) - _exp(pull - pulled, positive)
 
 
 def binomial_deviance(z, positive, negative, alpha, beta, base):
-    loss = _mean(F.softplus(-alpha * (z - base)), positive) + _mean(F.softplus(beta * (z - base)), negative)
-    return loss, positive.any(1) | negative.any(1)
+    pull, push = -alpha * (z - base), beta * (z - base)
+    loss = _mean(_softplus(pull), positive) + _mean(_softplus(push), negative)
+    weights = beta * _share(negative, z) * torch.sigmoid(push) - alpha * _share(positive, z) * torch.sigmoid(pull)
+    return loss, positive.any(1) | negative.any(1), weights
 
 
 def lifted_structure(z, positive, negative, positive_margin, negative_margin):
-    both = positive.any(1) & negative.any(1)
-    return F.relu(_lse(positive_margin - z, positive) + _lse(z - negative_margin, negative)), both
+    pull, push = positive_margin - z, z - negative_margin
+    pulled, pushed = _lse(pull, positive), _lse(push, negative)
+    loss = torch.relu(pulled + pushed)
+    weights = (loss > 0) * (_exp(push - pushed, negative) - _exp(pull - pulled, positive))
+    return loss[:, 0], positive.any(1) & negative.any(1), weights
 
 
 def contrastive(z, positive, negative, positive_margin, negative_margin):
-    loss = _mean(F.relu(positive_margin - z), positive) + _mean(F.relu(z - negative_margin), negative)
-    return loss, positive.any(1) | negative.any(1)
+    pull, push = positive_margin - z, z - negative_margin
+    loss = _mean(torch.relu(pull), positive) + _mean(torch.relu(push), negative)
+    return loss, positive.any(1) | negative.any(1), _share(negative, z) * (push > 0) - _share(positive, z) * (pull > 0)
 
 
 def triplet(z, positive, negative, margin):
-    both = positive.any(1) & negative.any(1)
-    if z.shape[1] == 0:
-        return z.sum(1), both
-    hardest_positive = (z == _least(z, positive)).logical_and(positive).int().argmax(1, keepdim=True)  # the first
-    hardest_negative = (z == _most(z, negative)).logical_and(negative).int().argmax(1, keepdim=True)
-    return F.relu(z.gather(1, hardest_negative) - z.gather(1, hardest_positive) + margin)[:, 0], both
+    least, most = _least(z, positive), _most(z, negative)
+    loss = torch.relu(most - least + margin)
+    weights = (loss > 0) * (_first(negative & (z == most)).to(z.dtype) - _first(positive & (z == least)).to(z.dtype))
+    return loss[:, 0], positive.any(1) & negative.any(1), weights
+
+
+def _first(mask: Tensor) -> Tensor:
+    """The first of the masked columns alone."""
+    return mask & (mask.cumsum(1) == 1)
 
 
 LOSSES = {
@@ -127,36 +155,40 @@ def relations(
     return positive, negative
 
 
-def row_losses(z, positive, negative, loss: str, parameters=()) -> tuple[Tensor, Tensor]:
-    """(N,) losses, 0 for the rows without the pairs that the loss needs, and which rows those are not."""
-    found, active = LOSSES[loss](z, positive, negative, *parameters)
-    return torch.where(active, found, 0), active
+def row_losses(z, positive, negative, loss: str, parameters=()) -> tuple[Tensor, Tensor, Tensor]:
+    """(N,) losses, which rows have one, and (N, M) dL/dz."""
+    found, active, weights = LOSSES[loss](z, positive, negative, *parameters)
+    return torch.where(active, found, 0), active, torch.where(active[:, None], weights, 0)
+
+
+def _product(a, b):
+    """In the type of statistics, whatever autocast says."""
+    wide = statistics_dtype(a)
+    with torch.autocast(a.device.type, enabled=False):
+        return a.to(wide) @ b.to(wide)
 
 
 def _similarities(x, y, scale, bias):
-    wide = statistics_dtype(x)
-    z = scale * (x.to(wide) @ y.to(wide).t())
+    z = scale * _product(x, y.t())
     return z if bias is None else z + bias
 
 
 def _masks(x_labels, y_labels, guide_x, guide_y, self_offset, guide_margin):
     guide = None
     if guide_x is not None:
-        wide = statistics_dtype(guide_x)
-        guide = guide_x.to(wide) @ guide_y.to(wide).t()
+        guide = _product(guide_x, guide_y.t())
     return relations(x_labels, y_labels, self_offset, guide, guide_margin)
 
 
-def _gradients(upstream, z, masks, loss, parameters, x, y, wanted):
-    empty = x.new_empty(0), y.new_empty(0), z.new_empty(0)
-    if not any(wanted):
-        return empty
-    with torch.enable_grad():
-        z = z.detach().requires_grad_()
-        rows, _ = row_losses(z, *masks, loss, parameters)
-        (g,) = torch.autograd.grad(rows, z, upstream.expand_as(rows))
-    found = (g @ y.to(g.dtype)).to(x.dtype), (g.t() @ x.to(g.dtype)).to(y.dtype), g.sum(1)
-    return tuple(f if wish else e for f, e, wish in zip(found, empty, (*wanted[:2], True), strict=True))
+def _gradients(g, x, y, wanted):
+    """G y, G^T x and the row sums of G, where they are wanted; the sums with any."""
+    found = (lambda: _product(g, y).to(x.dtype), lambda: _product(g.t(), x).to(y.dtype), lambda: g.sum(1))
+    wanted = (*wanted[:2], any(wanted))
+    return tuple(f() if wish else e for f, wish, e in zip(found, wanted, _empty(x, y, g), strict=True))
+
+
+def _empty(x, y, g):
+    return x.new_empty(0), y.new_empty(0), g.new_empty(0)
 
 
 def _forward(
@@ -181,13 +213,13 @@ def _forward(
 ):
     z = _similarities(x, y, scale, bias)
     masks = _masks(x_labels, y_labels, guide_x, guide_y, self_offset, guide_margin)
-    rows, active = row_losses(z, *masks, loss, parameters)
+    rows, active, weights = row_losses(z, *masks, loss, parameters)
     total = active.sum().to(z.dtype)
     divisor = {"mean": max(1, len(x)), "mean_active": total.clamp(min=1)}.get(reduction, 1)
     value = rows if reduction == "none" else rows.sum() / divisor
     formed = reduction != "none" and x.dtype == z.dtype
     wanted = [formed and wish for wish in (form_x_grad, form_y_grad, form_bias_grad)]
-    return value, total, *_gradients(torch.ones_like(total), z, masks, loss, parameters, x, y, wanted)
+    return value, total, *_gradients(weights, x, y, wanted)
 
 
 def _backward(
@@ -215,7 +247,9 @@ def _backward(
     z = _similarities(x, y, scale, bias)
     masks = _masks(x_labels, y_labels, guide_x, guide_y, self_offset, guide_margin)
     divisor = {"mean": max(1, len(x)), "mean_active": total.clamp(min=1)}.get(reduction, 1)
-    return _gradients(grad_loss / divisor, z, masks, loss, parameters, x, y, (x_grad, y_grad, bias_grad))
+    upstream = (grad_loss / divisor).expand(len(x))[:, None]
+    weights = row_losses(z, *masks, loss, parameters)[2]
+    return _gradients(upstream * weights, x, y, (x_grad, y_grad, bias_grad))
 
 
 OPS = {"pairwise_loss": _forward, "pairwise_loss_backward": _backward}
