@@ -31,7 +31,7 @@ WIDE = torch.float64 if NATIVE_CPU else torch.float32
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-11} if NATIVE_CPU else {"rtol": 2e-4, "atol": 2e-5}
 
 
-def batch(n=23, m=None, d=7, dtype=WIDE, classes=6):
+def batch(n=7 if INTERPRETED else 23, m=None, d=7, dtype=WIDE, classes=6):
     """x, y (x itself without m), and labels with classes of one member and classes that y lacks."""
     torch.manual_seed(0)
     x = F.normalize(torch.randn(n, d), dim=1)
@@ -215,7 +215,7 @@ def test_guide_masks_false_negatives():
 
 def test_a_function_as_weighting():
     """What a user writes with PyTorch equals the kernels', in chunks of one anchor too."""
-    x, _, labels = leaves(n=44, dtype=torch.float32)
+    x, _, labels = leaves(n=11 if INTERPRETED else 44, dtype=torch.float32)
 
     def contrastive(s, positive, negative):
         def mean(gap, mask):
@@ -232,7 +232,7 @@ def test_a_function_as_weighting():
             torch.testing.assert_close(ours, built_in, rtol=1e-5, atol=1e-6)
             grads = [torch.autograd.grad(loss.square().sum(), x)[0] for loss in (ours, built_in)]
             torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6)
-    with pytest.raises(ValueError, match=r"weighting to return losses of shape \(44,\), got \(\)"):
+    with pytest.raises(ValueError, match=r"weighting to return losses of shape \(\d+,\), got \(\)"):
         tilewise.pair_weighted_loss(x, labels, lambda s, p, n: s.sum())
 
 
@@ -241,7 +241,7 @@ def test_a_function_as_weighting():
 def test_accuracy(name, dtype):
     """Against float64, judged by the same composition of PyTorch's operations in the type."""
     torch.manual_seed(2)
-    n, d = (40, 16) if INTERPRETED else (300, 32)
+    n, d = (16, 16) if INTERPRETED else (300, 32)
     labels = torch.arange(n) // 4
     base = torch.randn(n, d) + 2 * torch.randn(n // 4, d).repeat_interleave(4, 0)
     other = base + torch.randn(n, d)
