@@ -4,8 +4,9 @@ from tilewise import loading
 
 loading.load_libraries()
 
-from tilewise import nn, reference  # noqa: E402  (they register on the operators that were just loaded)
+from tilewise import nn, reference, weighting  # noqa: E402  (they register on the operators that were just loaded)
 from tilewise.backend import backend, start  # noqa: E402
+from tilewise.ops.contrastive import clip_loss, info_nce, nt_xent, siglip_loss, supcon  # noqa: E402
 from tilewise.ops.cross_entropy import CrossEntropyStats, cross_entropy  # noqa: E402
 from tilewise.ops.linear_cross_entropy import linear_cross_entropy  # noqa: E402
 from tilewise.ops.linear_z_loss import (  # noqa: E402
@@ -13,6 +14,9 @@ from tilewise.ops.linear_z_loss import (  # noqa: E402
     linear_taylor_softmax_loss,
     linear_z_loss,
 )
+from tilewise.ops.mining import batch_hard_mine, multi_similarity_mine, semihard_mine  # noqa: E402
+from tilewise.ops.multi_similarity_loss import multi_similarity_loss  # noqa: E402
+from tilewise.ops.pair_weighted_loss import pair_weighted_loss  # noqa: E402
 from tilewise.ops.z_loss import spherical_softmax_loss, taylor_softmax_loss, z_loss  # noqa: E402
 from tilewise.version import __version__  # noqa: E402
 
@@ -22,14 +26,25 @@ __all__ = [
     "CrossEntropyStats",
     "__version__",
     "backend",
+    "batch_hard_mine",
+    "clip_loss",
     "cross_entropy",
+    "info_nce",
     "linear_cross_entropy",
     "linear_spherical_softmax_loss",
     "linear_taylor_softmax_loss",
     "linear_z_loss",
+    "multi_similarity_loss",
+    "multi_similarity_mine",
     "nn",
+    "nt_xent",
+    "pair_weighted_loss",
     "reference",
+    "semihard_mine",
+    "siglip_loss",
     "spherical_softmax_loss",
+    "supcon",
     "taylor_softmax_loss",
+    "weighting",
     "z_loss",
 ]

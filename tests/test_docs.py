@@ -11,12 +11,22 @@ import tilewise
 README = Path(__file__).resolve().parent.parent / "README.md"
 DOCUMENTED = (
     "backend",
+    "batch_hard_mine",
+    "clip_loss",
     "cross_entropy",
+    "info_nce",
     "linear_cross_entropy",
     "linear_spherical_softmax_loss",
     "linear_taylor_softmax_loss",
     "linear_z_loss",
+    "multi_similarity_loss",
+    "multi_similarity_mine",
+    "nt_xent",
+    "pair_weighted_loss",
+    "semihard_mine",
+    "siglip_loss",
     "spherical_softmax_loss",
+    "supcon",
     "taylor_softmax_loss",
     "z_loss",
 )

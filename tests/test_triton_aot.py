@@ -71,6 +71,19 @@ def run_linear_cross_entropy(dtype, *, D, V, options=PLAIN, everything=False, pr
     )
 
 
+def run_pairwise(dtype):
+    """Every loss where the gradient is float32; the storage of 16-bit gradients with one of them, and a guide."""
+    from tilewise.triton_kernels.pairwise import LOSSES, OPS
+
+    x = torch.empty(ROWS, 128, dtype=dtype, device="meta")
+    labels, number = torch.empty(ROWS, dtype=torch.int64, device="meta"), torch.empty((), device="meta")
+    flags = {"x_grad": True, "y_grad": True, "bias_grad": True, "reduction": "mean", "chunk_bytes": 0}
+    for loss in LOSSES if dtype == torch.float32 else ("multi_similarity",):
+        options = {"loss": loss, "parameters": [2.0, 50.0, 0.5, 0.1], "self_offset": 0, "guide_margin": 0.1}
+        guides = (None, None) if dtype == torch.float32 else (x, x)
+        OPS["pairwise_loss_backward"](number, x, x, labels, labels, number, number, *guides, number, **options, **flags)
+
+
 def run_operators(dtype):
     """Long rows with 16-byte accesses, long rows without, short rows that share a program, V = 1, transposed rows."""
 
@@ -89,6 +102,7 @@ def run_operators(dtype):
     run_linear_cross_entropy(dtype, D=2304, V=256000)
     run_linear_cross_entropy(dtype, D=512, V=50257, options=ALL_OPTIONS, everything=True)
     run_linear_cross_entropy(dtype, D=512, V=50257, options=ALL_OPTIONS, probabilities=True)
+    run_pairwise(dtype)
 
 
 def compile_launches(arch):
@@ -166,6 +180,7 @@ def test_kernels_fit(reports, arch, dtype):
         "cross_entropy_backward_kernel",
         "linear_cross_entropy_forward_kernel",
         "linear_cross_entropy_merge_kernel",
+        "pairwise_kernel",
         "spherical_family_forward_kernel",
         "spherical_family_backward_kernel",
         "reduce_rows_kernel",

@@ -2,5 +2,29 @@
 
 from tilewise.nn.factored_spherical_output import FactoredSphericalOutput
 from tilewise.nn.losses import CrossEntropyLoss, SphericalSoftmaxLoss, TaylorSoftmaxLoss, ZLoss
+from tilewise.nn.pairwise import (
+    ClipLoss,
+    InfoNCELoss,
+    MultiSimilarityLoss,
+    MultiSimilarityMiner,
+    NTXentLoss,
+    PairWeightedLoss,
+    SigLipLoss,
+    SupConLoss,
+)
 
-__all__ = ["CrossEntropyLoss", "FactoredSphericalOutput", "SphericalSoftmaxLoss", "TaylorSoftmaxLoss", "ZLoss"]
+__all__ = [
+    "ClipLoss",
+    "CrossEntropyLoss",
+    "FactoredSphericalOutput",
+    "InfoNCELoss",
+    "MultiSimilarityLoss",
+    "MultiSimilarityMiner",
+    "NTXentLoss",
+    "PairWeightedLoss",
+    "SigLipLoss",
+    "SphericalSoftmaxLoss",
+    "SupConLoss",
+    "TaylorSoftmaxLoss",
+    "ZLoss",
+]

@@ -1,0 +1,163 @@
+"""Modules of the pairwise losses and of the multi-similarity miner."""
+
+import torch
+from torch import Tensor, nn
+
+from tilewise.ops.contrastive import clip_loss, info_nce, nt_xent, siglip_loss, supcon
+from tilewise.ops.mining import multi_similarity_mine
+from tilewise.ops.multi_similarity_loss import multi_similarity_loss
+from tilewise.ops.pair_weighted_loss import pair_weighted_loss
+from tilewise.ops.pairwise import check_references, prepared
+
+Pairs = tuple[Tensor, ...]
+
+
+class _PairLoss(nn.Module):
+    """Holds a loss function's keyword options."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.options = options
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+class MultiSimilarityLoss(_PairLoss):
+    """:func:`tilewise.multi_similarity_loss`; drop-in for pytorch-metric-learning's MultiSimilarityLoss and its miner.
+
+    Args:
+        **options: alpha, beta, base, epsilon, normalize and reduction of the function. Without an ``indices_tuple`` the
+            loss mines by epsilon.
+    """
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        indices_tuple: Pairs | None = None,
+        ref_emb: Tensor | None = None,
+        ref_labels: Tensor | None = None,
+    ) -> Tensor:
+        """indices_tuple: what a pytorch-metric-learning miner returned, four index vectors of pairs or three of
+        triplets: the loss is then that of these pairs, with memory for their embeddings."""
+        if indices_tuple is None:
+            return multi_similarity_loss(
+                embeddings, labels, ref_embeddings=ref_emb, ref_labels=ref_labels, **self.options
+            )
+        op = "nn.MultiSimilarityLoss"
+        x, y, *_ = check_references(op, embeddings, labels, ref_emb, ref_labels)
+        if len(indices_tuple) not in (3, 4):
+            raise ValueError(f"tilewise.{op}: expected indices_tuple of 3 or 4 tensors, got {len(indices_tuple)}")
+        options = {"alpha": 2.0, "beta": 50.0, "base": 0.5, "normalize": True, "reduction": "mean"} | self.options
+        x, y = prepared(x, y, options["normalize"])
+        anchor_p, positive, *rest = indices_tuple
+        anchor_n, negative = rest if len(rest) == 2 else (anchor_p, rest[0])
+        if len(rest) == 1:
+            anchor_p, positive = _distinct(anchor_p, positive, len(y))
+            anchor_n, negative = _distinct(anchor_n, negative, len(y))
+        base = options["base"]
+        terms = [
+            _log_one_plus_sums(sign * slope * ((x[anchor] * y[other]).sum(1) - base), anchor, len(x)) / slope
+            for sign, slope, anchor, other in (
+                (-1, options["alpha"], anchor_p, positive),
+                (1, options["beta"], anchor_n, negative),
+            )
+        ]
+        losses = sum(terms)
+        if options["reduction"] == "none":
+            return losses
+        total = losses.sum()
+        if options["reduction"] == "mean_active":
+            return total / torch.cat([anchor_p, anchor_n]).unique().numel() if total.numel() else total
+        return total / max(1, len(x)) if options["reduction"] == "mean" else total
+
+
+def _distinct(anchor: Tensor, other: Tensor, others: int) -> Pairs:
+    """Each pair once: triplets name them many times."""
+    pair = torch.unique(anchor * others + other)
+    return pair // others, pair % others
+
+
+def _log_one_plus_sums(x: Tensor, anchor: Tensor, anchors: int) -> Tensor:
+    """log(1 + sum of e^x over the pairs of each anchor)."""
+    with torch.no_grad():
+        most = x.new_zeros(anchors).scatter_reduce(0, anchor, x, "amax")
+    sums = torch.zeros_like(most).index_add(0, anchor, torch.exp(x - most[anchor]))
+    return most + torch.log(torch.exp(-most) + sums)
+
+
+class MultiSimilarityMiner(_PairLoss):
+    """:func:`tilewise.multi_similarity_mine`; drop-in for pytorch-metric-learning's MultiSimilarityMiner.
+
+    Args:
+        **options: epsilon and normalize of the function.
+    """
+
+    def forward(
+        self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor | None = None, ref_labels: Tensor | None = None
+    ) -> Pairs:
+        return multi_similarity_mine(embeddings, labels, ref_embeddings=ref_emb, ref_labels=ref_labels, **self.options)
+
+
+class SupConLoss(_PairLoss):
+    """:func:`tilewise.supcon` with fixed options."""
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        ref_embeddings: Tensor | None = None,
+        ref_labels: Tensor | None = None,
+    ) -> Tensor:
+        return supcon(embeddings, labels, ref_embeddings=ref_embeddings, ref_labels=ref_labels, **self.options)
+
+
+class PairWeightedLoss(_PairLoss):
+    """:func:`tilewise.pair_weighted_loss` with a fixed weighting and options."""
+
+    def __init__(self, weighting, **options):
+        super().__init__(weighting=weighting, **options)
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        ref_embeddings: Tensor | None = None,
+        ref_labels: Tensor | None = None,
+    ) -> Tensor:
+        return pair_weighted_loss(
+            embeddings, labels, ref_embeddings=ref_embeddings, ref_labels=ref_labels, **self.options
+        )
+
+
+class InfoNCELoss(_PairLoss):
+    """:func:`tilewise.info_nce` with fixed options."""
+
+    def forward(
+        self, query: Tensor, key: Tensor, guide_query: Tensor | None = None, guide_key: Tensor | None = None
+    ) -> Tensor:
+        return info_nce(query, key, guide_query=guide_query, guide_key=guide_key, **self.options)
+
+
+class NTXentLoss(_PairLoss):
+    """:func:`tilewise.nt_xent` with fixed options."""
+
+    def forward(self, z1: Tensor, z2: Tensor) -> Tensor:
+        return nt_xent(z1, z2, **self.options)
+
+
+class ClipLoss(_PairLoss):
+    """:func:`tilewise.clip_loss` with fixed options; the scale comes with the features, as in open_clip."""
+
+    def forward(self, image: Tensor, text: Tensor, logit_scale: float | Tensor) -> Tensor:
+        return clip_loss(image, text, logit_scale, **self.options)
+
+
+class SigLipLoss(_PairLoss):
+    """:func:`tilewise.siglip_loss` with fixed options; scale and bias come with the features, as in open_clip."""
+
+    def forward(
+        self, image: Tensor, text: Tensor, logit_scale: float | Tensor, logit_bias: float | Tensor = 0.0
+    ) -> Tensor:
+        return siglip_loss(image, text, logit_scale, logit_bias, **self.options)

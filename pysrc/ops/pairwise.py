@@ -1,0 +1,230 @@
+"""torch.ops.tilewise.pairwise_loss: fake, autograd, and what the public pairwise losses share."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tilewise.ops import rows
+from tilewise.reference.rows import statistics_dtype
+
+REDUCTIONS = ("none", "sum", "mean", "mean_active")
+
+
+def check_embeddings(op: str, name: str, embeddings: Tensor, like: Tensor | None = None, like_name: str = "") -> None:
+    """A floating (N, d) matrix; with `like` of its width, dtype and device."""
+    rows.check_matrix(op, name, embeddings)
+    rows.check_floating(op, name, embeddings)
+    if like is None:
+        return
+    if embeddings.shape[1] != like.shape[1]:
+        raise ValueError(
+            f"tilewise.{op}: expected {name} to have shape (M, {like.shape[1]}) like {like_name}, "
+            f"got {tuple(embeddings.shape)}"
+        )
+    if embeddings.dtype != like.dtype:
+        raise TypeError(f"tilewise.{op}: expected {name} to be {like.dtype} like {like_name}, got {embeddings.dtype}")
+    rows.check_device(op, name, embeddings, like, like_name)
+
+
+def check_labels(op: str, name: str, labels: Tensor, of: Tensor, of_name: str) -> Tensor:
+    """One integer label for each embedding, as contiguous int64."""
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"tilewise.{op}: expected {name} to be a tensor, got {type(labels).__name__}")
+    if labels.dtype not in rows.INTEGER:
+        raise TypeError(f"tilewise.{op}: expected {name} to hold integers, got {labels.dtype}")
+    if labels.shape != of.shape[:1]:
+        raise ValueError(f"tilewise.{op}: expected {name} to have shape ({len(of)},), got {tuple(labels.shape)}")
+    rows.check_device(op, name, labels, of, of_name)
+    return labels.long().contiguous()
+
+
+def check_number(op: str, name: str, value: float | Tensor, like: Tensor, *, positive: bool = False) -> Tensor:
+    """A number or a tensor of one element, which keeps its gradient, as a 0-dim tensor in the type of statistics."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or not value.is_floating_point():
+            raise ValueError(
+                f"tilewise.{op}: expected {name} to be a number or a floating tensor of one element, "
+                f"got {value.dtype} of shape {tuple(value.shape)}"
+            )
+        rows.check_device(op, name, value, like, "the embeddings")
+        return value.reshape(()).to(statistics_dtype(like))
+    number = rows.check_positive(op, name, value) if positive else rows.check_number(op, name, value)
+    return torch.full((), number, dtype=statistics_dtype(like), device=like.device)
+
+
+def check_references(op: str, embeddings: Tensor, labels: Tensor, ref_embeddings: Tensor | None, ref_labels):
+    """The embeddings and labels of both sides, and the offset of a row's own column: None between two sets."""
+    check_embeddings(op, "embeddings", embeddings)
+    labels = check_labels(op, "labels", labels, embeddings, "embeddings")
+    if (ref_embeddings is None) != (ref_labels is None):
+        missing = "ref_labels" if ref_labels is None else "ref_embeddings"
+        raise ValueError(f"tilewise.{op}: expected ref_embeddings and ref_labels together, got no {missing}")
+    if ref_embeddings is None:
+        return embeddings, embeddings, labels, labels, 0
+    check_embeddings(op, "ref_embeddings", ref_embeddings, embeddings, "embeddings")
+    return embeddings, ref_embeddings, labels, check_labels(op, "ref_labels", ref_labels, ref_embeddings, "them"), None
+
+
+def check_pair_reduction(op: str, reduction: str) -> None:
+    if reduction not in REDUCTIONS:
+        raise ValueError(
+            f"tilewise.{op}: expected reduction to be 'none', 'sum', 'mean' or 'mean_active', got {reduction!r}"
+        )
+
+
+def normalized(x: Tensor) -> Tensor:
+    """x / max(|x|, 1e-12) by rows, with norms in float32 or better."""
+    return F.normalize(x.to(statistics_dtype(x)), dim=1).to(x.dtype if x.is_cuda else statistics_dtype(x))
+
+
+def prepared(x: Tensor, y: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
+    """What the operator takes: of at least float32 on a CPU, in autocast's type under autocast on a GPU."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device) if x.is_cuda else torch.float32
+        x, y = (x.to(dtype), y.to(dtype)) if y is not x else (x.to(dtype),) * 2
+    if y is x:
+        x = y = normalized(x) if normalize else x
+    elif normalize:
+        x, y = normalized(x), normalized(y)
+    if x.is_cuda:
+        return x, y
+    wide = statistics_dtype(x)
+    return (x.to(wide),) * 2 if y is x else (x.to(wide), y.to(wide))
+
+
+def pairwise_loss(
+    op: str,
+    x: Tensor,
+    y: Tensor,
+    x_labels: Tensor,
+    y_labels: Tensor,
+    *,
+    loss: str,
+    parameters: tuple[float, ...] = (),
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    guide: tuple[Tensor, Tensor] | None = None,
+    self_offset: int | None = None,
+    guide_margin: float = 0.0,
+    reduction: str = "mean",
+    normalize: bool = False,
+    chunk_bytes: int = 0,
+) -> Tensor:
+    """The loss of checked arguments."""
+    check_pair_reduction(op, reduction)
+    x, y = prepared(x, y, normalize)
+    if scale is None:
+        scale = torch.ones((), dtype=statistics_dtype(x), device=x.device)
+    guide_x, guide_y = (None, None) if guide is None else prepared(*guide, normalize)
+    grad = torch.is_grad_enabled()
+    return torch.ops.tilewise.pairwise_loss(
+        x,
+        y,
+        x_labels,
+        y_labels,
+        scale,
+        bias,
+        guide_x,
+        guide_y,
+        loss=loss,
+        parameters=list(parameters),
+        self_offset=self_offset,
+        guide_margin=guide_margin,
+        reduction=reduction,
+        chunk_bytes=chunk_bytes,
+        form_x_grad=grad and (x.requires_grad or scale.requires_grad),
+        form_y_grad=grad and y.requires_grad,
+        form_bias_grad=grad and bias is not None and bias.requires_grad,
+    )[0]
+
+
+FORMED = ("form_x_grad", "form_y_grad", "form_bias_grad")
+WANTED = ("x_grad", "y_grad", "bias_grad")
+
+
+def _gradient_shapes(x: Tensor, y: Tensor, wanted: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        x.new_empty(x.shape if wanted[0] else (0,)),
+        y.new_empty(y.shape if wanted[1] else (0,)),
+        x.new_empty(x.shape[:1] if any(wanted) else (0,), dtype=statistics_dtype(x)),
+    )
+
+
+@torch.library.register_fake("tilewise::pairwise_loss")
+def _forward_fake(x, y, x_labels, y_labels, scale, *tensors, reduction="mean", **options):
+    formed = reduction != "none" and x.dtype == statistics_dtype(x)
+    wanted = [formed and options.get(name, False) for name in FORMED]
+    loss = scale.new_empty(x.shape[:1] if reduction == "none" else ())
+    return loss, scale.new_empty(()), *_gradient_shapes(x, y, wanted)
+
+
+@torch.library.register_fake("tilewise::pairwise_loss_backward")
+def _backward_fake(grad_loss, x, y, *tensors, **options):
+    return _gradient_shapes(x, y, [options[name] for name in WANTED])
+
+
+def _setup_context(ctx, inputs, keyword_only_inputs, output):
+    _, total, *gradients = output
+    ctx.options = dict(keyword_only_inputs)
+    asked = [ctx.options.pop(name) for name in FORMED]
+    formed = ctx.options["reduction"] != "none" and inputs[0].dtype == statistics_dtype(inputs[0])
+    # Not through save_for_backward: the backward writes to them. Detached, or they would keep their own graph alive.
+    ctx.formed = [g.detach() if formed and wish else None for g, wish in zip(gradients, asked, strict=True)]
+    ctx.save_for_backward(*inputs, total)
+    ctx.mark_non_differentiable(total, *gradients)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad_loss, *_):
+    *inputs, total = ctx.saved_tensors
+    x, _, _, _, scale, bias, *_ = inputs
+    none = [None] * len(inputs)
+    if grad_loss is None:
+        return tuple(none)
+    needed = [i < len(ctx.needs_input_grad) and ctx.needs_input_grad[i] for i in range(len(inputs))]
+    wanted = [needed[0] or needed[4], needed[1], bias is not None and needed[5]]
+    formed, ctx.formed = ctx.formed, [None, None, None]
+    factor = scale
+    if not torch.is_grad_enabled() and all(g is not None or not wish for g, wish in zip(formed, wanted, strict=True)):
+        # Gradients of the summed loss, formed by the forward: handed out once, for they are scaled where they lie.
+        found = formed
+        upstream = grad_loss
+        if ctx.options["reduction"] == "mean":
+            upstream = grad_loss / max(1, x.shape[0])
+        if ctx.options["reduction"] == "mean_active":
+            upstream = grad_loss / total.clamp(min=1)
+        factor = scale * upstream
+    else:
+        found = torch.ops.tilewise.pairwise_loss_backward(
+            grad_loss, *inputs, total, **ctx.options, **dict(zip(WANTED, wanted, strict=True))
+        )
+        upstream = torch.ones_like(scale)
+    dx, dy, dbias = found
+    gradients = none
+    if needed[4]:
+        gradients[4] = upstream * (dx * x).sum(dtype=scale.dtype)
+    if wanted[2]:
+        gradients[5] = upstream * dbias.sum()
+    if needed[0]:
+        gradients[0] = _scaled(dx, factor)
+    if needed[1]:
+        gradients[1] = _scaled(dy, factor)
+    return tuple(gradients)
+
+
+def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
+    """In place, but for tracers (whose tensors are subclasses): a compiler chooses the place itself."""
+    return gradient.mul_(factor) if type(gradient) is Tensor else (gradient * factor).to(gradient.dtype)
+
+
+torch.library.register_autograd("tilewise::pairwise_loss", _backward, setup_context=_setup_context)
+
+
+def _refuse(ctx, *grads):
+    raise RuntimeError(
+        "tilewise.pairwise_loss: expected one differentiation, got a second: its gradients have no derivative"
+    )
+
+
+torch.library.register_autograd("tilewise::pairwise_loss_backward", _refuse)
