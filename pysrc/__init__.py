@@ -14,6 +14,7 @@ from tilewise.ops.linear_z_loss import (  # noqa: E402
     linear_taylor_softmax_loss,
     linear_z_loss,
 )
+from tilewise.ops.mala import mala  # noqa: E402
 from tilewise.ops.mining import batch_hard_mine, multi_similarity_mine, semihard_mine  # noqa: E402
 from tilewise.ops.multi_similarity_loss import multi_similarity_loss  # noqa: E402
 from tilewise.ops.pair_weighted_loss import pair_weighted_loss  # noqa: E402
@@ -34,6 +35,7 @@ __all__ = [
     "linear_spherical_softmax_loss",
     "linear_taylor_softmax_loss",
     "linear_z_loss",
+    "mala",
     "multi_similarity_loss",
     "multi_similarity_mine",
     "nn",

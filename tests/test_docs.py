@@ -19,6 +19,7 @@ DOCUMENTED = (
     "linear_spherical_softmax_loss",
     "linear_taylor_softmax_loss",
     "linear_z_loss",
+    "mala",
     "multi_similarity_loss",
     "multi_similarity_mine",
     "nt_xent",

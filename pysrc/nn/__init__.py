@@ -2,6 +2,7 @@
 
 from tilewise.nn.factored_spherical_output import FactoredSphericalOutput
 from tilewise.nn.losses import CrossEntropyLoss, SphericalSoftmaxLoss, TaylorSoftmaxLoss, ZLoss
+from tilewise.nn.mala import MALA, MALAttention, rotation_2d
 from tilewise.nn.pairwise import (
     ClipLoss,
     InfoNCELoss,
@@ -14,10 +15,12 @@ from tilewise.nn.pairwise import (
 )
 
 __all__ = [
+    "MALA",
     "ClipLoss",
     "CrossEntropyLoss",
     "FactoredSphericalOutput",
     "InfoNCELoss",
+    "MALAttention",
     "MultiSimilarityLoss",
     "MultiSimilarityMiner",
     "NTXentLoss",
@@ -27,4 +30,5 @@ __all__ = [
     "SupConLoss",
     "TaylorSoftmaxLoss",
     "ZLoss",
+    "rotation_2d",
 ]
