@@ -1,4 +1,4 @@
-"""mala against the reference that holds all weights, and what is its own: decoding, packed sequences, strides, memory."""
+"""mala against the reference, and what is its own: decoding, packed sequences, strides, memory, the layers."""
 
 import contract
 import pytest
@@ -322,7 +322,10 @@ def test_bad_arguments(arguments, options, error, message):
 
 @pytest.mark.skipif(BACKEND != "cpu", reason="a GPU's sequence bounds are not read by the host")
 def test_bad_bounds():
-    for bounds, message in [([0, 5], "run from 0 to 6, got 0 to 5"), ([0, 4, 3, 6], "not to decrease, got 4 before 3")]:
+    for bounds, message in [
+        ([0, 5], "to run from 0 to 6, got 0 to 5"),
+        ([0, 4, 3, 6], "not to decrease, got 4 before 3"),
+    ]:
         with pytest.raises(RuntimeError, match=rf"tilewise\.mala: expected q_bounds {message}"):
             tilewise.mala(Q, Q, Q, cu_seqlens=torch.tensor(bounds))
 
