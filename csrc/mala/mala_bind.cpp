@@ -70,6 +70,12 @@ void check(const Attention& attention) {
           "expected q_bounds and k_bounds together, got one of them");
   if (attention.q_bounds.has_value())
     require_shape(*attention.k_bounds, {attention.q_bounds->numel()}, kOp, "k_bounds");
+  if (attention.causal && attention.q_bounds.has_value()) {
+    const int64_t* q_at = static_cast<const int64_t*>(attention.q_bounds->data_ptr());
+    const int64_t* k_at = static_cast<const int64_t*>(attention.k_bounds->data_ptr());
+    require(std::equal(q_at, q_at + attention.q_bounds->numel(), k_at), kOp,
+            "expected q_bounds and k_bounds to be equal when causal, got different ones");
+  }
   require(!attention.causal || q.size(2) == k.size(2), kOp, "expected as many queries as keys when causal, got ",
           q.size(2), " and ", k.size(2));
   require(attention.cos.has_value() == attention.sin.has_value(), kOp,

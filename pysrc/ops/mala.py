@@ -49,7 +49,7 @@ def mala(
         rope: (cos, sin), each (max(N, M), D/2), the angles by which the pairs (x_2i, x_2i+1) of the features rotate;
             constants. With packed sequences positions start again in each.
         cu_seqlens: (sequences + 1,) int64 or int32: with B = 1, where each packed sequence begins, from 0 to N.
-        cu_seqlens_k: the same for keys; None is cu_seqlens.
+        cu_seqlens_k: the same for keys when not causal; None is cu_seqlens. On a GPU the values are not checked.
         state: of an earlier causal call, whose tokens come before these; constants.
         return_state: also return the state after the last token, to go on from: decoding is one token at a time.
 
@@ -82,7 +82,7 @@ def mala(
     wide = q.dtype if q.is_cuda else statistics_dtype(q)  # the C++ kernels compute in float32 or float64
     q, k, v = (_unit_stride(t.to(wide)) for t in (q, k, v))
     cos, sin = _angles(rope, q, k)
-    bounds = _bounds(cu_seqlens, cu_seqlens_k, q, k)
+    bounds = _bounds(cu_seqlens, cu_seqlens_k, q, k, causal)
     before, seen = _state(state, q, v)
     out, *after = torch.ops.tilewise.mala(
         q, k, v, cos, sin, *bounds, *before, causal=causal, scale=scale, eps=eps, seen=seen
@@ -142,11 +142,13 @@ def _angles(rope, q: Tensor, k: Tensor) -> tuple[Tensor | None, Tensor | None]:
     return tuple(tensor.to(statistics_dtype(q)).contiguous() for tensor in rope)
 
 
-def _bounds(cu_seqlens, cu_seqlens_k, q: Tensor, k: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def _bounds(cu_seqlens, cu_seqlens_k, q: Tensor, k: Tensor, causal: bool) -> tuple[Tensor | None, Tensor | None]:
     if cu_seqlens is None:
         if cu_seqlens_k is not None:
             raise ValueError(f"tilewise.{OP}: expected cu_seqlens with cu_seqlens_k, got None")
         return None, None
+    if causal and cu_seqlens_k is not None:
+        raise ValueError(f"tilewise.{OP}: expected no cu_seqlens_k when causal: queries and keys are the same tokens")
     cu_seqlens_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
     for name, tensor in (("cu_seqlens", cu_seqlens), ("cu_seqlens_k", cu_seqlens_k)):
         if tensor.dtype not in (torch.int32, torch.int64) or tensor.dim() != 1 or tensor.shape[0] < 1:
