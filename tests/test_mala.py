@@ -324,12 +324,13 @@ def test_bad_arguments(arguments, options, error, message):
 
 @pytest.mark.skipif(BACKEND != "cpu", reason="a GPU's sequence bounds are not read by the host")
 def test_bad_bounds():
-    for bounds, message in [
-        ([0, 5], "to run from 0 to 6, got 0 to 5"),
-        ([0, 4, 3, 6], "not to decrease, got 4 before 3"),
-    ]:
+    messages = {(0, 5): "to run from 0 to 6, got 0 to 5", (0, 4, 3, 6): "not to decrease, got 4 before 3"}
+    for bounds, message in messages.items():
         with pytest.raises(RuntimeError, match=rf"tilewise\.mala: expected q_bounds {message}"):
             tilewise.mala(Q, Q, Q, cu_seqlens=torch.tensor(bounds))
+    bounds = [torch.tensor([0, 1, 6]), torch.tensor([0, 5, 6])]
+    with pytest.raises(RuntimeError, match="q_bounds and k_bounds to be equal when causal"):
+        torch.ops.tilewise.mala(Q, Q, Q, None, None, *bounds, causal=True, scale=1.0, eps=0.0)
 
 
 def test_attention_layer():

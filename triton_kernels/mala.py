@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-BLOCK_N, BLOCK_V, SHARES = 64, 64, 16
+SHARES = 16  # of the tokens, at most, whose sums are kept apart
 
 
 @triton.jit
@@ -19,30 +19,39 @@ def phi(x):
 
 
 @triton.jit
-def product(a, b, acc):
-    return tl.dot(a, b, acc, input_precision="ieee")
+def product(a, b, acc, PRECISION: tl.constexpr):
+    return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 @triton.jit
 def sequence(bounds_ptr, index, tokens):
     """Where a sequence begins among the packed tokens, and its length; unpacked, all have the same."""
     if bounds_ptr is None:
-        return tl.cast(0, tl.int64), tl.cast(tokens, tl.int64)
-    begin = tl.load(bounds_ptr + index)
-    return begin, tl.load(bounds_ptr + index + 1) - begin
+        begin = index * 0
+        length = begin + tokens
+    else:
+        begin = tl.load(bounds_ptr + index)
+        length = tl.load(bounds_ptr + index + 1) - begin
+    return begin, length
+
+
+@triton.jit
+def place(rows, stride, n, cols):
+    return rows + n.to(tl.int64)[:, None] * stride + cols[None, :]
 
 
 @triton.jit
 def load_tokens(rows, stride, n, inside, cols, width, other):
     """(BLOCK_N, cols) of a matrix with unit columns, in float32."""
-    at = rows + n.to(tl.int64)[:, None] * stride + cols[None, :]
-    return tl.load(at, mask=inside[:, None] & (cols < width)[None, :], other=other).to(tl.float32)
+    return tl.load(place(rows, stride, n, cols), mask=inside[:, None] & (cols < width)[None, :], other=other).to(
+        tl.float32
+    )
 
 
 @triton.jit
 def angles(cos_ptr, sin_ptr, n, inside, d, D):
     """cos, and sin with the sign that the pair's other feature enters with; (BLOCK_N, BLOCK_D)."""
-    at = n.to(tl.int64)[:, None] * (D // 2) + (d // 2)[None, :]
+    at = n[:, None] * (D // 2) + (d // 2)[None, :]
     mask = inside[:, None] & (d < D)[None, :]
     sign = tl.where(d % 2 == 0, -1.0, 1.0)[None, :]
     cos = tl.load(cos_ptr + at, mask=mask, other=0.0).to(tl.float32)
@@ -53,11 +62,14 @@ def angles(cos_ptr, sin_ptr, n, inside, d, D):
 def load_features(rows, stride, cos_ptr, sin_ptr, n, inside, d, D):
     """f, R f, and R f at the other feature of each pair."""
     f = phi(load_tokens(rows, stride, n, inside, d, D, float("-inf")))
-    if cos_ptr is None:
-        return f, f, f
-    other = phi(load_tokens(rows, stride, n, inside, d ^ 1, D, float("-inf")))
-    cos, sin = angles(cos_ptr, sin_ptr, n, inside, d, D)
-    return f, f * cos + other * sin, other * cos - f * sin
+    a = f
+    a_other = f
+    if cos_ptr is not None:
+        other = phi(load_tokens(rows, stride, n, inside, d ^ 1, D, float("-inf")))
+        cos, sin = angles(cos_ptr, sin_ptr, n, inside, d, D)
+        a = f * cos + other * sin
+        a_other = other * cos - f * sin
+    return f, a, a_other
 
 
 @triton.jit
@@ -93,8 +105,9 @@ def mala_sum_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
-    """S = sum c0 R phi(x) y^T, Z = sum c1 phi(x), U = sum c2 y over a share of the tokens; without coefficients c = 1."""
+    """S = sum c0 R phi(x) y^T, Z = sum c1 phi(x), U = sum c2 y over a share of the tokens; c is 1 if not given."""
     share, line = tl.program_id(0), tl.program_id(2).to(tl.int64)
     v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     d = tl.arange(0, BLOCK_D)
@@ -122,7 +135,7 @@ def mala_sum_kernel(
             a = a * c0[:, None]
             f = f * c1[:, None]
             of_y = y * c2[:, None]
-        s = product(tl.trans(a), y, s)
+        s = product(tl.trans(a), y, s, PRECISION)
         z += tl.sum(f, axis=0)
         u += tl.sum(of_y, axis=0)
     at = line * shares + share
@@ -171,6 +184,7 @@ def mala_forward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """A chunk of queries and a block of values of the output. Causal, the sums are those before the chunk."""
     chunk, line = tl.program_id(0), tl.program_id(2).to(tl.int64)
@@ -189,7 +203,7 @@ def mala_forward_kernel(
     at = index * (heads // group) + head // group
     if CAUSAL:
         at = at * chunks + chunk
-    y = product(a, load_sums(s_ptr + at * D * DV, d, v, D, DV), tl.zeros([BLOCK_N, BLOCK_V], tl.float32))
+    y = product(a, load_sums(s_ptr + at * D * DV, d, v, D, DV), tl.zeros([BLOCK_N, BLOCK_V], tl.float32), PRECISION)
     of_keys = tl.load(z_ptr + at * D + d, mask=d < D, other=0.0)[None, :]
     of_values = tl.load(u_ptr + at * DV + v, mask=v < DV, other=0.0)[None, :]
     count = tl.maximum(k_length, 1).to(tl.float32)
@@ -198,8 +212,8 @@ def mala_forward_kernel(
         v_rows = v_ptr + batch * v_batch + head // group * v_head + begin * v_token
         g, b, _ = load_features(k_rows, k_token, cos_ptr, sin_ptr, n, inside, d, D)
         values = load_tokens(v_rows, v_token, n, inside, v, DV, 0.0)
-        pairs = product(a, tl.trans(b), tl.zeros([BLOCK_N, BLOCK_N], tl.float32))
-        y = product(tl.where(n[:, None] >= n[None, :], pairs, 0.0), values, y)
+        pairs = product(a, tl.trans(b), tl.zeros([BLOCK_N, BLOCK_N], tl.float32), PRECISION)
+        y = product(tl.where(n[:, None] >= n[None, :], pairs, 0.0), values, y, PRECISION)
         of_keys = of_keys + tl.cumsum(g, axis=0)
         of_values = of_values + tl.cumsum(values, axis=0)
         count = (seen + n + 1).to(tl.float32)
@@ -208,8 +222,9 @@ def mala_forward_kernel(
     factor = (1.0 + 1.0 / (z + eps)) * share
     out = factor[:, None] * y - (z / count)[:, None] * of_values
     out_rows = out_ptr + batch * out_batch + head * out_head + begin * out_token
-    place = out_rows + n.to(tl.int64)[:, None] * out_token + v[None, :]
-    tl.store(place, out.to(out_ptr.dtype.element_ty), mask=inside[:, None] & (v < DV)[None, :])
+    tl.store(
+        place(out_rows, out_token, n, v), out.to(out_ptr.dtype.element_ty), mask=inside[:, None] & (v < DV)[None, :]
+    )
 
 
 @triton.jit(do_not_specialize=["queries", "keys", "seen"])
@@ -257,6 +272,7 @@ def mala_query_gradient_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """dq of a chunk, and the coefficients with which its tokens enter dS, dZ and dU."""
     chunk, line = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -286,22 +302,22 @@ def mala_query_gradient_kernel(
     for start in range(0, DV, BLOCK_V):
         v = start + tl.arange(0, BLOCK_V)
         grad = load_tokens(grad_rows, grad_token, n, inside, v, DV, 0.0)
-        w = product(grad, tl.trans(load_sums(s_ptr + at * D * DV, d, v, D, DV)), w)
+        w = product(grad, tl.trans(load_sums(s_ptr + at * D * DV, d, v, D, DV)), w, PRECISION)
         if cos_ptr is not None:
-            w_other = product(grad, tl.trans(load_sums(s_ptr + at * D * DV, d ^ 1, v, D, DV)), w_other)
+            w_other = product(grad, tl.trans(load_sums(s_ptr + at * D * DV, d ^ 1, v, D, DV)), w_other, PRECISION)
         of_values = tl.load(u_ptr + at * DV + v, mask=v < DV, other=0.0)[None, :]
         if CAUSAL:
             values = load_tokens(v_rows, v_token, n, inside, v, DV, 0.0)
-            pairs = product(grad, tl.trans(values), pairs)
+            pairs = product(grad, tl.trans(values), pairs, PRECISION)
             of_values = of_values + tl.cumsum(values, axis=0)
         mean += tl.sum(grad * of_values, axis=1)
     if CAUSAL:
         k_rows = k_ptr + batch * k_batch + head // group * k_head + begin * k_token
         g, b, b_other = load_features(k_rows, k_token, cos_ptr, sin_ptr, n, inside, d, D)
         pairs = tl.where(n[:, None] >= n[None, :], pairs, 0.0)
-        w = product(pairs, b, w)
+        w = product(pairs, b, w, PRECISION)
         if cos_ptr is not None:
-            w_other = product(pairs, b_other, w_other)
+            w_other = product(pairs, b_other, w_other, PRECISION)
         of_keys = of_keys + tl.cumsum(g, axis=0)
         count = (seen + n + 1).to(tl.float32)
     share = scale / count
@@ -314,9 +330,10 @@ def mala_query_gradient_kernel(
         w = w * cos - w_other * sin
     df = (share * zeta)[:, None] * of_keys + (share * beta)[:, None] * w
     out = grad_q_ptr + batch * grad_q_batch + head * grad_q_head + begin * grad_q_token
-    place = out + n.to(tl.int64)[:, None] * grad_q_token + d[None, :]
     dq = df * tl.minimum(f, 1.0)
-    tl.store(place, dq.to(grad_q_ptr.dtype.element_ty), mask=inside[:, None] & (d < D)[None, :])
+    tl.store(
+        place(out, grad_q_token, n, d), dq.to(grad_q_ptr.dtype.element_ty), mask=inside[:, None] & (d < D)[None, :]
+    )
     coefficients = coefficient_ptr + (batch * heads + head) * queries + begin + n
     tl.store(coefficients, share * beta, mask=inside)
     tl.store(coefficients + coefficient_stride, share * zeta, mask=inside)
@@ -368,6 +385,7 @@ def mala_key_gradient_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """dk and dv of a chunk from dS, dZ, dU: of all queries, or causal of those after the chunk and of every head."""
     chunk, line = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -394,11 +412,11 @@ def mala_key_gradient_kernel(
             at = line
             if CAUSAL:
                 at = (line * group + member) * chunks + chunk
-            dv = product(b, load_sums(s_ptr + at * D * DV, d, v, D, DV), dv)
+            dv = product(b, load_sums(s_ptr + at * D * DV, d, v, D, DV), dv, PRECISION)
             dv += tl.load(u_ptr + at * DV + v, mask=v < DV, other=0.0)[None, :]
-            w = product(values, tl.trans(load_sums(s_ptr + at * D * DV, d, v, D, DV)), w)
+            w = product(values, tl.trans(load_sums(s_ptr + at * D * DV, d, v, D, DV)), w, PRECISION)
             if cos_ptr is not None:
-                w_other = product(values, tl.trans(load_sums(s_ptr + at * D * DV, d ^ 1, v, D, DV)), w_other)
+                w_other = product(values, tl.trans(load_sums(s_ptr + at * D * DV, d ^ 1, v, D, DV)), w_other, PRECISION)
             if start == 0:
                 dg += tl.load(z_ptr + at * D + d, mask=d < D, other=0.0)[None, :]
             if CAUSAL:
@@ -411,28 +429,30 @@ def mala_key_gradient_kernel(
                 c2 = tl.load(coefficients + 2 * coefficient_stride, mask=inside, other=0.0)
                 grad_rows = grad_ptr + batch * grad_batch + head * grad_head + begin * grad_token
                 grad = load_tokens(grad_rows, grad_token, n, inside, v, DV, 0.0)
-                pairs = product(b, tl.trans(a * c0[:, None]), tl.zeros([BLOCK_N, BLOCK_N], tl.float32))
-                dv = product(tl.where(sees, pairs, 0.0), grad, dv)
+                pairs = product(b, tl.trans(a * c0[:, None]), tl.zeros([BLOCK_N, BLOCK_N], tl.float32), PRECISION)
+                dv = product(tl.where(sees, pairs, 0.0), grad, dv, PRECISION)
                 of_values = grad * c2[:, None]
                 dv += tl.sum(of_values, axis=0)[None, :] - tl.cumsum(of_values, axis=0) + of_values
-                pairs = product(values, tl.trans(grad), tl.zeros([BLOCK_N, BLOCK_N], tl.float32))
+                pairs = product(values, tl.trans(grad), tl.zeros([BLOCK_N, BLOCK_N], tl.float32), PRECISION)
                 pairs = tl.where(sees, pairs, 0.0)
-                w = product(pairs, a * c0[:, None], w)
+                w = product(pairs, a * c0[:, None], w, PRECISION)
                 if cos_ptr is not None:
-                    w_other = product(pairs, a_other * c0[:, None], w_other)
+                    w_other = product(pairs, a_other * c0[:, None], w_other, PRECISION)
                 if start == 0:
                     of_keys = f * c1[:, None]
                     dg += tl.sum(of_keys, axis=0)[None, :] - tl.cumsum(of_keys, axis=0) + of_keys
         out = grad_v_ptr + batch * grad_v_batch + key_head * grad_v_head + begin * grad_v_token
-        place = out + n.to(tl.int64)[:, None] * grad_v_token + v[None, :]
-        tl.store(place, dv.to(grad_v_ptr.dtype.element_ty), mask=inside[:, None] & (v < DV)[None, :])
+        tl.store(
+            place(out, grad_v_token, n, v), dv.to(grad_v_ptr.dtype.element_ty), mask=inside[:, None] & (v < DV)[None, :]
+        )
     if cos_ptr is not None:
         cos, sin = angles(cos_ptr, sin_ptr, n, inside, d, D)
         w = w * cos - w_other * sin
     out = grad_k_ptr + batch * grad_k_batch + key_head * grad_k_head + begin * grad_k_token
-    place = out + n.to(tl.int64)[:, None] * grad_k_token + d[None, :]
     dk = (dg + w) * tl.minimum(g, 1.0)
-    tl.store(place, dk.to(grad_k_ptr.dtype.element_ty), mask=inside[:, None] & (d < D)[None, :])
+    tl.store(
+        place(out, grad_k_token, n, d), dk.to(grad_k_ptr.dtype.element_ty), mask=inside[:, None] & (d < D)[None, :]
+    )
 
 
 class Plan:
@@ -445,17 +465,20 @@ class Plan:
         self.group = self.heads // self.key_heads
         self.causal = causal
         self.block_d = max(16, triton.next_power_of_2(self.D))
+        # 16-bit operands lose nothing in tf32, which the tensor cores multiply; float32 ones need small tiles.
+        precise = q.dtype == torch.float32
         wide = self.block_d > 64
-        self.block_n = 32 if wide else BLOCK_N
-        self.block_v = 32 if wide else min(BLOCK_V, max(16, triton.next_power_of_2(self.DV)))
+        self.block_n, block_v = (16, 16) if precise or causal else (32, 16) if wide else (64, 64)
+        self.block_v = min(block_v, max(16, triton.next_power_of_2(self.DV)))
         self.constants = {
             "D": self.D,
             "DV": self.DV,
             "BLOCK_N": self.block_n,
             "BLOCK_D": self.block_d,
             "BLOCK_V": self.block_v,
-            "num_warps": 8 if wide else 4,
-            "num_stages": 1 if wide else 2,
+            "PRECISION": "ieee" if precise else "tf32",
+            "num_warps": 8,
+            "num_stages": 1,
         }
 
     def chunks(self, tokens):
