@@ -30,8 +30,8 @@ def sequence(bounds_ptr, index, tokens):
         begin = index * 0
         length = begin + tokens
     else:
-        begin = tl.load(bounds_ptr + index)
-        length = tl.load(bounds_ptr + index + 1) - begin
+        begin = tl.minimum(tl.maximum(tl.load(bounds_ptr + index), 0), tokens)
+        length = tl.minimum(tl.maximum(tl.load(bounds_ptr + index + 1), begin), tokens) - begin
     return begin, length
 
 

@@ -19,8 +19,13 @@ namespace tilewise {
 template <typename... Parameters, typename... Arguments>
 const char* launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
                    const Arguments&... arguments) {
-  kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
-  const cudaError_t status = cudaGetLastError();
+  cudaError_t status = cudaSuccess;
+  if (shared_bytes > 48 * 1024)  // more has to be asked for
+    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+  if (status == cudaSuccess) {
+    kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
+    status = cudaGetLastError();
+  }
   return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
 }
 

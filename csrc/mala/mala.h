@@ -13,6 +13,7 @@
 //   dq = df min(f, 1)                                 dk = dg min(g, 1)
 #pragma once
 
+#include "common/dtype.h"
 #include "common/isa.h"
 
 namespace tilewise {
@@ -70,5 +71,82 @@ struct MalaKernels {
   MalaKernelsOf<double> on_double;
 };
 TILEWISE_DECLARE_KERNELS(MalaKernels, mala_kernels)
+
+// A (batch, heads, tokens, width) tensor with unit columns.
+struct TokenTensor {
+  void* data = nullptr;
+  int64_t batch = 0;
+  int64_t head = 0;
+  int64_t token = 0;
+};
+
+// All heads of a call on a GPU, in chunks of kMalaChunk tokens. Sums are float32: S, Z, U of every (sequence, key
+// head), and causal of every chunk, then those of the keys before it; their gradients those of the queries after it.
+constexpr int64_t kMalaChunk = 32;
+
+struct MalaCall {
+  Dtype dtype = Dtype::kFloat32;
+  int64_t sequences = 0;
+  int64_t heads = 0;
+  int64_t key_heads = 0;
+  int64_t queries = 0;  // of the longest sequence, or all that are packed
+  int64_t keys = 0;
+  int64_t features = 0;
+  int64_t values = 0;
+  float scale = 1;
+  float eps = 0;
+  bool causal = false;
+  int64_t seen = 0;
+  TokenTensor q, k, v, out, grad_out, grad_q;
+  const float* cos = nullptr;
+  const float* sin = nullptr;
+  const int64_t* q_bounds = nullptr;
+  const int64_t* k_bounds = nullptr;
+  MalaSums<float> sums;
+  MalaSums<float> grad_sums;
+  float* coefficients = nullptr;  // (3, batch, heads, queries): how a query enters dS, dZ and dU
+  // (batch, heads or key heads, keys, ..): of every query head where a causal key head has several
+  TokenTensor grad_k, grad_v;
+  Dtype grad_dtype = Dtype::kFloat32;  // of grad_k and grad_v
+};
+
+// The sums over shares of `share` tokens: of the keys (c = 1), or of the queries with their coefficients.
+struct MalaShares {
+  int64_t share = 0;
+  int64_t shares = 0;
+  bool of_queries = false;
+  MalaSums<float> parts;  // (sequences, heads, shares, ..)
+};
+
+// parts (lines, count, width) become the sums of the parts before each, or after each, plus start (lines, width); total
+// (lines, width) is the sum of all and start. Where total alone is wanted the parts stay as they are.
+struct MalaScan {
+  float* parts = nullptr;
+  const float* start = nullptr;
+  float* total = nullptr;
+  int64_t lines = 0;
+  int64_t count = 0;
+  int64_t width = 0;
+  bool back = false;
+  bool total_only = false;
+};
+
+// out = the sum over `group` of (outer, group, inner) parts, rounded once.
+struct MalaGroupSum {
+  const float* parts = nullptr;
+  void* out = nullptr;
+  Dtype dtype = Dtype::kFloat32;
+  int64_t outer = 0;
+  int64_t group = 0;
+  int64_t inner = 0;
+};
+
+// CUDA error strings, or null.
+const char* mala_sums_cuda(const MalaCall& call, const MalaShares& shares, void* stream);
+const char* mala_scan_cuda(const MalaScan& scan, void* stream);
+const char* mala_forward_cuda(const MalaCall& call, void* stream);
+const char* mala_query_gradient_cuda(const MalaCall& call, void* stream);
+const char* mala_key_gradient_cuda(const MalaCall& call, void* stream);
+const char* mala_group_sum_cuda(const MalaGroupSum& sum, void* stream);
 
 }  // namespace tilewise

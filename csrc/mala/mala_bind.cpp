@@ -1,358 +1,103 @@
 // Magnitude-aware linear attention over heads (B, H, N, D), or over sequences packed one behind the other.
-#include "mala/mala.h"
-
-#include <algorithm>
-
-#include "common/checks.h"
+#if defined(TILEWISE_CUDA)
+#include "mala/mala_attention.h"
+#include "mala/mala_gpu.h"
+#else
+#include "mala/mala_heads.h"
+#endif
 
 namespace tilewise {
 namespace {
 
-constexpr const char* kOp = "mala";
-constexpr int64_t kSegment = 4096;  // tokens of one task; fixed, so that sums do not depend on the number of threads
+#if defined(TILEWISE_CUDA)
 
-struct Attention {
-  const Tensor& q;  // (B, H, N, D)
-  const Tensor& k;  // (B, Hk, M, D)
-  const Tensor& v;  // (B, Hk, M, Dv)
-  const std::optional<Tensor>& cos;
-  const std::optional<Tensor>& sin;
-  const std::optional<Tensor>& q_bounds;  // (sequences + 1,) int64, B = 1: where each begins; null: B sequences
-  const std::optional<Tensor>& k_bounds;
-  bool causal;
-  double scale;
-  double eps;
-  int64_t seen;
-
-  int64_t sequences() const { return q_bounds.has_value() ? q_bounds->numel() - 1 : q.size(0); }
-  int64_t heads() const { return q.size(1); }
-  int64_t key_heads() const { return k.size(1); }
-  int64_t group() const { return heads() / std::max<int64_t>(1, key_heads()); }
-};
-
-void check_tokens(const Tensor& tensor, const Tensor& like, const char* name) {
-  require(tensor.dim() == 4, kOp, "expected ", name, " to have shape (batch, heads, tokens, features), got ",
-          shape_of(tensor));
-  require_dtype(tensor, like.scalar_type(), kOp, name);
-  require_same_device(tensor, like, kOp, name);
-  require(tensor.stride(3) == 1 || tensor.size(3) <= 1 || tensor.numel() == 0, kOp, "expected the features of ", name,
-          " to lie side by side, got stride ", tensor.stride(3));
+TokenTensor tokens_of(const Tensor& tensor) {
+  return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
 }
 
-void check_bounds(const std::optional<Tensor>& bounds, const Tensor& tokens, const char* name) {
-  if (!bounds.has_value()) return;
-  require(tokens.size(0) == 1, kOp, "expected a batch of 1 with packed sequences, got ", tokens.size(0));
-  require_dtype(*bounds, ScalarType::Long, kOp, name);
-  require(bounds->dim() == 1 && bounds->numel() >= 1 && bounds->is_contiguous(), kOp, "expected ", name,
-          " to have shape (sequences + 1,), got ", shape_of(*bounds));
-  const int64_t* at = static_cast<const int64_t*>(bounds->data_ptr());
-  require(at[0] == 0 && at[bounds->numel() - 1] == tokens.size(2), kOp, "expected ", name, " to run from 0 to ",
-          tokens.size(2), ", got ", at[0], " to ", at[bounds->numel() - 1]);
-  for (int64_t i = 1; i < bounds->numel(); ++i)
-    require(at[i - 1] <= at[i], kOp, "expected ", name, " not to decrease, got ", at[i - 1], " before ", at[i]);
-}
-
-void check(const Attention& attention) {
-  const Tensor& q = attention.q;
-  require(q.scalar_type() == ScalarType::Float || q.scalar_type() == ScalarType::Double, kOp,
-          "expected q to be float32 or float64 on a CPU, got ", toString(q.scalar_type()));
-  check_tokens(q, q, "q");
-  check_tokens(attention.k, q, "k");
-  check_tokens(attention.v, q, "v");
-  const Tensor& k = attention.k;
-  require_shape(k, {q.size(0), k.size(1), k.size(2), q.size(3)}, kOp, "k");
-  require_shape(attention.v, {k.size(0), k.size(1), k.size(2), attention.v.size(3)}, kOp, "v");
-  require(k.size(1) >= 1 && q.size(1) % k.size(1) == 0, kOp,
-          "expected the heads of q to be a multiple of those of k, got ", q.size(1), " and ", k.size(1));
-  check_bounds(attention.q_bounds, q, "q_bounds");
-  check_bounds(attention.k_bounds, k, "k_bounds");
-  require(attention.q_bounds.has_value() == attention.k_bounds.has_value(), kOp,
-          "expected q_bounds and k_bounds together, got one of them");
-  if (attention.q_bounds.has_value())
-    require_shape(*attention.k_bounds, {attention.q_bounds->numel()}, kOp, "k_bounds");
-  if (attention.causal && attention.q_bounds.has_value()) {
-    const int64_t* q_at = static_cast<const int64_t*>(attention.q_bounds->data_ptr());
-    const int64_t* k_at = static_cast<const int64_t*>(attention.k_bounds->data_ptr());
-    require(std::equal(q_at, q_at + attention.q_bounds->numel(), k_at), kOp,
-            "expected q_bounds and k_bounds to be equal when causal, got different ones");
-  }
-  require(!attention.causal || q.size(2) == k.size(2), kOp, "expected as many queries as keys when causal, got ",
-          q.size(2), " and ", k.size(2));
-  require(attention.cos.has_value() == attention.sin.has_value(), kOp,
-          "expected cos and sin together, got one of them");
-  if (!attention.cos.has_value()) return;
-  for (const Tensor* angle : {&*attention.cos, &*attention.sin}) {
-    require(q.size(3) % 2 == 0, kOp, "expected an even number of features to rotate, got ", q.size(3));
-    require_shape(*angle, {std::max(q.size(2), k.size(2)), q.size(3) / 2}, kOp, "cos and sin");
-    require_dtype(*angle, q.scalar_type(), kOp, "cos and sin");
-    require(angle->stride(1) == 1 || angle->size(1) <= 1, kOp, "expected the columns of cos and sin side by side");
-  }
-}
-
-// The sums of all keys of every sequence and key head, S (sequences, Hk, D, Dv), Z (.., D), U (.., Dv).
-struct Sums {
-  Tensor s, z, u;
-};
-
-Sums new_sums(const Attention& attention) {
-  const int64_t n = attention.sequences(), h = attention.key_heads(), d = attention.q.size(3), dv = attention.v.size(3);
+MalaCall call_of(const Attention& attention) {
+  MalaCall call;
   const ScalarType dtype = attention.q.scalar_type();
-  Sums sums{torch::stable::new_empty(attention.q, {n, h, d, dv}, dtype),
-            torch::stable::new_empty(attention.q, {n, h, d}, dtype),
-            torch::stable::new_empty(attention.q, {n, h, dv}, dtype)};
-  torch::stable::zero_(sums.s);
-  torch::stable::zero_(sums.z);
-  torch::stable::zero_(sums.u);
-  return sums;
-}
-
-Sums copied(const Attention& attention, const std::optional<Tensor>& s, const std::optional<Tensor>& z,
-            const std::optional<Tensor>& u) {
-  Sums sums = new_sums(attention);
-  if (!s.has_value()) return sums;
-  require(z.has_value() && u.has_value(), kOp, "expected all three sums of a state, got fewer");
-  torch::stable::copy_(sums.s, *s);
-  torch::stable::copy_(sums.z, *z);
-  torch::stable::copy_(sums.u, *u);
-  return sums;
-}
-
-template <typename T>
-class Heads {
- public:
-  Heads(const Attention& attention, const Sums& sums) : attention_(attention), sums_(sums) {}
-
-  int64_t d() const { return attention_.q.size(3); }
-  int64_t dv() const { return attention_.v.size(3); }
-  int64_t sums_size() const { return d() * dv() + d() + dv(); }
-
-  // The head of queries `head` of a sequence, with its keys; gradients and outputs are the caller's to set.
-  MalaHead<T> of(int64_t sequence, int64_t head) const {
-    const bool packed = attention_.q_bounds.has_value();
-    const int64_t batch = packed ? 0 : sequence;
-    const int64_t key_head = head / attention_.group();
-    const auto bounds = [&](const std::optional<Tensor>& at, int64_t tokens) {
-      if (!packed) return std::pair<int64_t, int64_t>{0, tokens};
-      const int64_t* data = static_cast<const int64_t*>(at->data_ptr());
-      return std::pair<int64_t, int64_t>{data[sequence], data[sequence + 1]};
-    };
-    const auto [q_begin, q_end] = bounds(attention_.q_bounds, attention_.q.size(2));
-    const auto [k_begin, k_end] = bounds(attention_.k_bounds, attention_.k.size(2));
-    MalaHead<T> result;
-    result.queries = q_end - q_begin;
-    result.keys = k_end - k_begin;
-    result.features = d();
-    result.values = dv();
-    result.scale = static_cast<T>(attention_.scale);
-    result.eps = static_cast<T>(attention_.eps);
-    result.seen = attention_.seen;
-    result.q = tokens<const T>(attention_.q, batch, head, q_begin);
-    result.k = tokens<const T>(attention_.k, batch, key_head, k_begin);
-    result.v = tokens<const T>(attention_.v, batch, key_head, k_begin);
-    if (attention_.cos.has_value()) {
-      result.cos = angles(*attention_.cos);
-      result.sin = angles(*attention_.sin);
-    }
-    result.sums = slot(sums_, sequence, key_head);
-    return result;
-  }
-
-  template <typename U>
-  static Tokens<U> tokens(const Tensor& tensor, int64_t batch, int64_t head, int64_t token) {
-    return {static_cast<U*>(tensor.data_ptr()) + batch * tensor.stride(0) + head * tensor.stride(1) +
-                token * tensor.stride(2),
-            tensor.stride(2)};
-  }
-
-  // The place in a tensor of the queries or keys of `head`.
-  Tokens<T> query_rows(const Tensor& tensor, int64_t sequence, int64_t head) const {
-    return placed(tensor, attention_.q_bounds, sequence, head);
-  }
-  Tokens<T> key_rows(const Tensor& tensor, int64_t sequence, int64_t key_head) const {
-    return placed(tensor, attention_.k_bounds, sequence, key_head);
-  }
-
-  MalaSums<T> slot(const Sums& sums, int64_t sequence, int64_t key_head) const {
-    const int64_t at = sequence * attention_.key_heads() + key_head;
-    return {static_cast<T*>(sums.s.data_ptr()) + at * d() * dv(), static_cast<T*>(sums.z.data_ptr()) + at * d(),
-            static_cast<T*>(sums.u.data_ptr()) + at * dv()};
-  }
-
- private:
-  Tokens<T> placed(const Tensor& tensor, const std::optional<Tensor>& bounds, int64_t sequence, int64_t head) const {
-    if (!bounds.has_value()) return tokens<T>(tensor, sequence, head, 0);
-    return tokens<T>(tensor, 0, head, static_cast<const int64_t*>(bounds->data_ptr())[sequence]);
-  }
-
-  // Positions count from the beginning of each sequence.
-  static Tokens<const T> angles(const Tensor& tensor) {
-    return {static_cast<const T*>(tensor.data_ptr()), tensor.stride(0)};
-  }
-
-  const Attention& attention_;
-  const Sums& sums_;
-};
-
-template <typename T>
-const MalaKernelsOf<T>& kernels() {
-  if constexpr (sizeof(T) == sizeof(double)) {
-    return selected_mala_kernels().on_double;
-  } else {
-    return selected_mala_kernels().on_float;
-  }
-}
-
-// f(sequence, head, segment) for every segment of `tokens` tokens of every head, over torch's threads.
-template <typename Function>
-void for_segments(int64_t sequences, int64_t heads, int64_t tokens, Function f) {
-  const int64_t segments = std::max<int64_t>(1, (tokens + kSegment - 1) / kSegment);
-  torch::stable::parallel_for(0, sequences * heads * segments, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) f(i / (heads * segments), i / segments % heads, i % segments);
-  });
-}
-
-// Sums of each segment of tokens, and their totals in order.
-template <typename T>
-class SegmentSums {
- public:
-  SegmentSums(const Attention& attention, const Heads<T>& heads, int64_t parts)
-      : heads_(heads), parts_(parts), key_heads_(attention.key_heads()), sequences_(attention.sequences()) {
-    if (parts == 1) return;
-    partial_ = torch::stable::new_empty(attention.q, {sequences_ * key_heads_ * parts * heads.sums_size()},
-                                        attention.q.scalar_type());
-    torch::stable::zero_(*partial_);
-  }
-
-  MalaSums<T> part(const Sums& total, int64_t sequence, int64_t key_head, int64_t part) const {
-    if (parts_ == 1) return heads_.slot(total, sequence, key_head);
-    T* s = static_cast<T*>(partial_->data_ptr()) +
-           ((sequence * key_heads_ + key_head) * parts_ + part) * heads_.sums_size();
-    return {s, s + heads_.d() * heads_.dv(), s + heads_.d() * heads_.dv() + heads_.d()};
-  }
-
-  void add_to(const Sums& total) const {
-    if (parts_ == 1) return;
-    for_segments(sequences_, key_heads_, 1, [&](int64_t sequence, int64_t key_head, int64_t) {
-      const MalaSums<T> sum = heads_.slot(total, sequence, key_head);
-      for (int64_t i = 0; i < parts_; ++i) {
-        const MalaSums<T> more = part(total, sequence, key_head, i);
-        for (int64_t j = 0; j < heads_.d() * heads_.dv(); ++j) sum.s[j] += more.s[j];
-        for (int64_t j = 0; j < heads_.d(); ++j) sum.z[j] += more.z[j];
-        for (int64_t j = 0; j < heads_.dv(); ++j) sum.u[j] += more.u[j];
-      }
-    });
-  }
-
- private:
-  const Heads<T>& heads_;
-  int64_t parts_, key_heads_, sequences_;
-  std::optional<Tensor> partial_;
-};
-
-int64_t segments_of(int64_t tokens) { return std::max<int64_t>(1, (tokens + kSegment - 1) / kSegment); }
-
-template <typename T>
-void forward_as(const Attention& attention, const Sums& sums, const Tensor& out) {
-  const Heads<T> heads(attention, sums);
-  const int64_t n = attention.sequences();
-  if (attention.causal) {
-    for_segments(n, attention.key_heads(), 1, [&](int64_t sequence, int64_t key_head, int64_t) {
-      const int64_t first = key_head * attention.group();
-      const MalaSums<T> state = heads.slot(sums, sequence, key_head);
-      const int64_t size = heads.sums_size();
-      std::vector<T> start(static_cast<size_t>(size));
-      const auto copy = [&](bool back) {
-        T* at = start.data();
-        for (auto [data, count] :
-             {std::pair{state.s, heads.d() * heads.dv()}, {state.z, heads.d()}, {state.u, heads.dv()}}) {
-          back ? std::copy(at, at + count, data) : std::copy(data, data + count, at);
-          at += count;
-        }
-      };
-      copy(false);
-      for (int64_t head = first; head < first + attention.group(); ++head) {
-        if (head > first) copy(true);
-        MalaHead<T> op = heads.of(sequence, head);
-        op.out = heads.query_rows(out, sequence, head);
-        kernels<T>().causal(op);
-      }
-    });
-    return;
-  }
-  const int64_t segments = segments_of(attention.k.size(2));
-  const SegmentSums<T> partial(attention, heads, segments);
-  for_segments(n, attention.key_heads(), attention.k.size(2), [&](int64_t sequence, int64_t key_head, int64_t segment) {
-    MalaHead<T> op = heads.of(sequence, key_head * attention.group());
-    op.sums = partial.part(sums, sequence, key_head, segment);
-    kernels<T>().sum_keys(op, std::min(op.keys, segment * kSegment), std::min(op.keys, (segment + 1) * kSegment));
-  });
-  partial.add_to(sums);
-  for_segments(n, attention.heads(), attention.q.size(2), [&](int64_t sequence, int64_t head, int64_t segment) {
-    MalaHead<T> op = heads.of(sequence, head);
-    op.out = heads.query_rows(out, sequence, head);
-    kernels<T>().queries(op, std::min(op.queries, segment * kSegment), std::min(op.queries, (segment + 1) * kSegment));
-  });
-}
-
-struct Gradients {
-  Tensor q, k, v;
-};
-
-template <typename T>
-void backward_as(const Attention& attention, const Tensor& grad_out, const Sums& sums, const Gradients& gradients) {
-  const Heads<T> heads(attention, sums);
-  const int64_t n = attention.sequences(), group = attention.group();
-  const Sums grad_sums = new_sums(attention);
-  const auto prepared = [&](int64_t sequence, int64_t head) {
-    MalaHead<T> op = heads.of(sequence, head);
-    const Tokens<T> grad = heads.query_rows(grad_out, sequence, head);
-    op.grad_out = {grad.data, grad.stride};
-    op.grad_q = heads.query_rows(gradients.q, sequence, head);
-    op.grad_k = heads.key_rows(gradients.k, sequence, head / group);
-    op.grad_v = heads.key_rows(gradients.v, sequence, head / group);
-    op.grad_sums = heads.slot(grad_sums, sequence, head / group);
-    return op;
+  call.dtype = dtype == ScalarType::Float  ? Dtype::kFloat32
+               : dtype == ScalarType::Half ? Dtype::kFloat16
+                                           : Dtype::kBFloat16;
+  call.sequences = attention.sequences();
+  call.heads = attention.heads();
+  call.key_heads = attention.key_heads();
+  call.queries = attention.q.size(2);
+  call.keys = attention.k.size(2);
+  call.features = attention.q.size(3);
+  call.values = attention.v.size(3);
+  call.scale = static_cast<float>(attention.scale);
+  call.eps = static_cast<float>(attention.eps);
+  call.causal = attention.causal;
+  call.seen = attention.seen;
+  call.q = tokens_of(attention.q);
+  call.k = tokens_of(attention.k);
+  call.v = tokens_of(attention.v);
+  const auto data = [](const std::optional<Tensor>& tensor) {
+    return tensor.has_value() ? tensor->data_ptr() : nullptr;
   };
-  if (attention.causal) {
-    for_segments(n, attention.key_heads(), 1, [&](int64_t sequence, int64_t key_head, int64_t) {
-      const int64_t size = heads.sums_size(), matrix = heads.d() * heads.dv();
-      std::vector<T> state(static_cast<size_t>(2 * size));
-      for (int64_t i = 0; i < group; ++i) {
-        MalaHead<T> op = prepared(sequence, key_head * group + i);
-        std::vector<T> per_query(static_cast<size_t>(3 * op.queries));
-        std::copy(op.sums.s, op.sums.s + matrix, state.begin());
-        std::copy(op.sums.z, op.sums.z + heads.d(), state.begin() + matrix);
-        std::copy(op.sums.u, op.sums.u + heads.dv(), state.begin() + matrix + heads.d());
-        std::fill(state.begin() + size, state.end(), T(0));
-        op.sums = {state.data(), state.data() + matrix, state.data() + matrix + heads.d()};
-        op.grad_sums = {op.sums.s + size, op.sums.z + size, op.sums.u + size};
-        op.per_query = per_query.data();
-        op.adds = i > 0;
-        kernels<T>().causal_backward(op);
-      }
-    });
-    return;
-  }
-  const int64_t segments = segments_of(attention.q.size(2));
-  const SegmentSums<T> partial(attention, heads, segments * group);
-  for_segments(n, attention.heads(), attention.q.size(2), [&](int64_t sequence, int64_t head, int64_t segment) {
-    MalaHead<T> op = prepared(sequence, head);
-    op.grad_sums = partial.part(grad_sums, sequence, head / group, head % group * segments + segment);
-    kernels<T>().backward_queries(op, std::min(op.queries, segment * kSegment),
-                                  std::min(op.queries, (segment + 1) * kSegment));
-  });
-  partial.add_to(grad_sums);
-  for_segments(n, attention.key_heads(), attention.k.size(2), [&](int64_t sequence, int64_t key_head, int64_t segment) {
-    const MalaHead<T> op = prepared(sequence, key_head * group);
-    kernels<T>().backward_keys(op, std::min(op.keys, segment * kSegment), std::min(op.keys, (segment + 1) * kSegment));
-  });
+  call.cos = static_cast<const float*>(data(attention.cos));
+  call.sin = static_cast<const float*>(data(attention.sin));
+  call.q_bounds = static_cast<const int64_t*>(data(attention.q_bounds));
+  call.k_bounds = static_cast<const int64_t*>(data(attention.k_bounds));
+  return call;
 }
+
+MalaSums<float> pointers(const Sums& sums) {
+  return {static_cast<float*>(sums.s.data_ptr()), static_cast<float*>(sums.z.data_ptr()),
+          static_cast<float*>(sums.u.data_ptr())};
+}
+
+void require_launched(const char* error) {
+  require(error == nullptr, kOp, "the CUDA kernel could not be launched: ", error == nullptr ? "" : error);
+}
+
+Tensor scratch_of(const Attention& attention, const MalaCall& call, bool backward) {
+  return torch::stable::new_empty(attention.q, {MalaLaunches::scratch_floats(call, backward)}, ScalarType::Float);
+}
+
+// `start` and `total` may not be one: the sums before the first token are read after those of all are written.
+void run_forward(const Attention& attention, const Sums& start, const Sums& total, const Tensor& out) {
+  MalaCall call = call_of(attention);
+  call.out = tokens_of(out);
+  const Tensor scratch = scratch_of(attention, call, false);
+  MalaLaunches launches(call, static_cast<float*>(scratch.data_ptr()), current_stream(attention.q));
+  require_launched(launches.forward(pointers(start), pointers(total)));
+}
+
+void run_backward(const Attention& attention, const Tensor& grad_out, const Sums& sums, const Tensor& grad_q,
+                  const Tensor& grad_k, const Tensor& grad_v) {
+  MalaCall call = call_of(attention);
+  call.grad_out = tokens_of(grad_out);
+  call.grad_q = tokens_of(grad_q);
+  call.grad_k = tokens_of(grad_k);
+  call.grad_v = tokens_of(grad_v);
+  const Tensor scratch = scratch_of(attention, call, true);
+  MalaLaunches launches(call, static_cast<float*>(scratch.data_ptr()), current_stream(attention.q));
+  require_launched(launches.backward(pointers(sums)));
+}
+
+#else
 
 template <typename Function>
 void with_type(const Tensor& tensor, Function f) {
   if (tensor.scalar_type() == ScalarType::Double) return f(double{});
   f(float{});
 }
+
+void run_forward(const Attention& attention, const Sums&, const Sums& total, const Tensor& out) {
+  with_type(out, [&](auto zero) { forward_as<decltype(zero)>(attention, total, out); });
+}
+
+void run_backward(const Attention& attention, const Tensor& grad_out, const Sums& sums, const Tensor& grad_q,
+                  const Tensor& grad_k, const Tensor& grad_v) {
+  const Gradients gradients{grad_q, grad_k, grad_v};
+  with_type(grad_out, [&](auto zero) { backward_as<decltype(zero)>(attention, grad_out, sums, gradients); });
+}
+
+#endif
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v,
                                                    const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
@@ -363,9 +108,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& q, const Tensor
                                                    double eps, int64_t seen) {
   const Attention attention{q, k, v, cos, sin, q_bounds, k_bounds, causal, scale, eps, seen};
   check(attention);
+  const DeviceScope scope(q);
+  const Sums start = copied(attention, s, z, u);
   const Sums sums = copied(attention, s, z, u);
   const Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2), v.size(3)}, q.scalar_type());
-  with_type(q, [&](auto zero) { forward_as<decltype(zero)>(attention, sums, out); });
+  run_forward(attention, start, sums, out);
   return {out, sums.s, sums.z, sums.u};
 }
 
@@ -385,9 +132,10 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const Tensor
     return torch::stable::new_empty(tensor, {tensor.size(0), tensor.size(1), tensor.size(2), tensor.size(3)},
                                     tensor.scalar_type());
   };
-  const Gradients gradients{like(q), like(k), like(v)};
-  with_type(q, [&](auto zero) { backward_as<decltype(zero)>(attention, grad_out, sums, gradients); });
-  return {gradients.q, gradients.k, gradients.v};
+  const DeviceScope scope(q);
+  const Tensor grad_q = like(q), grad_k = like(k), grad_v = like(v);
+  run_backward(attention, grad_out, sums, grad_q, grad_k, grad_v);
+  return {grad_q, grad_k, grad_v};
 }
 
 }  // namespace

@@ -3,8 +3,11 @@
 #include "common/accumulate.h"
 #include "common/launch.cuh"
 #include "cross_entropy/cross_entropy.h"
+#include "mala/mala_gpu.h"
 #include "pairwise/pairwise.h"
 #include "z_loss/z_loss.h"
+
+#include <vector>
 
 namespace {
 
@@ -45,6 +48,21 @@ struct PairCall {
   float* grad_loss;
   int64_t grad_loss_stride;
   float* bias_rows;
+};
+
+struct TokenCall {
+  void* data;
+  int64_t batch, head, token;
+};
+
+// A whole call of mala: forward where there is no grad_out.
+struct AttentionCall {
+  int64_t dtype, sequences, heads, key_heads, queries, keys, features, values, causal, seen;
+  double scale, eps;
+  TokenCall q, k, v, out, grad_out, grad_q, grad_k, grad_v;
+  float *cos, *sin;
+  int64_t *q_bounds, *k_bounds;
+  float *start_s, *start_z, *start_u, *s, *z, *u;
 };
 
 tilewise::RowMatrix matrix_of(const Call& call, const Matrix& m) {
@@ -184,6 +202,41 @@ extern "C" const char* pairwise(const PairCall& call) {
   chunk.upstream = {.grad_loss = call.grad_loss, .stride = call.grad_loss_stride};
   chunk.bias_rows = call.bias_rows;
   return tilewise::pairwise_cuda(chunk, nullptr);
+}
+
+extern "C" const char* attention(const AttentionCall& call) {
+  const auto tokens = [](const TokenCall& t) { return tilewise::TokenTensor{t.data, t.batch, t.head, t.token}; };
+  tilewise::MalaCall op;
+  op.dtype = static_cast<tilewise::Dtype>(call.dtype);
+  op.sequences = call.sequences;
+  op.heads = call.heads;
+  op.key_heads = call.key_heads;
+  op.queries = call.queries;
+  op.keys = call.keys;
+  op.features = call.features;
+  op.values = call.values;
+  op.scale = static_cast<float>(call.scale);
+  op.eps = static_cast<float>(call.eps);
+  op.causal = call.causal != 0;
+  op.seen = call.seen;
+  op.q = tokens(call.q);
+  op.k = tokens(call.k);
+  op.v = tokens(call.v);
+  op.out = tokens(call.out);
+  op.grad_out = tokens(call.grad_out);
+  op.grad_q = tokens(call.grad_q);
+  op.grad_k = tokens(call.grad_k);
+  op.grad_v = tokens(call.grad_v);
+  op.cos = call.cos;
+  op.sin = call.sin;
+  op.q_bounds = call.q_bounds;
+  op.k_bounds = call.k_bounds;
+  const bool backward = call.grad_out.data != nullptr;
+  std::vector<float> scratch(static_cast<size_t>(tilewise::MalaLaunches::scratch_floats(op, backward)), 1e30f);
+  tilewise::MalaLaunches launches(op, scratch.data(), nullptr);
+  if (!backward) return launches.forward({call.start_s, call.start_z, call.start_u}, {call.s, call.z, call.u});
+  if (op.causal) return launches.backward({call.start_s, call.start_z, call.start_u});
+  return launches.backward({call.s, call.z, call.u});
 }
 
 extern "C" const char* z_loss_forward(const Call& call) {

@@ -73,6 +73,27 @@ class PairCall(ctypes.Structure):
     ]
 
 
+class TokenCall(ctypes.Structure):
+    _fields_ = [("data", c_void_p), *[(name, c_int64) for name in ("batch", "head", "token")]]
+
+    @classmethod
+    def of(cls, tensor: Tensor | None) -> "TokenCall":
+        return cls(0, 0, 0, 0) if tensor is None else cls(tensor.data_ptr(), *tensor.stride()[:3])
+
+
+class AttentionCall(ctypes.Structure):
+    """Mirrors `AttentionCall` of driver.cpp."""
+
+    _fields_ = [
+        *[(name, c_int64) for name in ("dtype", "sequences", "heads", "key_heads", "queries", "keys", "features")],
+        *[(name, c_int64) for name in ("values", "causal", "seen")],
+        *[(name, c_double) for name in ("scale", "eps")],
+        *[(name, TokenCall) for name in ("q", "k", "v", "out", "grad_out", "grad_q", "grad_k", "grad_v")],
+        *[(name, c_void_p) for name in ("cos", "sin", "q_bounds", "k_bounds")],
+        *[(name, c_void_p) for name in ("start_s", "start_z", "start_u", "s", "z", "u")],
+    ]
+
+
 def build() -> ctypes.CDLL:
     """Compiles once per content of the sources, into build/cuda_emulator."""
     digest = hashlib.sha256(" ".join([str(COMPILER), *FLAGS]).encode())
@@ -96,6 +117,8 @@ def build() -> ctypes.CDLL:
     for name in ("cross_entropy_forward", "cross_entropy_backward", "z_loss_forward", "z_loss_backward"):
         getattr(loaded, name).argtypes = [ctypes.POINTER(Call)]
         getattr(loaded, name).restype = c_char_p
+    loaded.attention.argtypes = [ctypes.POINTER(AttentionCall)]
+    loaded.attention.restype = c_char_p
     loaded.pairwise.argtypes = [ctypes.POINTER(PairCall)]
     loaded.pairwise.restype = c_char_p
     loaded.accumulate.argtypes = [c_int64, c_void_p, c_void_p, c_void_p, c_int64, c_int, c_int]
