@@ -73,8 +73,7 @@ Moments moments(const float* x, const int64_t* tiles, const int64_t* order, int6
 
 }  // namespace
 
-extern const Maths maths = {map_float,        widen<Float16>, widen<BFloat16>, narrow<Float16>,
-                            narrow<BFloat16>, softmax,        moments,          multiply_units<float>,
-                            multiply_units<double>};
+extern const Maths maths = {map_float, widen<Float16>, widen<BFloat16>,       narrow<Float16>,       narrow<BFloat16>,
+                            softmax,   moments,        multiply_units<float>, multiply_units<double>};
 
 }  // namespace tilewise::TILEWISE_ISA
