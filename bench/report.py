@@ -10,7 +10,7 @@ from pathlib import Path
 
 import plots
 import results
-from case import LAYERS, PAIRS, ROWS, family, forms_products
+from case import ATTENTION, LAYERS, PAIRS, ROWS, family, forms_products
 from plots import Bar, number
 from results import COPY, EAGER, ROOT
 
@@ -24,7 +24,12 @@ CEILINGS = {
     "gemm_bfloat16_gflops": ("bfloat16 matrix product", "GFLOP/s"),
     "exp_giga": ("float32 exp", "billion/s"),
 }
-SHAPES = {ROWS: "logits", LAYERS: "rows × features × classes", PAIRS: "embeddings"}
+SHAPES = {
+    ROWS: "logits",
+    LAYERS: "rows × features × classes",
+    PAIRS: "embeddings",
+    ATTENTION: "batch × heads × tokens × features",
+}
 METHOD = (
     "Medians of interleaved runs; whiskers are the quartiles. Every contender starts from the same restored inputs, "
     "makes its own gradient through torch.autograd.grad, and is timed with cold caches. GB/s counts one traffic for "

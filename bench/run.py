@@ -26,7 +26,15 @@ import train_lm
 from case import Case, Contender, forms_products
 from results import COPY, EAGER, say
 
-OPERATORS = ("cross_entropy", "z_loss", "linear_cross_entropy", "linear_z_loss", "multi_similarity_loss", "supcon")
+OPERATORS = (
+    "cross_entropy",
+    "z_loss",
+    "linear_cross_entropy",
+    "linear_z_loss",
+    "multi_similarity_loss",
+    "supcon",
+    "mala",
+)
 TRAINING_SECONDS = 35.0  # what the language model may take of the budget
 
 
