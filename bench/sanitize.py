@@ -75,6 +75,32 @@ def spherical_family(shape: tuple[int, int], dtype: torch.dtype, device: str):
             check(name, getattr(tilewise, name)(logits, target, **options), logits)
 
 
+def pairwise(rows: int, columns: int, dtype: torch.dtype, device: str):
+    """A warp a row and a block a row; with a guide, without positives."""
+    x, y = (torch.randn(n, 20, device=device).to(dtype).requires_grad_() for n in (rows, columns))
+    labels, others = (torch.arange(n, device=device) % 7 for n in (rows, columns))
+    for function in (tilewise.multi_similarity_loss, tilewise.supcon):
+        check("pairs", function(x, labels), x)
+        check("pairs with references", function(x, labels, ref_embeddings=y, ref_labels=others), x)
+    guide = {"guide_query": x.detach(), "guide_key": y.detach()}
+    check("info_nce", tilewise.info_nce(x, y, reduction="none", **guide), x)
+    check("siglip_loss", tilewise.siglip_loss(y, y.detach(), 2.0, -1.0), y)
+    for weighting in (tilewise.weighting.Triplet(), tilewise.weighting.LiftedStructure()):
+        check("pair_weighted_loss", tilewise.pair_weighted_loss(x, labels, weighting), x)
+
+
+def attention(tokens: int, features: int, dtype: torch.dtype, device: str):
+    """Grouped heads as views of (B, N, H, D); rotated, packed, causal."""
+    q, k, v = (torch.randn(1, tokens, h, features, device=device).to(dtype).transpose(1, 2) for h in (4, 2, 2))
+    angle = torch.randn(tokens, features // 2, device=device)
+    bounds = torch.tensor([0, tokens // 3, tokens // 3, tokens], device=device)
+    for causal in (False, True):
+        for options in ({}, {"rope": (angle.cos(), angle.sin()), "cu_seqlens": bounds}):
+            leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+            for leaf in leaves:
+                check("mala", tilewise.mala(*leaves, causal=causal, **options), leaf)
+
+
 def out_of_range(device: str):
     """Labels far outside the classes: NaN for their rows, no access, the other rows untouched."""
     target = torch.tensor([0, 10**9, -7], device=device)
@@ -97,6 +123,10 @@ def main():
             for shape in shapes:
                 cross_entropy(shape, dtype, device)
                 spherical_family(shape, dtype, device)
+            pairwise(9, 33, dtype, device)
+            pairwise(5, 1500, dtype, device)
+            attention(70, 16, dtype, device)
+            attention(35, 96, dtype, device)
         if device == "cuda":
             out_of_range(device)
             torch.cuda.synchronize()
