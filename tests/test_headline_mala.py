@@ -42,6 +42,6 @@ def test_quick_headline_end_to_end(tmp_path):
     assert {row["attention"] for row in content["digits"]} == set(headline.ATTENTIONS)
     assert all(0 <= row["accuracy"] <= 1 and row["median_ms"] > 0 for row in content["digits"])
     assert all(1 < row["perplexity"] < 500 for row in content["text"])
-    assert len(content["cost"]) == 8 and all(row["median_ms"] > 0 for row in content["cost"])
+    assert len(content["cost"]) == 10 and all(row["median_ms"] > 0 for row in content["cost"])
     page = report.write({"quick": files}, tmp_path / "index.html").read_text()
     assert "Effective keys" in page and page.count("<td>mala</td>") == 1 and "http" not in page

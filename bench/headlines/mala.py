@@ -167,6 +167,7 @@ def cost(sizes: tuple[int, ...], device: str) -> list[dict]:
     clock, rows = clock_for(device), []
     contenders = {
         "softmax attention": softmax,
+        "plain linear attention": linear,
         "mala, eager": lambda q, k, v, causal: composition(q, k, v),
         "mala": ours,
         "mala, causal": lambda q, k, v, causal: ours(q, k, v, True),

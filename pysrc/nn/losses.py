@@ -6,7 +6,7 @@ from tilewise.ops.cross_entropy import CrossEntropyStats, cross_entropy
 from tilewise.ops.z_loss import spherical_softmax_loss, taylor_softmax_loss, z_loss
 
 
-class _RowLoss(nn.Module):
+class LossModule(nn.Module):
     """Holds a loss function's keyword options."""
 
     def __init__(self, **options):
@@ -17,7 +17,7 @@ class _RowLoss(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
 
-class CrossEntropyLoss(_RowLoss):
+class CrossEntropyLoss(LossModule):
     """:func:`tilewise.cross_entropy` with fixed options; drop-in for :class:`torch.nn.CrossEntropyLoss` on 2-D logits.
 
     Args:
@@ -35,7 +35,7 @@ class CrossEntropyLoss(_RowLoss):
         return cross_entropy(logits, target, self.weight, row_weight=row_weight, **self.options)
 
 
-class ZLoss(_RowLoss):
+class ZLoss(LossModule):
     """:func:`tilewise.z_loss`; a and b are tuned per task, the defaults are the authors'."""
 
     def __init__(self, a: float = 1.0, b: float = 0.0, *, ignore_index: int = -100, reduction: str = "mean"):
@@ -45,7 +45,7 @@ class ZLoss(_RowLoss):
         return z_loss(logits, target, **self.options)
 
 
-class TaylorSoftmaxLoss(_RowLoss):
+class TaylorSoftmaxLoss(LossModule):
     """:func:`tilewise.taylor_softmax_loss`."""
 
     def __init__(self, *, ignore_index: int = -100, reduction: str = "mean"):
@@ -55,7 +55,7 @@ class TaylorSoftmaxLoss(_RowLoss):
         return taylor_softmax_loss(logits, target, **self.options)
 
 
-class SphericalSoftmaxLoss(_RowLoss):
+class SphericalSoftmaxLoss(LossModule):
     """:func:`tilewise.spherical_softmax_loss`."""
 
     def __init__(self, *, eps: float = 1e-6, ignore_index: int = -100, reduction: str = "mean"):

@@ -1,8 +1,9 @@
 """Modules of the pairwise losses and of the multi-similarity miner."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from tilewise.nn.losses import LossModule
 from tilewise.ops.contrastive import clip_loss, info_nce, nt_xent, siglip_loss, supcon
 from tilewise.ops.mining import multi_similarity_mine
 from tilewise.ops.multi_similarity_loss import multi_similarity_loss
@@ -12,18 +13,7 @@ from tilewise.ops.pairwise import check_references, prepared
 Pairs = tuple[Tensor, ...]
 
 
-class _PairLoss(nn.Module):
-    """Holds a loss function's keyword options."""
-
-    def __init__(self, **options):
-        super().__init__()
-        self.options = options
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
-
-
-class MultiSimilarityLoss(_PairLoss):
+class MultiSimilarityLoss(LossModule):
     """:func:`tilewise.multi_similarity_loss`; drop-in for pytorch-metric-learning's MultiSimilarityLoss and its miner.
 
     Args:
@@ -87,7 +77,7 @@ def _log_one_plus_sums(x: Tensor, anchor: Tensor, anchors: int) -> Tensor:
     return most + torch.log(torch.exp(-most) + sums)
 
 
-class MultiSimilarityMiner(_PairLoss):
+class MultiSimilarityMiner(LossModule):
     """:func:`tilewise.multi_similarity_mine`; drop-in for pytorch-metric-learning's MultiSimilarityMiner.
 
     Args:
@@ -100,7 +90,7 @@ class MultiSimilarityMiner(_PairLoss):
         return multi_similarity_mine(embeddings, labels, ref_embeddings=ref_emb, ref_labels=ref_labels, **self.options)
 
 
-class SupConLoss(_PairLoss):
+class SupConLoss(LossModule):
     """:func:`tilewise.supcon` with fixed options."""
 
     def forward(
@@ -113,7 +103,7 @@ class SupConLoss(_PairLoss):
         return supcon(embeddings, labels, ref_embeddings=ref_embeddings, ref_labels=ref_labels, **self.options)
 
 
-class PairWeightedLoss(_PairLoss):
+class PairWeightedLoss(LossModule):
     """:func:`tilewise.pair_weighted_loss` with a fixed weighting and options."""
 
     def __init__(self, weighting, **options):
@@ -131,7 +121,7 @@ class PairWeightedLoss(_PairLoss):
         )
 
 
-class InfoNCELoss(_PairLoss):
+class InfoNCELoss(LossModule):
     """:func:`tilewise.info_nce` with fixed options."""
 
     def forward(
@@ -140,21 +130,21 @@ class InfoNCELoss(_PairLoss):
         return info_nce(query, key, guide_query=guide_query, guide_key=guide_key, **self.options)
 
 
-class NTXentLoss(_PairLoss):
+class NTXentLoss(LossModule):
     """:func:`tilewise.nt_xent` with fixed options."""
 
     def forward(self, z1: Tensor, z2: Tensor) -> Tensor:
         return nt_xent(z1, z2, **self.options)
 
 
-class ClipLoss(_PairLoss):
+class ClipLoss(LossModule):
     """:func:`tilewise.clip_loss` with fixed options; the scale comes with the features, as in open_clip."""
 
     def forward(self, image: Tensor, text: Tensor, logit_scale: float | Tensor) -> Tensor:
         return clip_loss(image, text, logit_scale, **self.options)
 
 
-class SigLipLoss(_PairLoss):
+class SigLipLoss(LossModule):
     """:func:`tilewise.siglip_loss` with fixed options; scale and bias come with the features, as in open_clip."""
 
     def forward(
