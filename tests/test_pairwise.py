@@ -306,6 +306,15 @@ def test_duplicates_are_pairs():
     torch.testing.assert_close(loss, torch.tensor([pull + push, pull + push, 0.0], device=DEVICE), rtol=1e-5, atol=1e-6)
 
 
+def test_mining_is_strict():
+    """A pair exactly epsilon from the hardest is not kept."""
+    x, labels = torch.eye(2, device=DEVICE)[[0, 0, 1]], torch.tensor([0, 0, 1], device=DEVICE)
+    for epsilon, kept in ((1.0, 0), (1.125, 2)):
+        loss = tilewise.multi_similarity_loss(x, labels, epsilon=epsilon, reduction="none")
+        assert loss.count_nonzero() == kept
+        assert tilewise.multi_similarity_mine(x, labels, epsilon=epsilon)[0].numel() == kept
+
+
 def test_nan_stays_nan():
     x, labels = torch.randn(6, 4, device=DEVICE), torch.tensor([0, 0, 1, 1, 2, 2], device=DEVICE)
     x[1] = math.nan
