@@ -306,13 +306,19 @@ def test_duplicates_are_pairs():
     torch.testing.assert_close(loss, torch.tensor([pull + push, pull + push, 0.0], device=DEVICE), rtol=1e-5, atol=1e-6)
 
 
-def test_mining_is_strict():
-    """A pair exactly epsilon from the hardest is not kept."""
-    x, labels = torch.eye(2, device=DEVICE)[[0, 0, 1]], torch.tensor([0, 0, 1], device=DEVICE)
-    for epsilon, kept in ((1.0, 0), (1.125, 2)):
-        loss = tilewise.multi_similarity_loss(x, labels, epsilon=epsilon, reduction="none")
-        assert loss.count_nonzero() == kept
-        assert tilewise.multi_similarity_mine(x, labels, epsilon=epsilon)[0].numel() == kept
+@pytest.mark.parametrize(
+    "positives, negatives, pulled, pushed",
+    [((1.0, -1.0), (0.0,), -1.0, 0.0), ((0.0,), (-1.0, 0.5), 0.0, 0.5)],
+)
+def test_mining_is_strict(positives, negatives, pulled, pushed):
+    """A pair exactly epsilon from the hardest of the other kind is not kept."""
+    similarities = torch.tensor([[*positives, *negatives]], device=DEVICE)
+    labels = torch.tensor([1] * len(positives) + [2] * len(negatives), device=DEVICE)
+    options = {"ref_embeddings": similarities.t(), "ref_labels": labels, "epsilon": 1.0, "normalize": False}
+    arguments = torch.ones(1, 1, device=DEVICE), torch.tensor([1], device=DEVICE)
+    expected = math.log1p(math.exp(-2 * (pulled - 0.5))) / 2 + math.log1p(math.exp(50 * (pushed - 0.5))) / 50
+    assert tilewise.multi_similarity_loss(*arguments, **options).item() == pytest.approx(expected, rel=1e-5)
+    assert [len(t) for t in tilewise.multi_similarity_mine(*arguments, **options)] == [1] * 4
 
 
 def test_nan_stays_nan():
