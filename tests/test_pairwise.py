@@ -308,16 +308,16 @@ def test_duplicates_are_pairs():
 
 @pytest.mark.parametrize(
     "positives, negatives, pulled, pushed",
-    [((1.0, -1.0), (0.0,), -1.0, 0.0), ((0.0,), (-1.0, 0.5), 0.0, 0.5)],
+    [((1.0, 0.25), (0.5,), 0.25, 0.5), ((0.75,), (0.25, 0.5), 0.75, 0.5)],
 )
 def test_mining_is_strict(positives, negatives, pulled, pushed):
     """A pair exactly epsilon from the hardest of the other kind is not kept."""
     similarities = torch.tensor([[*positives, *negatives]], device=DEVICE)
     labels = torch.tensor([1] * len(positives) + [2] * len(negatives), device=DEVICE)
-    options = {"ref_embeddings": similarities.t(), "ref_labels": labels, "epsilon": 1.0, "normalize": False}
+    options = {"ref_embeddings": similarities.t(), "ref_labels": labels, "epsilon": 0.5, "normalize": False}
     arguments = torch.ones(1, 1, device=DEVICE), torch.tensor([1], device=DEVICE)
-    expected = math.log1p(math.exp(-2 * (pulled - 0.5))) / 2 + math.log1p(math.exp(50 * (pushed - 0.5))) / 50
-    assert tilewise.multi_similarity_loss(*arguments, **options).item() == pytest.approx(expected, rel=1e-5)
+    expected = math.log1p(math.exp(-2 * (pulled - 0.5))) / 2 + math.log1p(math.exp(2 * (pushed - 0.5))) / 2
+    assert tilewise.multi_similarity_loss(*arguments, beta=2.0, **options).item() == pytest.approx(expected, rel=1e-5)
     assert [len(t) for t in tilewise.multi_similarity_mine(*arguments, **options)] == [1] * 4
 
 
