@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tilewise.collectives import GatherRows, Group, MiningRingLoss, RingLoss
 from tilewise.ops import contrastive, pairwise
 from tilewise.ops.multi_similarity_loss import parameters_of
 
-Group = dist.ProcessGroup | None
 REDUCTIONS = ("none", "sum", "mean")
 
 
@@ -166,8 +166,9 @@ def multi_similarity_loss(
     normalize: bool = True,
     reduction: str = "mean",
     group: Group = None,
+    form: str = "gather",
 ) -> Tensor:
-    """:func:`tilewise.multi_similarity_loss` of each rank's anchors, mined among all ranks' embeddings, by gathering.
+    """:func:`tilewise.multi_similarity_loss` of each rank's anchors, mined among all ranks' embeddings.
 
     Args:
         embeddings: (N, d) of this rank.
@@ -175,6 +176,7 @@ def multi_similarity_loss(
         alpha, beta, base, epsilon, normalize: as of the function.
         reduction: ``"mean"``, ``"sum"`` or ``"none"`` of this rank's anchors.
         group: the process group; None is the whole world.
+        form: ``"gather"`` or ``"ring"``.
 
     Raises:
         ValueError: a shape or an option is not as above, or the ranks have different numbers of rows.
@@ -187,7 +189,7 @@ def multi_similarity_loss(
     own = dist.get_rank(group) * len(embeddings)
     x = embeddings
     return _loss(
-        op, x, x, labels, labels, own, "multi_similarity", None, None, normalize, reduction, group, "gather", parameters
+        op, x, x, labels, labels, own, "multi_similarity", None, None, normalize, reduction, group, form, parameters
     )
 
 
@@ -198,28 +200,7 @@ def gather_rows(x: Tensor, group: Group = None) -> Tensor:
         x: (N, ...) of this rank, N the same on all.
         group: the process group; None is the whole world.
     """
-    return _Gather.apply(x, group) if dist.get_world_size(group) > 1 else x
-
-
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        out = x.new_empty((dist.get_world_size(group) * len(x), *x.shape[1:]))
-        dist.all_gather(list(out.chunk(dist.get_world_size(group))), x.contiguous(), group=group)
-        return out
-
-    @staticmethod
-    def backward(ctx, gradient):
-        gradient = gradient.contiguous()
-        own = gradient.chunk(dist.get_world_size(ctx.group))[dist.get_rank(ctx.group)]
-        if dist.get_backend(ctx.group) == "nccl":
-            own = torch.empty_like(own)
-            dist.reduce_scatter_tensor(own, gradient, group=ctx.group)
-            return own, None
-        gradient = gradient.clone()
-        dist.all_reduce(gradient, group=ctx.group)
-        return gradient.chunk(dist.get_world_size(ctx.group))[dist.get_rank(ctx.group)].clone(), None
+    return GatherRows.apply(x, group) if dist.get_world_size(group) > 1 else x
 
 
 def _own_indices(x: Tensor, group: Group) -> Tensor:
@@ -260,90 +241,8 @@ def _loss(
             reduction=reduction,
         )
     x, y = pairwise.prepared(x, y, normalize)
-    losses = _Ring.apply(x, y, x_labels, y_labels, scale, bias, self_offset, loss, group)
+    if loss == "multi_similarity":
+        losses = MiningRingLoss.apply(x, y, x_labels, y_labels, self_offset, parameters, group)
+    else:
+        losses = RingLoss.apply(x, y, x_labels, y_labels, scale, bias, self_offset, loss, group)
     return losses if reduction == "none" else losses.sum() if reduction == "sum" else losses.sum() / max(1, len(x))
-
-
-class _Ring(torch.autograd.Function):
-    """Row losses of a softmax or sigmoid loss whose columns travel around the ring."""
-
-    @staticmethod
-    def forward(ctx, x, y, x_labels, y_labels, scale, bias, self_offset, loss, group):
-        kinds = ("log_sum_exp", "positive_sum") if loss == "softmax" else (loss,)
-        found = {kind: [] for kind in kinds}
-        positives = torch.zeros(len(x), dtype=scale.dtype, device=x.device)
-        for y_part, labels, offset, _ in _hops(y, y_labels, self_offset, None, group):
-            tensors = (x, y_part, x_labels, labels)
-            for kind in kinds:
-                found[kind].append(_rows(kind, *tensors, scale, bias, offset))
-            if loss == "softmax":
-                positives += _rows("positive_sum", *tensors, torch.zeros_like(scale), torch.ones_like(scale), offset)
-        ctx.save_for_backward(x, y, x_labels, y_labels, scale, bias, positives, *found[kinds[0]])
-        ctx.self_offset, ctx.loss, ctx.group = self_offset, loss, group
-        if loss != "softmax":
-            return sum(found[loss])
-        lse = torch.logsumexp(torch.stack(found["log_sum_exp"]), 0)
-        return torch.where(positives > 0, lse - sum(found["positive_sum"]) / positives.clamp(min=1), 0)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        x, y, x_labels, y_labels, scale, bias, positives, *parts = ctx.saved_tensors
-        dx, dbias = torch.zeros_like(x), torch.zeros_like(scale)
-        grad = grad.to(scale.dtype).contiguous()
-        if ctx.loss == "softmax":
-            grad = torch.where(positives > 0, grad, 0)
-            lse = torch.logsumexp(torch.stack(parts), 0)
-            share = -grad / positives.clamp(min=1)
-        for hop, (y_part, labels, offset, dy) in enumerate(
-            _hops(y, y_labels, ctx.self_offset, torch.zeros_like(y), ctx.group)
-        ):
-            upstreams = {ctx.loss: grad}
-            if ctx.loss == "softmax":
-                upstreams = {"log_sum_exp": grad * torch.exp(parts[hop] - lse), "positive_sum": share}
-            for kind, upstream in upstreams.items():
-                part = torch.ops.tilewise.pairwise_loss_backward(
-                    upstream, x, y_part, x_labels, labels, scale, bias, None, None, torch.ones_like(scale), loss=kind,
-                    parameters=[], self_offset=offset, guide_margin=0.0, reduction="none", chunk_bytes=0, x_grad=True,
-                    y_grad=True, bias_grad=bias is not None,
-                )  # fmt: skip
-                dx += part[0]
-                dy += part[1]
-                if bias is not None:
-                    dbias += part[2].sum()
-        dy = _shifted(dy, ctx.group)  # the last hop's columns are the next rank's own
-        dscale = (dx * x).sum(dtype=scale.dtype)
-        return scale * dx, scale * dy, None, None, dscale, None if bias is None else dbias, None, None, None
-
-
-def _rows(loss, x, y, x_labels, y_labels, scale, bias, self_offset) -> Tensor:
-    return torch.ops.tilewise.pairwise_loss(
-        x, y, x_labels, y_labels, scale, bias, loss=loss, parameters=[], self_offset=self_offset, reduction="none"
-    )[0]
-
-
-def _hops(y, y_labels, self_offset, travelling, group):
-    """Every rank's columns and labels, this rank's first; the offset of a row's own column among them; and a tensor
-    that travels with the columns, as the caller left it."""
-    rank, world = dist.get_rank(group), dist.get_world_size(group)
-    for hop in range(world):
-        owner = (rank - hop) % world
-        offset = None if self_offset is None else self_offset - owner * len(y)
-        yield y, y_labels, offset, travelling
-        if hop + 1 < world:
-            y, y_labels = _shifted(y, group), _shifted(y_labels, group)
-            if travelling is not None:
-                travelling = _shifted(travelling, group)
-
-
-def _shifted(x: Tensor, group: Group) -> Tensor:
-    """What the previous rank has; the next gets ours."""
-    rank, world = dist.get_rank(group), dist.get_world_size(group)
-    if world == 1:
-        return x
-    out, x = torch.empty_like(x, memory_format=torch.contiguous_format), x.contiguous()
-    following, previous = (dist.get_global_rank(group or dist.group.WORLD, (rank + step) % world) for step in (1, -1))
-    transfers = [dist.P2POp(dist.isend, x, following, group), dist.P2POp(dist.irecv, out, previous, group)]
-    for work in dist.batch_isend_irecv(transfers):
-        work.wait()
-    return out

@@ -26,6 +26,9 @@ NAMES = {
     "triplet": [0.2],
     "log_sum_exp": [],
     "positive_sum": [],
+    "least_positive": [],
+    "most_negative": [],
+    "window_log_sum_exp": [-2.0, 0.3, 1.0],
 }
 ORDER = list(NAMES)
 SHAPES = [(1, 1), (9, 40), (3, 1500), (2, 9000)]  # a warp a row, blocks of two sizes

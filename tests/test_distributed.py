@@ -25,15 +25,14 @@ def inputs(world):
 
 def losses(x, y, labels, two, module, **options):
     """Every loss, from `tilewise` or from `tilewise.distributed`."""
-    each = {
+    return {
         "info_nce": lambda: module.info_nce(x, y, temperature=two[0], **options),
         "clip": lambda: module.clip_loss(x, y, two[0], **options),
         "siglip": lambda: module.siglip_loss(x, y, two[0], two[1], **options),
         "supcon": lambda: module.supcon(x, labels, temperature=two[0], **options),
+        "multi_similarity": lambda: module.multi_similarity_loss(x, labels, **options),
+        "multi_similarity of all": lambda: module.multi_similarity_loss(x, labels, epsilon=None, **options),
     }
-    if options.get("form") != "ring":
-        each["multi_similarity"] = lambda: module.multi_similarity_loss(x, labels, **options)
-    return each
 
 
 def gradients(loss, tensors):

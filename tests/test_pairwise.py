@@ -27,6 +27,9 @@ LOSSES = {
     "triplet": [0.2],
     "log_sum_exp": [],
     "positive_sum": [],
+    "least_positive": [],
+    "most_negative": [],
+    "window_log_sum_exp": [-2.0, 0.3, 1.0],
 }
 REDUCTIONS = ("none", "sum", "mean", "mean_active")
 WIDE = torch.float64 if NATIVE_CPU else torch.float32

@@ -22,8 +22,8 @@ ARCHITECTURES = (90, 100)
 DTYPES = ("bfloat16", "float16", "float32")
 SHARED_MEMORY_LIMIT = 227 * 1024
 ROWS = 8192
-# Bytes that may lie on the stack: with 96 features, rotated or causal, a few of the many addresses do.
-STACK_LIMIT = {"mala_query_gradient_kernel": 96, "mala_key_gradient_kernel": 96}
+# Bytes that may lie on the stack: a few of the many addresses of attention with 96 features, rotated or causal, do.
+STACK_LIMIT = {"mala_query_gradient_kernel": 96, "mala_key_gradient_kernel": 96, "mala_sum_kernel": 16}
 ALL_OPTIONS = {"label_smoothing": 0.1, "lse_square_scale": 1e-4, "softcap": 30.0, "logit_scale": 0.5}
 PLAIN = {"label_smoothing": 0.0, "lse_square_scale": 0.0, "softcap": None, "logit_scale": 1.0}
 

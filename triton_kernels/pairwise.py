@@ -24,6 +24,9 @@ LOSSES = (
     "triplet",
     "log_sum_exp",
     "positive_sum",
+    "least_positive",
+    "most_negative",
+    "window_log_sum_exp",
 )
 
 
@@ -67,11 +70,14 @@ def load_pairs(s_row, y_labels_ptr, guide_row, cols, M, label, self_col, guide_m
 
 
 @triton.jit
-def kept_pairs(z, positive, negative, least, most, epsilon, LOSS: tl.constexpr, MINES: tl.constexpr):
+def kept_pairs(z, positive, negative, least, most, epsilon, p1, p2, LOSS: tl.constexpr, MINES: tl.constexpr):
     """What mining leaves of the pairs of a multi-similarity loss; of other losses, all."""
     if LOSS == "multi_similarity" and MINES:
         positive = positive & (z - epsilon < most)
         negative = negative & (z + epsilon > least)
+    if LOSS == "window_log_sum_exp":
+        positive = positive & (z < p1) & (p2 > 0)
+        negative = negative & (z > -p1) & (p2 < 0)
     return positive, negative
 
 
@@ -105,6 +111,9 @@ def terms(z, positive, negative, least, most, top, p0, p1, p2, LOSS: tl.constexp
         of_positive = z - top
         of_negative = tl.exp(z - top)
         negative = positive | negative
+    elif LOSS == "window_log_sum_exp":
+        of_negative = tl.exp(p0 * z - top)
+        of_positive = of_negative
     elif LOSS == "decoupled_softmax" or LOSS == "positive_sum":
         of_positive = z
         of_negative = tl.exp(z - most)
@@ -152,6 +161,15 @@ def weights(
     elif LOSS == "positive_sum":
         on_positive = z * 0.0 + 1.0
         on_negative = z * 0.0
+    elif LOSS == "window_log_sum_exp":
+        on_negative = p0 * tl.exp(p0 * z - top) / (of_positive + of_negative)
+        on_positive = on_negative
+    elif LOSS == "least_positive":
+        on_positive = tl.where(cols == first_positive, 1.0, 0.0)
+        on_negative = z * 0.0
+    elif LOSS == "most_negative":
+        on_positive = z * 0.0
+        on_negative = tl.where(cols == first_negative, 1.0, 0.0)
     elif LOSS == "contrastive":
         on_positive = tl.where(pull > 0, -1.0 / n_positive, 0.0)
         on_negative = tl.where(push > 0, 1.0 / n_negative, 0.0)
@@ -224,7 +242,11 @@ def pairwise_kernel(
         )
         least = tl.minimum(least, tl.min(tl.where(positive, z, float("inf"))))
         most = tl.maximum(most, tl.max(tl.where(negative, z, float("-inf"))))
-        top = tl.maximum(top, tl.max(tl.where(positive | negative, z, float("-inf"))))
+        of_top = z
+        if LOSS == "window_log_sum_exp":
+            positive, negative = kept_pairs(z, positive, negative, least, most, epsilon, p1, p2, LOSS, MINES)
+            of_top = p0 * z
+        top = tl.maximum(top, tl.max(tl.where(positive | negative, of_top, float("-inf"))))
         n_positive += tl.sum(positive.to(tl.float32))
         n_negative += tl.sum(negative.to(tl.float32))
 
@@ -241,11 +263,11 @@ def pairwise_kernel(
         z, positive, negative = load_pairs(
             s_row, y_labels_ptr, guide_row, cols, M, label, self_col, guide_most, scale, bias
         )
-        if LOSS == "triplet":
+        if LOSS == "triplet" or LOSS == "least_positive" or LOSS == "most_negative":
             first_positive = tl.minimum(first_positive, tl.min(tl.where(positive & (z == least), cols, M)))
             first_negative = tl.minimum(first_negative, tl.min(tl.where(negative & (z == most), cols, M)))
         else:
-            positive, negative = kept_pairs(z, positive, negative, least, most, epsilon, LOSS, MINES)
+            positive, negative = kept_pairs(z, positive, negative, least, most, epsilon, p1, p2, LOSS, MINES)
             a, b = terms(z, positive, negative, least, most, top, p0, p1, p2, LOSS)
             of_positive += tl.sum(a)
             of_negative += tl.sum(b)
@@ -282,6 +304,15 @@ def pairwise_kernel(
     elif LOSS == "positive_sum":
         active = n_positive > 0
         loss = of_positive
+    elif LOSS == "least_positive":
+        active = n_positive > 0
+        loss = least
+    elif LOSS == "most_negative":
+        active = n_positive > 0
+        loss = most
+    elif LOSS == "window_log_sum_exp":
+        active = n_positive > 0
+        loss = top + tl.log(of_positive + of_negative)
     elif LOSS == "multi_similarity":
         pull_shift = tl.maximum(-p0 * (least - p2), 0.0)
         push_shift = tl.maximum(p1 * (most - p2), 0.0)
@@ -313,7 +344,7 @@ def pairwise_kernel(
             z, positive, negative = load_pairs(
                 s_row, y_labels_ptr, guide_row, cols, M, label, self_col, guide_most, scale, bias
             )
-            positive, negative = kept_pairs(z, positive, negative, least, most, epsilon, LOSS, MINES)
+            positive, negative = kept_pairs(z, positive, negative, least, most, epsilon, p1, p2, LOSS, MINES)
             w = weights(
                 z, cols, positive, negative, least, most, top, n_positive, n_negative, of_positive, of_negative, loss,
                 first_positive, first_negative, p0, p1, p2, LOSS

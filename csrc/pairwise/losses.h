@@ -6,7 +6,7 @@
 //   finish(loss)      the loss of an active row;  skip() one without the pairs that the loss needs: 0, no gradient
 //   wants_gradient()
 //   write(f)          dL/dz of every pair: f(z, relation)
-//   write_two(...)    of two pairs, given by column and value; 0 of all others
+//   write_two(...)    of two pairs, given by column (-1: none) and value; 0 of all others
 //
 // with relation 1 for positives, -1 for negatives, 0 for what is neither, which adds nothing to a fold. On a CPU z and
 // relation are vectors.
@@ -264,6 +264,53 @@ TILEWISE_PROGRAM void positive_sum(Row& row) {
   row.write([](auto, auto relation) { return relation > 0 ? T(1) : T(0); });
 }
 
+// L = min_P z, inf without positives; L = max_N z, -inf without negatives       the first of equals has the gradient
+template <typename T, typename Row>
+TILEWISE_PROGRAM void least_positive(Row& row) {
+  const T least =
+      row.template fold<Min>([](auto z, auto relation) { return values(relation > 0 ? z : infinity<T>()); }).value[0];
+  row.finish(least);
+  if (!row.wants_gradient()) return;
+  const int64_t column = row.first([=](auto z, auto relation) { return relation > 0 && z == least; });
+  row.write_two(column, T(1), -1, T(0));
+}
+
+template <typename T, typename Row>
+TILEWISE_PROGRAM void most_negative(Row& row) {
+  const T most =
+      row.template fold<Max>([](auto z, auto relation) { return values(relation < 0 ? z : -infinity<T>()); }).value[0];
+  row.finish(most);
+  if (!row.wants_gradient()) return;
+  const int64_t column = row.first([=](auto z, auto relation) { return relation < 0 && z == most; });
+  row.write_two(column, T(1), -1, T(0));
+}
+
+// L = lse of slope z, over the positives with z < limit (side > 0) or the negatives with z > -limit (side < 0); -inf
+// without any. A share of what multi_similarity_loss keeps, with the extreme of the other kind taken off z.
+template <typename T, typename Row>
+TILEWISE_PROGRAM void window_log_sum_exp(Row& row, T slope, T limit, T side) {
+  const auto kept = [=](auto z, auto relation) {
+    return side > T(0) ? (relation > 0) & (z < limit) : (relation < 0) & (z > -limit);
+  };
+  const T max = row.template fold<Max>(
+                       [=](auto z, auto relation) { return values(kept(z, relation) ? slope * z : -infinity<T>()); })
+                    .value[0];
+  if (max == -infinity<T>()) {
+    row.finish(max);
+    if (row.wants_gradient()) row.write_two(-1, T(0), -1, T(0));
+    return;
+  }
+  const T sum = row.template fold<Sum>([=](auto z, auto relation) {
+                     return values(kept(z, relation) ? fast_exp(slope * z - max) : T(0));
+                   })
+                    .value[0];
+  const T log_sum = natural_log(sum);
+  row.finish(max + log_sum);
+  if (!row.wants_gradient()) return;
+  row.write(
+      [=](auto z, auto relation) { return kept(z, relation) ? slope * fast_exp((slope * z - max) - log_sum) : T(0); });
+}
+
 template <PairLoss kLoss, typename T, typename Row>
 TILEWISE_PROGRAM void run_loss(const T (&p)[kPairParameters], Row& row) {
   if constexpr (kLoss == PairLoss::kSoftmax) softmax_loss<T>(row);
@@ -276,6 +323,9 @@ TILEWISE_PROGRAM void run_loss(const T (&p)[kPairParameters], Row& row) {
   if constexpr (kLoss == PairLoss::kTriplet) triplet_loss<T>(row, p[0]);
   if constexpr (kLoss == PairLoss::kLogSumExp) log_sum_exp<T>(row);
   if constexpr (kLoss == PairLoss::kPositiveSum) positive_sum<T>(row);
+  if constexpr (kLoss == PairLoss::kLeastPositive) least_positive<T>(row);
+  if constexpr (kLoss == PairLoss::kMostNegative) most_negative<T>(row);
+  if constexpr (kLoss == PairLoss::kWindowLogSumExp) window_log_sum_exp<T>(row, p[0], p[1], p[2]);
 }
 
 // f of the loss as a constant: std::integral_constant
@@ -300,8 +350,14 @@ auto with_loss(PairLoss loss, Function f) {
       return f(std::integral_constant<PairLoss, PairLoss::kTriplet>{});
     case PairLoss::kLogSumExp:
       return f(std::integral_constant<PairLoss, PairLoss::kLogSumExp>{});
-    default:
+    case PairLoss::kPositiveSum:
       return f(std::integral_constant<PairLoss, PairLoss::kPositiveSum>{});
+    case PairLoss::kLeastPositive:
+      return f(std::integral_constant<PairLoss, PairLoss::kLeastPositive>{});
+    case PairLoss::kMostNegative:
+      return f(std::integral_constant<PairLoss, PairLoss::kMostNegative>{});
+    default:
+      return f(std::integral_constant<PairLoss, PairLoss::kWindowLogSumExp>{});
   }
 }
 

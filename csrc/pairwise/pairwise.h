@@ -23,6 +23,9 @@ enum class PairLoss : int32_t {
   kTriplet,
   kLogSumExp,
   kPositiveSum,
+  kLeastPositive,
+  kMostNegative,
+  kWindowLogSumExp,
 };
 
 constexpr int kPairParameters = 4;

@@ -65,6 +65,9 @@ constexpr NamedLoss kLosses[] = {
     {"triplet", PairLoss::kTriplet, 1},
     {"log_sum_exp", PairLoss::kLogSumExp, 0},
     {"positive_sum", PairLoss::kPositiveSum, 0},
+    {"least_positive", PairLoss::kLeastPositive, 0},
+    {"most_negative", PairLoss::kMostNegative, 0},
+    {"window_log_sum_exp", PairLoss::kWindowLogSumExp, 3},
 };
 
 const NamedLoss& loss_of(const Problem& problem) {

@@ -83,7 +83,7 @@ class Row {
     for (int64_t j = 0; j < columns_; ++j) out[j] = T(0);
     if (a >= 0) out[a] += factor * at_a;
     if (b >= 0) out[b] += factor * at_b;
-    chunk_.bias_rows[row_] = factor * (at_a + at_b);
+    chunk_.bias_rows[row_] = factor * ((a >= 0 ? at_a : T(0)) + (b >= 0 ? at_b : T(0)));
   }
 
  private:

@@ -83,7 +83,7 @@ class Row {
     const float factor = upstream_of_row(chunk_.upstream, row_);
     for (int64_t j = threadIdx.x; j < chunk_.columns; j += blockDim.x)
       from_float(factor * ((j == a ? at_a : 0.0f) + (j == b ? at_b : 0.0f)), gradient()[j]);
-    if (threadIdx.x == 0) chunk_.bias_rows[row_] = factor * (at_a + at_b);
+    if (threadIdx.x == 0) chunk_.bias_rows[row_] = factor * ((a >= 0 ? at_a : 0.0f) + (b >= 0 ? at_b : 0.0f));
   }
 
  private:

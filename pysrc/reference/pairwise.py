@@ -125,6 +125,22 @@ def positive_sum(z, positive, negative):
     return torch.where(positive, z, 0).sum(1), _every_row(z), positive.to(z.dtype)
 
 
+def least_positive(z, positive, negative):
+    least = _least(z, positive)
+    return least[:, 0], _every_row(z), _first(positive & (z == least)).to(z.dtype)
+
+
+def most_negative(z, positive, negative):
+    most = _most(z, negative)
+    return most[:, 0], _every_row(z), _first(negative & (z == most)).to(z.dtype)
+
+
+def window_log_sum_exp(z, positive, negative, slope, limit, side):
+    kept = positive & (z < limit) if side > 0 else negative & (z > -limit)
+    lse, _, weights = log_sum_exp(slope * z, kept, torch.zeros_like(kept))
+    return lse, _every_row(z), slope * weights
+
+
 def _every_row(z: Tensor) -> Tensor:
     return torch.ones(len(z), dtype=torch.bool, device=z.device)
 
@@ -147,6 +163,9 @@ LOSSES = {
         triplet,
         log_sum_exp,
         positive_sum,
+        least_positive,
+        most_negative,
+        window_log_sum_exp,
     )
 }
 
