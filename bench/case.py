@@ -42,6 +42,7 @@ class Contender:
     loss: Callable[..., Tensor] | None
     backend: str = "torch"
     ours: bool = False
+    same: bool = True  # computes the case's function; otherwise it stands beside it, and has no error
 
     def selected(self):
         """The context in which our operators run on this contender's backend."""

@@ -57,7 +57,7 @@ def cases(device: str, quick: bool = False):
     for size, dtype, runs, seconds in SIZES["quick" if quick else device]:
         batch, heads, tokens, features = size
         present, absent = common_contenders(ours, weighted(composition), device, compiled=not quick)
-        present.append(Contender("softmax attention", weighted(F.scaled_dot_product_attention)))
+        present.append(Contender("softmax attention", weighted(F.scaled_dot_product_attention), same=False))
         tensor = batch * heads * tokens * features * dtype.itemsize
         product = 2 * batch * heads * tokens * features**2
         yield Case(
