@@ -20,6 +20,17 @@ for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
     loss, stats = tilewise.cross_entropy(logits, target, **options)
     total = loss + stats.entropy.sum() + tilewise.z_loss(logits, target, a=1.0, b=0.5)
     results += [total.detach(), torch.autograd.grad(total, logits)[0]]
+for dtype in (torch.float64, torch.float32):
+    x, y, w = (torch.randn(n, 37, dtype=dtype).requires_grad_() for n in (83, 83, 211))
+    labels = torch.arange(83) // 3
+    losses = [
+        tilewise.multi_similarity_loss(x, labels),
+        tilewise.siglip_loss(x, y, 0.3, -1.0),
+        tilewise.linear_cross_entropy(x, w, labels, softcap=9.0),
+        *(tilewise.mala(*(t[None, None] for t in (x, y, w[:83])), causal=causal).sum() for causal in (False, True)),
+    ]
+    results += [loss.detach() for loss in losses]
+    results += torch.autograd.grad(sum(losses), (x, y, w))
 torch.save(results, sys.argv[1])
 """
 LEVELS = ("v2", "v3", "v4")
@@ -36,6 +47,7 @@ def test_levels_agree(tmp_path, monkeypatch):
     for level, tensors in results.items():
         for tensor, expected in zip(tensors, results["v2"], strict=True):
             eps = torch.finfo(tensor.dtype).eps
+            size = expected.abs().max().item() if tensor.dim() == 2 and tensor.shape[1] == 37 else 0  # sums of products
             torch.testing.assert_close(
-                tensor, expected, rtol=8 * eps, atol=8 * eps, msg=lambda m, at=level: f"{at}: {m}"
+                tensor, expected, rtol=16 * eps, atol=(8 + 64 * size) * eps, msg=lambda m, at=level: f"{at}: {m}"
             )
