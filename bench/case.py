@@ -15,14 +15,21 @@ from torch import Tensor
 PHASES = ("forward", "backward", "both")
 SCALAR_ERROR = {torch.float32: 1e-5, torch.bfloat16: 5e-3}
 GRADIENT_ERROR = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
-ROWS, LAYERS = "row losses", "output layers"
+ROWS, LAYERS, PAIRS = "row losses", "output layers", "pairwise losses"
+PAIR_LOSSES = ("multi_similarity_loss", "supcon", "siglip_loss")
 
 Reference = tuple[float, list[tuple[Tensor, Tensor]]]  # float64 loss; per leaf some row indices, gradient of those rows
 
 
 def family(op: str) -> str:
-    """Losses over rows of logits are bound by memory; those that make the logits too by their matrix products."""
+    """Losses over rows of logits are bound by memory; those that form logits or similarities by their products."""
+    if op in PAIR_LOSSES:
+        return PAIRS
     return LAYERS if op.startswith("linear_") else ROWS
+
+
+def forms_products(op: str) -> bool:
+    return family(op) != ROWS
 
 
 @dataclass(frozen=True)

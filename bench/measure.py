@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from case import GRADIENT_ERROR, LAYERS, PHASES, SCALAR_ERROR, Case, Contender, Reference, family
+from case import GRADIENT_ERROR, PHASES, SCALAR_ERROR, Case, Contender, Reference, forms_products
 
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 FLUSH_BYTES = 1 << 29  # several times any L2; writing it also keeps the queue busy while the host launches a run
@@ -177,7 +177,7 @@ def peak_extra_bytes(problem: Problem, contender: Contender) -> int | None:
             peak = torch.cuda.max_memory_allocated() - before
         else:
             peak = resident_peak(lambda: problem.answer(contender))
-    returned = sum(leaf.nbytes for leaf in problem.leaves) if family(problem.case.op) == LAYERS else 0
+    returned = sum(leaf.nbytes for leaf in problem.leaves) if forms_products(problem.case.op) else 0
     return None if peak is None else max(0, peak - returned)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import plots
 import results
-from case import LAYERS, ROWS, family
+from case import LAYERS, PAIRS, ROWS, family, forms_products
 from plots import Bar, number
 from results import COPY, EAGER, ROOT
 
@@ -24,7 +24,7 @@ CEILINGS = {
     "gemm_bfloat16_gflops": ("bfloat16 matrix product", "GFLOP/s"),
     "exp_giga": ("float32 exp", "billion/s"),
 }
-SHAPES = {ROWS: "logits", LAYERS: "rows × features × classes"}
+SHAPES = {ROWS: "logits", LAYERS: "rows × features × classes", PAIRS: "embeddings"}
 METHOD = (
     "Medians of interleaved runs; whiskers are the quartiles. Every contender starts from the same restored inputs, "
     "makes its own gradient through torch.autograd.grad, and is timed with cold caches. GB/s counts one traffic for "
@@ -86,7 +86,7 @@ def tiles(content: dict) -> str:
 
 def bound(op: str, row: dict, ceilings: dict[str, float]) -> tuple[float, str] | None:
     """The least time in ms that the case's work takes on this machine, and what it is; None without that ceiling."""
-    if family(op) == ROWS:
+    if not forms_products(op):
         return row["traffic_bytes"] / ceilings["copy_gbs"] / 1e6, "two reads and one write at copy speed"
     gemm = ceilings.get(f"gemm_{row['dtype']}_gflops")
     return (row["flops"] / gemm / 1e6, "its matrix products at full speed") if gemm else None
@@ -94,7 +94,7 @@ def bound(op: str, row: dict, ceilings: dict[str, float]) -> tuple[float, str] |
 
 def case_card(op: str, title: str, group: dict[str, dict], forward: dict[str, dict], ceilings: dict[str, float]) -> str:
     rows = list(group.values())
-    layer = family(op) == LAYERS
+    layer = forms_products(op)
     model = next((row for row in rows if row["contender"] != COPY), None)
     marker = bound(op, model, ceilings) if model else None
     times = []

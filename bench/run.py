@@ -23,10 +23,10 @@ import report
 import results
 import roofline
 import train_lm
-from case import LAYERS, Case, Contender, family
+from case import Case, Contender, forms_products
 from results import COPY, EAGER, say
 
-OPERATORS = ("cross_entropy", "z_loss", "linear_cross_entropy", "linear_z_loss")
+OPERATORS = ("cross_entropy", "z_loss", "linear_cross_entropy", "linear_z_loss", "multi_similarity_loss", "supcon")
 TRAINING_SECONDS = 35.0  # what the language model may take of the budget
 
 
@@ -93,7 +93,7 @@ def measured(case: Case, copy_gbs: float) -> tuple[list[dict], bool]:
         found += results.rows(case, contender, times[name], peaks.get(name), errors.get(name), copy_gbs)
         both = found[-1]
         rate = f"{both['gbs']:7.1f} GB/s  {both['copy_fraction']:4.0%} of copy"
-        if family(case.op) == LAYERS:
+        if forms_products(case.op):
             rate = f"{results.gflops(both):7.1f} GFLOP/s"
         quarters = f"[{both['q25_ms']:.2f}, {both['q75_ms']:.2f}] of {both['runs']}"
         say(f"  {name:26} {both['median_ms']:9.2f} ms  {quarters}  {rate}")

@@ -24,6 +24,8 @@ NAMES = {
     "lifted_structure": [1.0, 0.2],
     "contrastive": [0.9, 0.1],
     "triplet": [0.2],
+    "log_sum_exp": [],
+    "positive_sum": [],
 }
 ORDER = list(NAMES)
 SHAPES = [(1, 1), (9, 40), (3, 1500), (2, 9000)]  # a warp a row, blocks of two sizes

@@ -25,6 +25,8 @@ LOSSES = {
     "lifted_structure": [1.0, 0.2],
     "contrastive": [0.9, 0.1],
     "triplet": [0.2],
+    "log_sum_exp": [],
+    "positive_sum": [],
 }
 REDUCTIONS = ("none", "sum", "mean", "mean_active")
 WIDE = torch.float64 if NATIVE_CPU else torch.float32

@@ -22,6 +22,8 @@ LOSSES = (
     "lifted_structure",
     "contrastive",
     "triplet",
+    "log_sum_exp",
+    "positive_sum",
 )
 
 
@@ -99,11 +101,11 @@ def exponents(z, least, most, p0, p1, p2, LOSS: tl.constexpr):
 def terms(z, positive, negative, least, most, top, p0, p1, p2, LOSS: tl.constexpr):
     """The terms that a row sums over its positives and over its negatives."""
     pull, push, pull_shift, push_shift = exponents(z, least, most, p0, p1, p2, LOSS)
-    if LOSS == "softmax":
+    if LOSS == "softmax" or LOSS == "log_sum_exp":
         of_positive = z - top
         of_negative = tl.exp(z - top)
         negative = positive | negative
-    elif LOSS == "decoupled_softmax":
+    elif LOSS == "decoupled_softmax" or LOSS == "positive_sum":
         of_positive = z
         of_negative = tl.exp(z - most)
     elif LOSS == "sigmoid" or LOSS == "binomial_deviance":
@@ -144,6 +146,12 @@ def weights(
     elif LOSS == "lifted_structure":
         on_positive = tl.where(loss > 0, -tl.exp(pull) / of_positive, 0.0)
         on_negative = tl.where(loss > 0, tl.exp(push) / of_negative, 0.0)
+    elif LOSS == "log_sum_exp":
+        on_negative = tl.exp(z - top) / of_negative
+        on_positive = on_negative
+    elif LOSS == "positive_sum":
+        on_positive = z * 0.0 + 1.0
+        on_negative = z * 0.0
     elif LOSS == "contrastive":
         on_positive = tl.where(pull > 0, -1.0 / n_positive, 0.0)
         on_negative = tl.where(push > 0, 1.0 / n_negative, 0.0)
@@ -268,6 +276,12 @@ def pairwise_kernel(
     elif LOSS == "sigmoid":
         active = n_positive > 0  # 1 at least by now: every row
         loss = of_positive + of_negative
+    elif LOSS == "log_sum_exp":
+        active = n_positive > 0
+        loss = top + tl.log(of_negative)
+    elif LOSS == "positive_sum":
+        active = n_positive > 0
+        loss = of_positive
     elif LOSS == "multi_similarity":
         pull_shift = tl.maximum(-p0 * (least - p2), 0.0)
         push_shift = tl.maximum(p1 * (most - p2), 0.0)

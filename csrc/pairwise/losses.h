@@ -237,6 +237,33 @@ TILEWISE_PROGRAM void triplet_loss(Row& row, T margin) {
   row.write_two(positive, -weight, negative, weight);
 }
 
+// L = lse_{P+N} z, -inf without pairs                            a share of softmax_loss, to be merged with others
+template <typename T, typename Row>
+TILEWISE_PROGRAM void log_sum_exp(Row& row) {
+  const T max =
+      row.template fold<Max>([](auto z, auto relation) { return values(relation != 0 ? z : -infinity<T>()); }).value[0];
+  if (max == -infinity<T>()) {
+    row.finish(max);
+    if (row.wants_gradient()) row.write_two(-1, T(0), -1, T(0));
+    return;
+  }
+  const T sum =
+      row.template fold<Sum>([=](auto z, auto relation) { return values(relation != 0 ? fast_exp(z - max) : T(0)); })
+          .value[0];
+  const T log_sum = natural_log(sum);
+  row.finish(max + log_sum);
+  if (!row.wants_gradient()) return;
+  row.write([=](auto z, auto relation) { return relation != 0 ? fast_exp((z - max) - log_sum) : T(0); });
+}
+
+// L = sum_P z
+template <typename T, typename Row>
+TILEWISE_PROGRAM void positive_sum(Row& row) {
+  row.finish(row.template fold<Sum>([](auto z, auto relation) { return values(relation > 0 ? z : T(0)); }).value[0]);
+  if (!row.wants_gradient()) return;
+  row.write([](auto, auto relation) { return relation > 0 ? T(1) : T(0); });
+}
+
 template <PairLoss kLoss, typename T, typename Row>
 TILEWISE_PROGRAM void run_loss(const T (&p)[kPairParameters], Row& row) {
   if constexpr (kLoss == PairLoss::kSoftmax) softmax_loss<T>(row);
@@ -247,6 +274,8 @@ TILEWISE_PROGRAM void run_loss(const T (&p)[kPairParameters], Row& row) {
   if constexpr (kLoss == PairLoss::kLiftedStructure) lifted_structure_loss<T>(row, p[0], p[1]);
   if constexpr (kLoss == PairLoss::kContrastive) contrastive_loss<T>(row, p[0], p[1]);
   if constexpr (kLoss == PairLoss::kTriplet) triplet_loss<T>(row, p[0]);
+  if constexpr (kLoss == PairLoss::kLogSumExp) log_sum_exp<T>(row);
+  if constexpr (kLoss == PairLoss::kPositiveSum) positive_sum<T>(row);
 }
 
 // f of the loss as a constant: std::integral_constant
@@ -267,8 +296,12 @@ auto with_loss(PairLoss loss, Function f) {
       return f(std::integral_constant<PairLoss, PairLoss::kLiftedStructure>{});
     case PairLoss::kContrastive:
       return f(std::integral_constant<PairLoss, PairLoss::kContrastive>{});
-    default:
+    case PairLoss::kTriplet:
       return f(std::integral_constant<PairLoss, PairLoss::kTriplet>{});
+    case PairLoss::kLogSumExp:
+      return f(std::integral_constant<PairLoss, PairLoss::kLogSumExp>{});
+    default:
+      return f(std::integral_constant<PairLoss, PairLoss::kPositiveSum>{});
   }
 }
 

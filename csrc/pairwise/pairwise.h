@@ -21,6 +21,8 @@ enum class PairLoss : int32_t {
   kLiftedStructure,
   kContrastive,
   kTriplet,
+  kLogSumExp,
+  kPositiveSum,
 };
 
 constexpr int kPairParameters = 4;

@@ -63,6 +63,8 @@ constexpr NamedLoss kLosses[] = {
     {"lifted_structure", PairLoss::kLiftedStructure, 2},
     {"contrastive", PairLoss::kContrastive, 2},
     {"triplet", PairLoss::kTriplet, 1},
+    {"log_sum_exp", PairLoss::kLogSumExp, 0},
+    {"positive_sum", PairLoss::kPositiveSum, 0},
 };
 
 const NamedLoss& loss_of(const Problem& problem) {

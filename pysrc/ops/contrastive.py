@@ -215,7 +215,7 @@ def supcon(
     )
 
 
-def _check_features(op: str, image: Tensor, text: Tensor) -> None:
+def check_features(op: str, image: Tensor, text: Tensor) -> None:
     check_embeddings(op, "image", image)
     check_embeddings(op, "text", text, image, "image")
     if text.shape != image.shape:
@@ -249,7 +249,7 @@ def clip_loss(image: Tensor, text: Tensor, logit_scale: float | Tensor, *, reduc
         >>> loss = tilewise.clip_loss(image, text, torch.tensor(14.3, requires_grad=True))
     """
     op = "clip_loss"
-    _check_features(op, image, text)
+    check_features(op, image, text)
     scale = check_number(op, "logit_scale", logit_scale, image)
     index = _indices(image)
     options = {"loss": "softmax", "scale": scale, "reduction": reduction}
@@ -293,7 +293,7 @@ def siglip_loss(
         >>> loss = tilewise.siglip_loss(image, text, 10.0, torch.tensor(-10.0, requires_grad=True))
     """
     op = "siglip_loss"
-    _check_features(op, image, text)
+    check_features(op, image, text)
     check_pair_reduction(op, reduction)
     index = _indices(image)
     return pairwise_loss(

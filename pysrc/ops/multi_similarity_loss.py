@@ -63,12 +63,7 @@ def multi_similarity_loss(
         >>> tilewise.multi_similarity_loss(embeddings, labels).backward()
     """
     x, y, x_labels, y_labels, self_offset = check_references(OP, embeddings, labels, ref_embeddings, ref_labels)
-    parameters = (
-        rows.check_positive(OP, "alpha", alpha),
-        rows.check_positive(OP, "beta", beta),
-        rows.check_number(OP, "base", base),
-        math.inf if epsilon is None else rows.check_number(OP, "epsilon", epsilon),
-    )
+    parameters = parameters_of(OP, alpha, beta, base, epsilon)
     return pairwise_loss(
         OP,
         x,
@@ -80,4 +75,14 @@ def multi_similarity_loss(
         self_offset=self_offset,
         normalize=normalize,
         reduction=reduction,
+    )
+
+
+def parameters_of(op: str, alpha: float, beta: float, base: float, epsilon: float | None) -> tuple[float, ...]:
+    """The operator's parameters of checked options."""
+    return (
+        rows.check_positive(op, "alpha", alpha),
+        rows.check_positive(op, "beta", beta),
+        rows.check_number(op, "base", base),
+        math.inf if epsilon is None else rows.check_number(op, "epsilon", epsilon),
     )

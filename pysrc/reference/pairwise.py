@@ -64,7 +64,7 @@ def decoupled_softmax(z, positive, negative):
 def sigmoid(z, positive, negative):
     sign = negative.to(z.dtype) - positive.to(z.dtype)
     loss = torch.where(positive | negative, _softplus(sign * z), 0).sum(1)
-    return loss, torch.ones(len(z), dtype=torch.bool, device=z.device), sign * torch.sigmoid(sign * z)
+    return loss, _every_row(z), sign * torch.sigmoid(sign * z)
 
 
 def multi_similarity(z, positive, negative, alpha, beta, base, epsilon):
@@ -115,6 +115,20 @@ def triplet(z, positive, negative, margin):
     return loss[:, 0], positive.any(1) & negative.any(1), weights
 
 
+def log_sum_exp(z, positive, negative):
+    pairs = positive | negative
+    lse = torch.where(pairs.any(1, keepdim=True), _lse(z, pairs), -math.inf)
+    return lse[:, 0], _every_row(z), _exp(z - lse, pairs)
+
+
+def positive_sum(z, positive, negative):
+    return torch.where(positive, z, 0).sum(1), _every_row(z), positive.to(z.dtype)
+
+
+def _every_row(z: Tensor) -> Tensor:
+    return torch.ones(len(z), dtype=torch.bool, device=z.device)
+
+
 def _first(mask: Tensor) -> Tensor:
     """The first of the masked columns alone."""
     return mask & (mask.cumsum(1) == 1)
@@ -131,6 +145,8 @@ LOSSES = {
         lifted_structure,
         contrastive,
         triplet,
+        log_sum_exp,
+        positive_sum,
     )
 }
 

@@ -1,0 +1,128 @@
+"""Pairwise losses over 2 and 3 real processes (gloo) against one process with the concatenated batch, in float64."""
+
+import os
+import traceback
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+import tilewise
+from tilewise import distributed
+
+pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
+ROWS, WIDTH = 6, 5
+
+
+def inputs(world):
+    torch.manual_seed(0)
+    x, y = (torch.randn(world * ROWS, WIDTH, dtype=torch.float64) for _ in range(2))
+    labels = torch.randint(0, 4, (world * ROWS,))
+    labels[1] = 50  # without positives
+    return x, y, labels
+
+
+def losses(x, y, labels, two, module, **options):
+    """Every loss, from `tilewise` or from `tilewise.distributed`."""
+    each = {
+        "info_nce": lambda: module.info_nce(x, y, temperature=two[0], **options),
+        "clip": lambda: module.clip_loss(x, y, two[0], **options),
+        "siglip": lambda: module.siglip_loss(x, y, two[0], two[1], **options),
+        "supcon": lambda: module.supcon(x, labels, temperature=two[0], **options),
+    }
+    if options.get("form") != "ring":
+        each["multi_similarity"] = lambda: module.multi_similarity_loss(x, labels, **options)
+    return each
+
+
+def gradients(loss, tensors):
+    return torch.autograd.grad(loss, tensors, allow_unused=True, materialize_grads=True)
+
+
+def compare(rank, world):
+    x, y, labels = inputs(world)
+    own = slice(rank * ROWS, (rank + 1) * ROWS)
+    for reduction in ("mean", "sum", "none"):
+        whole = [t.clone().requires_grad_() for t in (x, y, torch.tensor([2.0, -1.0], dtype=torch.float64))]
+        expected = losses(whole[0], whole[1], labels, whole[2], tilewise, reduction=reduction)
+        for form in ("gather", "ring"):
+            local = [x[own].clone(), y[own].clone(), torch.tensor([2.0, -1.0], dtype=torch.float64)]
+            local = [t.requires_grad_() for t in local]
+            options = {"reduction": reduction} | ({"form": form} if form == "ring" else {})
+            for name, loss in losses(local[0], local[1], labels[own], local[2], distributed, **options).items():
+                what = f"{name} {form} {reduction}"
+                mine, truth = loss(), expected[name]()
+                grads, exact = gradients(mine.sum(), local), gradients(truth.sum(), whole)
+                if reduction == "none":
+                    torch.testing.assert_close(mine, truth[own], rtol=1e-9, atol=1e-12, msg=what)
+                else:
+                    total = mine.detach().clone()
+                    dist.all_reduce(total)
+                    total = total / world if reduction == "mean" else total
+                    torch.testing.assert_close(total, truth.detach(), rtol=1e-9, atol=1e-12, msg=what)
+                shared = grads[2].clone()
+                dist.all_reduce(shared)
+                share = 1 / world if reduction == "mean" else 1.0
+                pairs = [(grads[0], exact[0][own]), (grads[1], exact[1][own]), (shared, exact[2])]
+                for found, want in pairs:
+                    torch.testing.assert_close(found * share, want, rtol=1e-9, atol=1e-12, msg=what)
+
+
+def train_with_ddp(rank, world):
+    """Averaged gradients of a module are those of one process with the whole batch."""
+    torch.manual_seed(1)
+    module = torch.nn.Linear(WIDTH, 4).double()
+    x, _, labels = inputs(world)
+    tilewise.supcon(module(x), labels).backward()
+    expected = [p.grad.clone() for p in module.parameters()]
+    module.zero_grad()
+    wrapped = torch.nn.parallel.DistributedDataParallel(module)
+    own = slice(rank * ROWS, (rank + 1) * ROWS)
+    distributed.supcon(wrapped(x[own]), labels[own]).backward()
+    torch.testing.assert_close([p.grad for p in module.parameters()], expected, rtol=1e-9, atol=1e-12)
+
+
+def refuse_uneven(rank, world):
+    x = torch.randn(3 + (rank == 1), WIDTH)
+    labels = torch.zeros(len(x), dtype=torch.int64)
+    for form in ("gather", "ring"):
+        with pytest.raises(ValueError, match=r"the same number of rows, got \[3, 4"):
+            distributed.supcon(x, labels, form=form)
+    for options, message in [({"reduction": "mean_active"}, "'none', 'sum' or 'mean'"), ({"form": "tree"}, "'ring'")]:
+        with pytest.raises(ValueError, match=message):
+            distributed.supcon(x, labels, **options)
+
+
+def worker(rank, function, world, folder):
+    try:
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+        function(rank, world)
+        dist.destroy_process_group()
+    except BaseException:
+        (folder / f"{rank}.txt").write_text(traceback.format_exc())
+        os._exit(1)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("function", [compare, train_with_ddp, refuse_uneven], ids=lambda function: function.__name__)
+def test_processes(function, world, tmp_path):
+    context = mp.get_context("spawn")
+    processes = [context.Process(target=worker, args=(rank, function, world, tmp_path)) for rank in range(world)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    failures = [file.read_text() for file in sorted(tmp_path.glob("*.txt"))]
+    assert not failures, "\n".join(failures)
+    assert [process.exitcode for process in processes] == [0] * world
+
+
+def test_one_process(tmp_path):
+    """Without company both forms are the plain loss."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        compare(0, 1)
+    finally:
+        dist.destroy_process_group()
