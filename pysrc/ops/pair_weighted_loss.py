@@ -120,7 +120,7 @@ class _Rows(torch.autograd.Function):
 
 
 class _Total(torch.autograd.Function):
-    """The sum of row losses and how many rows have pairs; the forward forms the gradients in its run of the function."""
+    """The sum of row losses and how many rows have pairs; the forward forms the gradients beside the losses."""
 
     @staticmethod
     def forward(ctx, x, y, x_labels, y_labels, self_offset, function, form_x, form_y):
