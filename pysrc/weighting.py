@@ -4,6 +4,7 @@ P and N are an anchor's positive and negative pairs, #P and #N their numbers, s 
 with General Pair Weighting for Deep Metric Learning" (Wang et al., 2019), which writes them all as weights of pairs.
 """
 
+import math
 from dataclasses import astuple, dataclass
 
 from tilewise.ops import rows
@@ -13,22 +14,24 @@ from tilewise.ops import rows
 class _Weighting:
     def __post_init__(self):
         for name, value in vars(self).items():
+            if name == "epsilon" and value is None:
+                continue
             check = rows.check_positive if name in ("alpha", "beta") else rows.check_number
             check(f"weighting.{type(self).__name__}", name, value)
 
     @property
     def parameters(self) -> tuple[float, ...]:
-        return tuple(map(float, astuple(self)))
+        return tuple(math.inf if value is None else float(value) for value in astuple(self))
 
 
 @dataclass(frozen=True)
 class MultiSimilarity(_Weighting):
-    """The loss of :func:`tilewise.multi_similarity_loss`, with mining."""
+    """The loss of :func:`tilewise.multi_similarity_loss`; epsilon None keeps all pairs."""
 
     alpha: float = 2.0
     beta: float = 50.0
     base: float = 0.5
-    epsilon: float = 0.1
+    epsilon: float | None = 0.1
     loss = "multi_similarity"
 
 

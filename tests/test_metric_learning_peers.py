@@ -114,6 +114,15 @@ def test_their_miner_feeds_our_loss(labels):
         torch.testing.assert_close(*results, rtol=1e-9, atol=1e-12)
 
 
+def test_positional_parameters_and_repeated_pairs(labels):
+    """As theirs: the module's first three parameters, and a pair named twice counts once."""
+    ours, loss = tilewise.nn.MultiSimilarityLoss(1.0, 20.0, 0.3), losses.MultiSimilarityLoss(1.0, 20.0, 0.3)
+    x = embeddings()
+    pairs = tuple(t.repeat(2) for t in miners.MultiSimilarityMiner(epsilon=0.1)(x, labels))
+    results = both(lambda x: ours(x, labels, pairs), lambda x: loss(x, labels, pairs), x)
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-12)
+
+
 def test_our_miner_feeds_their_losses(labels):
     miner, theirs = tilewise.nn.MultiSimilarityMiner(), miners.MultiSimilarityMiner(epsilon=0.1)
     for loss in (losses.MultiSimilarityLoss(), losses.ContrastiveLoss(distance=distances.CosineSimilarity())):

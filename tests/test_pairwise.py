@@ -464,6 +464,31 @@ def test_autocast():
     torch.testing.assert_close(loss, expected, rtol=2e-2 if DEVICE == "cuda" else 0, atol=0)
 
 
+def test_a_function_runs_once_for_a_reduced_loss():
+    x, _, labels = leaves(dtype=torch.float32)
+    calls = []
+
+    def function(s, positive, negative):
+        calls.append(s.requires_grad)
+        return (torch.relu(1 - s) * positive).sum(1)
+
+    tilewise.pair_weighted_loss(x, labels, function).backward()
+    assert calls == [True]
+    tilewise.pair_weighted_loss(x, labels, function, reduction="none").sum().backward()
+    assert calls == [True, False, True]
+
+
+def test_miners_and_functions_under_autocast():
+    """Similarities are float32 there too: the same pairs, the same loss."""
+    x, _, labels = leaves(n=40, dtype=torch.float32)
+    loss = lambda: tilewise.pair_weighted_loss(x, labels, lambda s, p, n: (s * p - s.abs() * n).sum(1))  # noqa: E731
+    expected = tilewise.multi_similarity_mine(x, labels, epsilon=0.01), loss().detach()
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        found = tilewise.multi_similarity_mine(x, labels, epsilon=0.01), loss().detach()
+    if DEVICE == "cpu":  # a GPU's embeddings take autocast's type
+        torch.testing.assert_close(found, expected)
+
+
 @hypothesis.settings(deadline=None, max_examples=10 if INTERPRETED else 60)
 @hypothesis.given(
     loss=st.sampled_from(list(LOSSES)),

@@ -4,11 +4,12 @@ import torch
 from torch import Tensor
 
 from tilewise.nn.losses import LossModule
+from tilewise.ops import rows
 from tilewise.ops.contrastive import clip_loss, info_nce, nt_xent, siglip_loss, supcon
 from tilewise.ops.mining import multi_similarity_mine
 from tilewise.ops.multi_similarity_loss import multi_similarity_loss
 from tilewise.ops.pair_weighted_loss import pair_weighted_loss
-from tilewise.ops.pairwise import check_references, prepared
+from tilewise.ops.pairwise import check_pair_reduction, check_references, prepared
 
 Pairs = tuple[Tensor, ...]
 
@@ -17,9 +18,13 @@ class MultiSimilarityLoss(LossModule):
     """:func:`tilewise.multi_similarity_loss`; drop-in for pytorch-metric-learning's MultiSimilarityLoss and its miner.
 
     Args:
-        **options: alpha, beta, base, epsilon, normalize and reduction of the function. Without an ``indices_tuple`` the
-            loss mines by epsilon.
+        alpha, beta, base: of the function.
+        **options: epsilon, normalize and reduction of the function. Without an ``indices_tuple`` the loss mines by
+            epsilon; pytorch-metric-learning's takes all pairs then, as does epsilon None.
     """
+
+    def __init__(self, alpha: float = 2.0, beta: float = 50.0, base: float = 0.5, **options):
+        super().__init__(alpha=alpha, beta=beta, base=base, **options)
 
     def forward(
         self,
@@ -39,32 +44,27 @@ class MultiSimilarityLoss(LossModule):
         x, y, *_ = check_references(op, embeddings, labels, ref_emb, ref_labels)
         if len(indices_tuple) not in (3, 4):
             raise ValueError(f"tilewise.{op}: expected indices_tuple of 3 or 4 tensors, got {len(indices_tuple)}")
-        options = {"alpha": 2.0, "beta": 50.0, "base": 0.5, "normalize": True, "reduction": "mean"} | self.options
-        x, y = prepared(x, y, options["normalize"])
+        reduction = self.options.get("reduction", "mean")
+        check_pair_reduction(op, reduction)
+        alpha, beta = (rows.check_positive(op, name, self.options[name]) for name in ("alpha", "beta"))
+        base = rows.check_number(op, "base", self.options["base"])
+        x, y = prepared(x, y, self.options.get("normalize", True))
         anchor_p, positive, *rest = indices_tuple
         anchor_n, negative = rest if len(rest) == 2 else (anchor_p, rest[0])
-        if len(rest) == 1:
-            anchor_p, positive = _distinct(anchor_p, positive, len(y))
-            anchor_n, negative = _distinct(anchor_n, negative, len(y))
-        base = options["base"]
-        terms = [
-            _log_one_plus_sums(sign * slope * ((x[anchor] * y[other]).sum(1) - base), anchor, len(x)) / slope
-            for sign, slope, anchor, other in (
-                (-1, options["alpha"], anchor_p, positive),
-                (1, options["beta"], anchor_n, negative),
-            )
-        ]
-        losses = sum(terms)
-        if options["reduction"] == "none":
+        anchor_p, positive = _distinct(anchor_p, positive, len(y))
+        anchor_n, negative = _distinct(anchor_n, negative, len(y))
+        pulled = _log_one_plus_sums(-alpha * ((x[anchor_p] * y[positive]).sum(1) - base), anchor_p, len(x))
+        pushed = _log_one_plus_sums(beta * ((x[anchor_n] * y[negative]).sum(1) - base), anchor_n, len(x))
+        losses = pulled / alpha + pushed / beta
+        if reduction == "none":
             return losses
-        total = losses.sum()
-        if options["reduction"] == "mean_active":
-            return total / torch.cat([anchor_p, anchor_n]).unique().numel() if total.numel() else total
-        return total / max(1, len(x)) if options["reduction"] == "mean" else total
+        if reduction == "mean_active":
+            return losses.sum() / max(1, torch.cat([anchor_p, anchor_n]).unique().numel())
+        return losses.sum() / (max(1, len(x)) if reduction == "mean" else 1)
 
 
 def _distinct(anchor: Tensor, other: Tensor, others: int) -> Pairs:
-    """Each pair once: triplets name them many times."""
+    """Each pair once: triplets, or several miners together, name them many times."""
     pair = torch.unique(anchor * others + other)
     return pair // others, pair % others
 

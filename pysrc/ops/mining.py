@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from tilewise.ops import rows
-from tilewise.ops.pairwise import check_references, prepared
-from tilewise.reference.pairwise import relations
+from tilewise.ops.pairwise import check_references, prepared, similarity_chunks
 
 CHUNK = 2**20  # similarities held at a time
 
@@ -18,12 +17,9 @@ def _chunks(
 ) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
     """The first anchor of each chunk, its similarities and its masks of positive and negative pairs."""
     x, y, x_labels, y_labels, self_offset = check_references(op, embeddings, labels, ref_embeddings, ref_labels)
-    x, y = prepared(x.detach(), y.detach() if y is not x else x.detach(), normalize)
-    size = max(1, CHUNK // max(1, len(y)))
-    for begin in range(0, len(x), size):
-        part = slice(begin, begin + size)
-        own = None if self_offset is None else self_offset + begin
-        yield begin, x[part] @ y.t(), *relations(x_labels[part], y_labels, own)
+    x, y = prepared(x, y, normalize)
+    for part, similarities, *masks in similarity_chunks(x, y, x_labels, y_labels, self_offset, CHUNK):
+        yield part.start, similarities, *masks
 
 
 def _joined(found: list[tuple[Tensor, ...]], columns: int, like: Tensor) -> tuple[Tensor, ...]:

@@ -5,8 +5,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tilewise.ops.pairwise import check_pair_reduction, check_references, pairwise_loss, prepared
-from tilewise.reference.pairwise import relations
+from tilewise.ops.pairwise import (
+    check_pair_reduction,
+    check_references,
+    pairwise_loss,
+    prepared,
+    similarity_chunks,
+)
+from tilewise.reference.rows import statistics_dtype
 from tilewise.weighting import _Weighting
 
 OP = "pair_weighted_loss"
@@ -36,7 +42,8 @@ def pair_weighted_loss(
         weighting: one of :mod:`tilewise.weighting`, served by the kernels; or a function of PyTorch operations
             ``f(similarities, positive, negative) -> losses`` of a chunk of R anchors: (R, M) similarities, the (R, M)
             masks of positive and negative pairs, (R,) losses. It is differentiated chunk by chunk, with memory for
-            about a million similarities (and what f itself keeps); no gradient flows to what it closes over.
+            about a million similarities (and what f itself keeps), once; with reduction ``"none"`` it runs again in the
+            backward. No gradient flows to what it closes over.
         ref_embeddings: (M, d) of the same dtype: pairs are then formed with these, and none is left out.
         ref_labels: (M,) integers.
         normalize: cosine similarities; False takes the embeddings as they are.
@@ -79,48 +86,83 @@ def pair_weighted_loss(
         )
     check_pair_reduction(OP, reduction)
     x, y = prepared(x, y, normalize)
-    losses, active = _Chunked.apply(x, y, x_labels, y_labels, self_offset, weighting)
+    wide = statistics_dtype(x)
+    arguments = (x.to(wide), y.to(wide), x_labels, y_labels, self_offset, weighting)
     if reduction == "none":
-        return losses
+        return _Rows.apply(*arguments)
+    grad = torch.is_grad_enabled()
+    total, active = _Total.apply(*arguments, grad and x.requires_grad, grad and y.requires_grad)
     if reduction == "sum":
-        return losses.sum()
-    return losses.sum() / (active.sum().clamp(min=1) if reduction == "mean_active" else max(1, len(x)))
+        return total
+    return total / (active.clamp(min=1) if reduction == "mean_active" else max(1, len(x)))
 
 
-class _Chunked(torch.autograd.Function):
-    """Row losses; the backward runs the function again on each chunk."""
+class _Rows(torch.autograd.Function):
+    """Row losses; the backward, which alone knows their weights, runs the function again."""
 
     @staticmethod
     def forward(ctx, x, y, x_labels, y_labels, self_offset, function):
         ctx.save_for_backward(x, y, x_labels, y_labels)
         ctx.self_offset, ctx.function = self_offset, function
-        losses, active = x.new_empty(len(x)), x.new_empty(len(x))
-        for part, similarities, positive, negative in _chunks(x, y, x_labels, y_labels, self_offset):
-            losses[part] = _called(function, similarities, positive, negative)
-            active[part] = (positive | negative).any(1).to(active.dtype)
-        ctx.mark_non_differentiable(active)
-        return losses, active
+        losses = x.new_empty(len(x))
+        for part, *pairs in similarity_chunks(x, y, x_labels, y_labels, self_offset, CHUNK):
+            losses[part] = _called(function, *pairs)
+        return losses
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_losses, _):
+    def backward(ctx, grad_losses):
         x, y, x_labels, y_labels = ctx.saved_tensors
-        grad_x, grad_y = torch.empty_like(x), torch.zeros_like(y)
-        for part, similarities, positive, negative in _chunks(x, y, x_labels, y_labels, ctx.self_offset):
-            with torch.enable_grad():
-                losses = _called(ctx.function, similarities.requires_grad_(), positive, negative)
-            (g,) = torch.autograd.grad(losses, similarities, grad_losses[part], materialize_grads=True)
-            grad_x[part] = g @ y
-            grad_y.addmm_(g.t(), x[part])
-        return grad_x, grad_y, None, None, None, None
+        gradients = _Gradients(x, y, *ctx.needs_input_grad[:2])
+        for part, *pairs in similarity_chunks(x, y, x_labels, y_labels, ctx.self_offset, CHUNK):
+            gradients.add(part, ctx.function, *pairs, grad_losses[part])
+        return gradients.x, gradients.y, None, None, None, None
 
 
-def _chunks(x, y, x_labels, y_labels, self_offset):
-    size = max(1, CHUNK // max(1, len(y)))
-    for begin in range(0, len(x), size):
-        part = slice(begin, begin + size)
-        own = None if self_offset is None else self_offset + begin
-        yield part, x[part] @ y.t(), *relations(x_labels[part], y_labels, own)
+class _Total(torch.autograd.Function):
+    """The sum of row losses and how many rows have pairs; the forward forms the gradients beside the losses."""
+
+    @staticmethod
+    def forward(ctx, x, y, x_labels, y_labels, self_offset, function, form_x, form_y):
+        gradients = _Gradients(x, y, form_x, form_y)
+        total, active = x.new_zeros(()), x.new_zeros(())
+        for part, similarities, *masks in similarity_chunks(x, y, x_labels, y_labels, self_offset, CHUNK):
+            total += gradients.add(part, function, similarities, *masks).sum()
+            active += (masks[0] | masks[1]).any(1).sum()
+        ctx.save_for_backward(gradients.x, gradients.y)
+        ctx.mark_non_differentiable(active)
+        return total, active
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_total, _):
+        found = (None if gradient is None else gradient * grad_total for gradient in ctx.saved_tensors)
+        return *found, None, None, None, None, None, None
+
+
+class _Gradients:
+    """What the chunks of rows give for x and y, where wanted."""
+
+    def __init__(self, x: Tensor, y: Tensor, wants_x: bool, wants_y: bool):
+        self.of = x, y
+        self.x = torch.zeros_like(x) if wants_x else None
+        self.y = torch.zeros_like(y) if wants_y else None
+
+    def add(self, part, function, similarities, positive, negative, upstream=None) -> Tensor:
+        """Runs the function on a chunk and returns its losses."""
+        wanted = self.x is not None or self.y is not None
+        with torch.set_grad_enabled(wanted):
+            losses = _called(function, similarities.requires_grad_(wanted), positive, negative)
+        if losses.requires_grad:  # not where the function gave constants
+            upstream = torch.ones_like(losses) if upstream is None else upstream.to(losses.dtype)
+            (g,) = torch.autograd.grad(losses, similarities, upstream, materialize_grads=True)
+            x, y = self.of
+            with torch.autocast(x.device.type, enabled=False):
+                if self.x is not None:
+                    self.x[part] = g @ y
+                if self.y is not None:
+                    self.y.addmm_(g.t(), x[part])
+        return losses.detach()
 
 
 def _called(function: RowLoss, similarities: Tensor, positive: Tensor, negative: Tensor) -> Tensor:

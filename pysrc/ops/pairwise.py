@@ -1,10 +1,13 @@
 """torch.ops.tilewise.pairwise_loss: fake, autograd, and what the public pairwise losses share."""
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tilewise.ops import rows
+from tilewise.reference.pairwise import relations
 from tilewise.reference.rows import statistics_dtype
 
 REDUCTIONS = ("none", "sum", "mean", "mean_active")
@@ -62,7 +65,8 @@ def check_references(op: str, embeddings: Tensor, labels: Tensor, ref_embeddings
     if ref_embeddings is None:
         return embeddings, embeddings, labels, labels, 0
     check_embeddings(op, "ref_embeddings", ref_embeddings, embeddings, "embeddings")
-    return embeddings, ref_embeddings, labels, check_labels(op, "ref_labels", ref_labels, ref_embeddings, "them"), None
+    ref_labels = check_labels(op, "ref_labels", ref_labels, ref_embeddings, "ref_embeddings")
+    return embeddings, ref_embeddings, labels, ref_labels, None
 
 
 def check_pair_reduction(op: str, reduction: str) -> None:
@@ -91,6 +95,22 @@ def prepared(x: Tensor, y: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
         return x, y
     wide = statistics_dtype(x)
     return (x.to(wide),) * 2 if y is x else (x.to(wide), y.to(wide))
+
+
+def similarity_chunks(
+    x: Tensor, y: Tensor, x_labels: Tensor, y_labels: Tensor, self_offset: int | None, held: int
+) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+    """Chunks of rows with about `held` similarities: the rows, their similarities in the type of statistics whatever
+    autocast says, and the masks of positive and of negative pairs."""
+    wide = statistics_dtype(x)
+    columns = y.to(wide).t()
+    size = max(1, held // max(1, len(y)))
+    for begin in range(0, len(x), size):
+        part = slice(begin, begin + size)
+        own = None if self_offset is None else self_offset + begin
+        with torch.autocast(x.device.type, enabled=False):
+            similarities = x[part].to(wide) @ columns
+        yield part, similarities, *relations(x_labels[part], y_labels, own)
 
 
 def pairwise_loss(
