@@ -604,3 +604,17 @@ def test_miners_in_chunks(monkeypatch):
         assert all(torch.equal(a, b) for a, b in zip(whole, mine(x, labels), strict=True))
         monkeypatch.undo()
         assert all(t.shape == (0,) and t.dtype == torch.int64 for t in mine(x[:0], labels[:0]))
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_second_derivative_of_a_function_is_refused(reduction):
+    """Also where the upstream gradient is a constant: the first gradient must not pass for one."""
+    x = torch.randn(6, 5, device=DEVICE, requires_grad=True)
+    loss = tilewise.pair_weighted_loss(
+        x, torch.arange(6, device=DEVICE) // 2, lambda s, p, n: (s * s * n - s * p).sum(1), reduction=reduction
+    )
+    (gradient,) = torch.autograd.grad(loss.sum(), x, create_graph=True)
+    (plain,) = torch.autograd.grad(loss.sum(), x, retain_graph=True)
+    torch.testing.assert_close(gradient.detach(), plain)
+    with pytest.raises(RuntimeError, match="tilewise.pair_weighted_loss: expected one differentiation"):
+        gradient.square().sum().backward()

@@ -110,13 +110,13 @@ class _Rows(torch.autograd.Function):
         return losses
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_losses):
         x, y, x_labels, y_labels = ctx.saved_tensors
-        gradients = _Gradients(x, y, *ctx.needs_input_grad[:2])
-        for part, *pairs in similarity_chunks(x, y, x_labels, y_labels, ctx.self_offset, CHUNK):
-            gradients.add(part, ctx.function, *pairs, grad_losses[part])
-        return gradients.x, gradients.y, None, None, None, None
+        with torch.no_grad():
+            gradients = _Gradients(x, y, *ctx.needs_input_grad[:2])
+            for part, *pairs in similarity_chunks(x, y, x_labels, y_labels, ctx.self_offset, CHUNK):
+                gradients.add(part, ctx.function, *pairs, grad_losses[part])
+        return *_final(gradients.x, gradients.y, sources=(x, y, grad_losses)), None, None, None, None
 
 
 class _Total(torch.autograd.Function):
@@ -129,15 +129,37 @@ class _Total(torch.autograd.Function):
         for part, similarities, *masks in similarity_chunks(x, y, x_labels, y_labels, self_offset, CHUNK):
             total += gradients.add(part, function, similarities, *masks).sum()
             active += (masks[0] | masks[1]).any(1).sum()
-        ctx.save_for_backward(gradients.x, gradients.y)
+        ctx.save_for_backward(x, y, gradients.x, gradients.y)
         ctx.mark_non_differentiable(active)
         return total, active
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_total, _):
-        found = (None if gradient is None else gradient * grad_total for gradient in ctx.saved_tensors)
-        return *found, None, None, None, None, None, None
+        x, y, *gradients = ctx.saved_tensors
+        with torch.no_grad():
+            found = [None if gradient is None else gradient * grad_total for gradient in gradients]
+        return *_final(*found, sources=(x, y, grad_total)), None, None, None, None, None, None
+
+
+class _Final(torch.autograd.Function):
+    """A gradient that depends on `sources` in a way that is not known: who asks for its derivative is told so."""
+
+    @staticmethod
+    def forward(ctx, gradient, *sources):
+        return gradient
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(
+            f"tilewise.{OP}: expected one differentiation of a function of yours, got a second: "
+            "its gradients have no derivative"
+        )
+
+
+def _final(*gradients: Tensor | None, sources: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    if not torch.is_grad_enabled():  # the backward of an ordinary step
+        return gradients
+    return tuple(None if gradient is None else _Final.apply(gradient, *sources) for gradient in gradients)
 
 
 class _Gradients:
