@@ -52,6 +52,31 @@ STABLE_TORCH_LIBRARY(tilewise, m) {
       "int? self_offset, float guide_margin, str reduction, int chunk_bytes, bool x_grad, bool y_grad, "
       "bool bias_grad) -> (Tensor grad_x, Tensor grad_y, Tensor grad_bias)");
   m.def(
+      "sinkhorn(Tensor cost, Tensor a, Tensor b, Tensor epsilon, Tensor? f=None, Tensor? g=None, Tensor? start=None, *, "
+      "int max_iter, float tol, float? rho_a=None, float? rho_b=None, float scaling=0.5) "
+      "-> (Tensor f, Tensor g, Tensor value, Tensor error, Tensor n_iter)");
+  m.def(
+      "sinkhorn_points(Tensor x, Tensor y, Tensor a, Tensor b, Tensor epsilon, Tensor? f=None, Tensor? g=None, "
+      "Tensor? start=None, *, str cost, int max_iter, float tol, float? rho_a=None, float? rho_b=None, "
+      "float scaling=0.5, bool symmetric=False) "
+      "-> (Tensor f, Tensor g, Tensor value, Tensor error, Tensor n_iter)");
+  m.def(
+      "sinkhorn_plan(Tensor cost, Tensor? a, Tensor? b, Tensor epsilon, Tensor f, Tensor g, *, float? rho_a=None, "
+      "float? rho_b=None) -> Tensor");
+  m.def(
+      "sinkhorn_apply(Tensor cost, Tensor? a, Tensor? b, Tensor epsilon, Tensor f, Tensor g, Tensor v) -> Tensor");
+  m.def(
+      "sinkhorn_points_apply(Tensor x, Tensor y, Tensor? a, Tensor? b, Tensor epsilon, Tensor f, Tensor g, Tensor v, "
+      "Tensor? h=None, Tensor? k=None, *, str cost, float? rho_a=None, float? rho_b=None, bool over_distance=False) "
+      "-> Tensor");
+  m.def(
+      "sinkhorn_unrolled(Tensor cost, Tensor a, Tensor b, Tensor epsilon, *, int max_iter, float? rho_a=None, "
+      "float? rho_b=None) -> (Tensor f, Tensor g)");
+  m.def(
+      "sinkhorn_unrolled_backward(Tensor grad_f, Tensor grad_g, Tensor cost, Tensor a, Tensor b, Tensor epsilon, *, "
+      "int max_iter, float? rho_a=None, float? rho_b=None) "
+      "-> (Tensor grad_cost, Tensor grad_a, Tensor grad_b, Tensor grad_epsilon)");
+  m.def(
       "z_loss(Tensor logits, Tensor target, *, float a, float b, int ignore_index=-100, str reduction=\"mean\") "
       "-> (Tensor loss, Tensor row_state, Tensor total)");
   m.def(
@@ -78,6 +103,17 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tilewise, m) {
       "linear_spherical_softmax_loss(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, *, float eps=1e-6, "
       "int ignore_index=-100, str reduction=\"mean\") "
       "-> (Tensor loss, Tensor row_state, Tensor gram, Tensor mean, Tensor total)");
+  m.def(
+      "sinkhorn_potentials(Tensor cost, Tensor a, Tensor b, Tensor epsilon, Tensor f, Tensor g, *, "
+      "float? rho_a=None, float? rho_b=None) -> (Tensor f, Tensor g)");
+  m.def(
+      "sinkhorn_plan_backward(Tensor? grad_plan, Tensor? grad_f, Tensor? grad_g, Tensor cost, Tensor a, Tensor b, "
+      "Tensor epsilon, Tensor f, Tensor g, *, float? rho_a, float? rho_b) "
+      "-> (Tensor grad_cost, Tensor grad_a, Tensor grad_b, Tensor grad_epsilon)");
+  m.def(
+      "sinkhorn_points_apply_backward(Tensor grad, Tensor x, Tensor y, Tensor a, Tensor b, Tensor epsilon, Tensor f, "
+      "Tensor g, Tensor v, *, str cost, float? rho_a, float? rho_b) "
+      "-> (Tensor grad_x, Tensor grad_y, Tensor grad_a, Tensor grad_b, Tensor grad_epsilon, Tensor grad_v)");
   m.def(
       "linear_spherical_backward(Tensor grad_loss, Tensor hidden, Tensor weight, Tensor target, Tensor? bias, "
       "Tensor row_state, Tensor gram, Tensor mean, Tensor total, *, int ignore_index, str reduction, "

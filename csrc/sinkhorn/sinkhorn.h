@@ -1,0 +1,131 @@
+// Entropic optimal transport of batches of problems, n rows by m columns:
+//
+//   V = min_P <P, C> + eps KL(P | a b^T) (+ rho_a KL(P 1 | a) + rho_b KL(P^T 1 | b) in place of the constraints)
+//   P_ij = a_i b_j exp((f_i + g_j - C_ij) / eps)
+//
+// An iteration updates f from g and then g from f,
+//
+//   f_i = -d eps log sum_j b_j exp((g_j - C_ij) / eps)        d = 1, with a penalty rho / (rho + eps)
+//
+// after which the columns are exact; the error is that of the rows, in the potentials before the update, for nothing:
+//
+//   sum_i |(P 1)_i - t_i| / sum_i a_i         t_i = a_i, with a penalty a_i exp(-f_i / rho)
+//
+// A symmetric problem (x = y, a = b) has f = g and goes half the way to the update of f alone.
+//
+// Costs are scores -C_ij / eps = factor z_ij - s_i - s_j, where z is the matrix given or formed from points:
+//
+//   matrix  z = C, factor = -1/eps     sqeuclidean  z = <x, y>, factor = 2/eps, s = |x|^2/eps     euclidean  z = |x - y|
+//
+// Inside, potentials are in units of eps. A marginal may be 0 (its potential stays finite), a cost infinite (a pair
+// that is forbidden); the potential of a row without a pair is 0.
+#pragma once
+
+#include "common/isa.h"
+#include "common/vexp.h"
+
+namespace tilewise {
+
+enum class PairCost : int32_t { kMatrix, kSquaredEuclidean, kEuclidean };
+
+template <typename T>
+struct Pairs {
+  PairCost cost = PairCost::kMatrix;
+  int64_t batch = 0;
+  int64_t rows = 0;
+  int64_t columns = 0;
+  const T* matrix = nullptr;  // (batch, rows, columns)
+  int64_t batch_stride = 0;
+  int64_t row_stride = 0;
+  int64_t column_stride = 0;
+  int64_t features = 0;
+  const T* x = nullptr;  // (batch, rows, features), dense
+  const T* y = nullptr;  // (batch, columns, features), dense
+};
+
+template <typename T>
+struct SinkhornCall {
+  Pairs<T> pairs;
+  const T* a = nullptr;        // (batch, rows)
+  const T* b = nullptr;        // (batch, columns)
+  const T* epsilon = nullptr;  // (batch,)
+  const T* start = nullptr;    // (batch,) epsilon of the first iteration, or null; then it falls by `scaling`
+  T scaling = T(0.5);
+  T rho_a = infinity<T>();  // infinity: a constraint
+  T rho_b = infinity<T>();
+  int64_t max_iter = 1;
+  T tol = 0;
+  bool symmetric = false;
+  T* f = nullptr;             // (batch, rows): where to start, then the result
+  T* g = nullptr;             // (batch, columns)
+  T* value = nullptr;         // (batch,)
+  T* error = nullptr;         // (batch,)
+  int64_t* n_iter = nullptr;  // (batch,)
+};
+
+// out_i = sum_j P_ij w_ij v_j with w_ij = <h_i, k_j> (1 without h), divided by z_ij > 0 if over_distance. A marginal
+// that is null counts as ones.
+template <typename T>
+struct SinkhornApply {
+  Pairs<T> pairs;
+  const T* a = nullptr;
+  const T* b = nullptr;
+  const T* epsilon = nullptr;
+  const T* f = nullptr;
+  const T* g = nullptr;
+  const T* v = nullptr;  // (batch, columns, values)
+  int64_t values = 0;
+  const T* h = nullptr;  // (batch, rows, weights)
+  const T* k = nullptr;  // (batch, columns, weights)
+  int64_t weights = 0;
+  bool over_distance = false;
+  T* out = nullptr;  // (batch, rows, values); of a plan (batch, rows, columns)
+};
+
+// Derivatives of the potentials after max_iter iterations from 0, for upstream gradients of f and g.
+template <typename T>
+struct SinkhornUnrolled {
+  Pairs<T> pairs;  // a matrix, at most kSmall x kSmall
+  const T* a = nullptr;
+  const T* b = nullptr;
+  const T* epsilon = nullptr;
+  T rho_a = infinity<T>();
+  T rho_b = infinity<T>();
+  int64_t max_iter = 1;
+  const T* grad_f = nullptr;
+  const T* grad_g = nullptr;
+  T* grad_cost = nullptr;  // (batch, rows, columns), dense
+  T* grad_a = nullptr;
+  T* grad_b = nullptr;
+  T* grad_epsilon = nullptr;  // (batch,)
+};
+
+constexpr int64_t kSmall = 64;
+
+template <typename T>
+TILEWISE_FN T damping(T rho, T epsilon) {
+  return rho < infinity<T>() ? rho / (rho + epsilon) : T(1);
+}
+
+// t_i / a_i
+template <typename T>
+TILEWISE_FN T target_ratio(T f, T epsilon, T rho) {
+  return rho < infinity<T>() ? fast_exp(-f * epsilon / rho) : T(1);
+}
+
+// epsilon of iteration t
+template <typename T>
+TILEWISE_FN T epsilon_at(const T* start, T epsilon, T scaling, int64_t t) {
+  if (start == nullptr) return epsilon;
+  const T now = *start * T(::pow(static_cast<double>(scaling), static_cast<double>(t)));
+  return now > epsilon ? now : epsilon;
+}
+
+// One marginal's part of the dual objective, without the mass of P: a_i f_i, or -rho a_i (exp(-f_i / rho) - 1).
+template <typename T>
+TILEWISE_FN double dual_term(T a, T f, T rho) {
+  if (!(rho < infinity<T>())) return static_cast<double>(a) * f;
+  return -static_cast<double>(rho) * a * ::expm1(-static_cast<double>(f) / rho);
+}
+
+}  // namespace tilewise

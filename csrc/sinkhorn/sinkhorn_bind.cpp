@@ -1,0 +1,455 @@
+// Entropic optimal transport: arguments, memory, registration. Marginals, potentials and epsilon are dense, of the type
+// that is computed in; a matrix of costs has any strides.
+#include <atomic>
+#include <cmath>
+
+#include "common/checks.h"
+#include "sinkhorn/sinkhorn_host.h"
+
+namespace tilewise {
+namespace {
+
+ScalarType computed(const Tensor& tensor, const char* op, const char* name) {
+  const ScalarType dtype = tensor.scalar_type();
+#if defined(TILEWISE_CUDA)
+  require(dtype == ScalarType::Float, op, "expected ", name, " to be float32 on a GPU, got ", toString(dtype));
+#else
+  require(dtype == ScalarType::Float || dtype == ScalarType::Double, op, "expected ", name,
+          " to be float32 or float64, got ", toString(dtype));
+#endif
+  return dtype;
+}
+
+template <typename Function>
+auto with_type(const Tensor& tensor, Function f) {
+#if !defined(TILEWISE_CUDA)
+  if (tensor.scalar_type() == ScalarType::Double) return f(double{});
+#endif
+  return f(float{});
+}
+
+// What the tensors of a call have to agree with.
+struct Shape {
+  const Tensor& first;
+  const char* op;
+  int64_t batch, rows, columns;
+
+  template <typename T>
+  const T* dense(const Tensor& tensor, std::vector<int64_t> shape, const char* name) const {
+    require_shape(tensor, shape, op, name);
+    require_dtype(tensor, first.scalar_type(), op, name);
+    require_same_device(tensor, first, op, name);
+    require(tensor.is_contiguous(), op, "expected ", name, " to be contiguous");
+    return static_cast<const T*>(tensor.data_ptr());
+  }
+  template <typename T>
+  const T* dense(const std::optional<Tensor>& tensor, std::vector<int64_t> shape, const char* name) const {
+    return tensor.has_value() ? dense<T>(*tensor, shape, name) : nullptr;
+  }
+};
+
+Shape shape_of_matrix(const Tensor& cost, const char* op) {
+  computed(cost, op, "cost");
+  require(cost.dim() == 3 && cost.size(1) > 0 && cost.size(2) > 0, op,
+          "expected cost to have shape (batch, rows, columns) with rows and columns, got ", shape_of(cost));
+  return {cost, op, cost.size(0), cost.size(1), cost.size(2)};
+}
+
+Shape shape_of_points(const Tensor& x, const Tensor& y, const char* op) {
+  computed(x, op, "x");
+  require(x.dim() == 3 && x.size(1) > 0, op, "expected x to have shape (batch, points, features) with points, got ",
+          shape_of(x));
+  require(y.dim() == 3 && y.size(0) == x.size(0) && y.size(1) > 0 && y.size(2) == x.size(2), op,
+          "expected y to have shape (batch, points, features) like x, with points, got ", shape_of(y));
+  return {x, op, x.size(0), x.size(1), y.size(1)};
+}
+
+template <typename T>
+Pairs<T> pairs_of_matrix(const Tensor& cost) {
+  Pairs<T> pairs{.batch = cost.size(0), .rows = cost.size(1), .columns = cost.size(2)};
+  pairs.matrix = static_cast<const T*>(cost.data_ptr());
+  pairs.batch_stride = cost.stride(0);
+  pairs.row_stride = cost.stride(1);
+  pairs.column_stride = cost.stride(2);
+  return pairs;
+}
+
+template <typename T>
+Pairs<T> pairs_of_points(const Shape& shape, const Tensor& x, const Tensor& y, const std::string& cost) {
+  require(cost == "sqeuclidean" || cost == "euclidean", shape.op,
+          "expected cost to be 'sqeuclidean' or 'euclidean', got '", cost, "'");
+  Pairs<T> pairs{.batch = shape.batch, .rows = shape.rows, .columns = shape.columns, .features = x.size(2)};
+  pairs.cost = cost == "euclidean" ? PairCost::kEuclidean : PairCost::kSquaredEuclidean;
+  pairs.x = shape.dense<T>(x, {shape.batch, shape.rows, pairs.features}, "x");
+  pairs.y = shape.dense<T>(y, {shape.batch, shape.columns, pairs.features}, "y");
+  return pairs;
+}
+
+template <typename T>
+T penalty(const std::optional<double>& rho, const char* op, const char* name) {
+  if (!rho.has_value()) return infinity<T>();
+  require(*rho > 0 && std::isfinite(*rho), op, "expected ", name, " to be a finite number above 0, got ", *rho);
+  return static_cast<T>(*rho);
+}
+
+#if !defined(TILEWISE_CUDA)
+
+// Values are looked at where that does not mean waiting for a device.
+template <typename T>
+void check_values(const SinkhornCall<T>& call, const char* op) {
+  const Pairs<T>& pairs = call.pairs;
+  std::vector<double> mass(static_cast<size_t>(2 * pairs.batch));
+  const auto check_marginal = [&](const T* marginal, int64_t size, const char* name, size_t side) {
+    for (int64_t i = 0; i < pairs.batch * size; ++i) {
+      require(marginal[i] >= 0 && std::isfinite(marginal[i]), op, "expected ", name,
+              " to hold finite numbers >= 0, got ", marginal[i]);
+      mass[2 * static_cast<size_t>(i / size) + side] += static_cast<double>(marginal[i]);
+    }
+  };
+  check_marginal(call.a, pairs.rows, "a", 0);
+  check_marginal(call.b, pairs.columns, "b", 1);
+  const double near = sizeof(T) == sizeof(float) ? 1e-4 : 1e-8;
+  for (int64_t index = 0; index < pairs.batch; ++index) {
+    require(call.epsilon[index] > 0 && std::isfinite(call.epsilon[index]), op,
+            "expected epsilon to be a finite number above 0, got ", call.epsilon[index]);
+    if (call.rho_a < infinity<T>() || call.rho_b < infinity<T>()) continue;
+    const double a = mass[2 * static_cast<size_t>(index)], b = mass[2 * static_cast<size_t>(index) + 1];
+    require(std::fabs(a - b) <= near * std::max(a, b), op, "expected a and b to have equal sums without reg_marginal, "
+            "got ", a, " and ", b);
+  }
+  const auto check_all = [&](int64_t count, const auto& value, const char* name, const char* what) {
+    std::atomic<bool> fine{true};
+    torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        if (!value(i)) fine.store(false, std::memory_order_relaxed);
+      }
+    });
+    require(fine.load(), op, "expected ", name, " to hold ", what, ", got NaN or another");
+  };
+  if (pairs.cost != PairCost::kMatrix) {
+    const auto finite = [&](const T* points) {
+      return [points, features = pairs.features](int64_t i) {
+        T sum = 0;  // NaN if any is not finite
+        for (int64_t k = 0; k < features; ++k) sum += points[i * features + k] * T(0);
+        return sum == T(0);
+      };
+    };
+    check_all(pairs.batch * pairs.rows, finite(pairs.x), "x", "finite numbers");
+    check_all(pairs.batch * pairs.columns, finite(pairs.y), "y", "finite numbers");
+    return;
+  }
+  const bool rows_first = pairs.column_stride <= pairs.row_stride;
+  const int64_t lines = rows_first ? pairs.rows : pairs.columns, length = rows_first ? pairs.columns : pairs.rows;
+  const int64_t line_stride = rows_first ? pairs.row_stride : pairs.column_stride;
+  const int64_t stride = rows_first ? pairs.column_stride : pairs.row_stride;
+  const auto usable = [&](int64_t line) {
+    const T* values = pairs.matrix + line / lines * pairs.batch_stride + line % lines * line_stride;
+    int wrong = 0;
+#pragma omp simd reduction(| : wrong)
+    for (int64_t j = 0; j < length; ++j) wrong |= !(values[j * stride] > -infinity<T>());
+    return wrong == 0;
+  };
+  check_all(pairs.batch * lines, usable, "cost", "numbers or inf (forbidden pairs)");
+}
+
+template <typename T>
+bool is_small(const Pairs<T>& pairs) {
+  return pairs.rows <= kSmall && pairs.columns <= kSmall;
+}
+
+// One problem after the other on all threads, or as many beside each other as there are threads.
+template <typename T, typename Solve>
+void each_problem(const Tensor& like, int64_t batch, int64_t elements, const Solve& solve) {
+  const Parallel all = [](int64_t count, const std::function<void(int64_t, int64_t)>& f) {
+    torch::stable::parallel_for(0, count, 1, f);
+  };
+  const Parallel alone = [](int64_t count, const std::function<void(int64_t, int64_t)>& f) { f(0, count); };
+  const int64_t threads = static_cast<int64_t>(torch::stable::get_num_threads());
+  const int64_t workers = batch >= threads ? std::min(batch, threads) : 1;
+  const int64_t each = padded(elements);
+  const Tensor scratch = torch::stable::new_empty(like, {workers * each + kPad}, like.scalar_type());
+  T* memory = static_cast<T*>(scratch.data_ptr());
+  if (workers == 1) {
+    for (int64_t index = 0; index < batch; ++index) solve(index, memory, all);
+    return;
+  }
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker) {
+      for (int64_t index = batch * worker / workers; index < batch * (worker + 1) / workers; ++index)
+        solve(index, memory + worker * each, alone);
+    }
+  });
+}
+
+constexpr int64_t kLeastBatch = 4;  // problems that are worth the lanes
+
+template <typename T>
+void run_solve(const SinkhornCall<T>& call, const Shape& shape) {
+  constexpr bool kFloat = sizeof(T) == sizeof(float);
+  check_values(call, shape.op);
+  if (is_small(call.pairs) && call.pairs.batch >= kLeastBatch) {
+    const SmallSinkhornKernels& kernels = selected_small_sinkhorn_kernels();
+    const int64_t lanes = kFloat ? kernels.float_lanes : kernels.double_lanes;
+    torch::stable::parallel_for(0, (call.pairs.batch + lanes - 1) / lanes, 1, [&](int64_t begin, int64_t end) {
+      if constexpr (kFloat) {
+        kernels.solve_float(call, begin, end);
+      } else {
+        kernels.solve_double(call, begin, end);
+      }
+    });
+    return;
+  }
+  const SinkhornKernels& kernels = selected_sinkhorn_kernels();
+  each_problem<T>(shape.first, shape.batch, solve_elements(call), [&](int64_t i, T* scratch, const Parallel& parallel) {
+    if constexpr (kFloat) {
+      kernels.solve_float(call, i, scratch, parallel);
+    } else {
+      kernels.solve_double(call, i, scratch, parallel);
+    }
+  });
+}
+
+template <typename T>
+void run_apply(const SinkhornApply<T>& call, const Shape& shape, bool plan) {
+  constexpr bool kFloat = sizeof(T) == sizeof(float);
+  const SinkhornKernels& kernels = selected_sinkhorn_kernels();
+  each_problem<T>(shape.first, shape.batch, apply_elements(call), [&](int64_t i, T* scratch, const Parallel& parallel) {
+    if constexpr (kFloat) {
+      (plan ? kernels.plan_float : kernels.apply_float)(call, i, scratch, parallel);
+    } else {
+      (plan ? kernels.plan_double : kernels.apply_double)(call, i, scratch, parallel);
+    }
+  });
+}
+
+template <typename T>
+void run_unrolled(const SinkhornUnrolled<T>& call, const Shape&) {
+  constexpr bool kFloat = sizeof(T) == sizeof(float);
+  const SmallSinkhornKernels& kernels = selected_small_sinkhorn_kernels();
+  const int64_t lanes = kFloat ? kernels.float_lanes : kernels.double_lanes;
+  torch::stable::parallel_for(0, (call.pairs.batch + lanes - 1) / lanes, 1, [&](int64_t begin, int64_t end) {
+    if constexpr (kFloat) {
+      kernels.unroll_float(call, begin, end);
+    } else {
+      kernels.unroll_double(call, begin, end);
+    }
+  });
+}
+
+#endif
+
+struct Options {
+  int64_t max_iter;
+  double tol;
+  const std::optional<double>& rho_a;
+  const std::optional<double>& rho_b;
+  double scaling;
+  bool symmetric;
+};
+
+using Solved = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+template <typename T>
+Solved solve(const Shape& shape, const Pairs<T>& pairs, const Tensor& a, const Tensor& b, const Tensor& epsilon,
+             const std::optional<Tensor>& f, const std::optional<Tensor>& g, const std::optional<Tensor>& start,
+             const Options& options) {
+  const auto [_, op, batch, rows, columns] = shape;
+  require(options.max_iter >= 1, op, "expected max_iter to be at least 1, got ", options.max_iter);
+  require(options.scaling > 0 && options.scaling < 1, op, "expected scaling to be in (0, 1), got ", options.scaling);
+  require(!options.symmetric || rows == columns, op, "expected a symmetric problem to be square");
+  SinkhornCall<T> call{.pairs = pairs};
+  call.a = shape.dense<T>(a, {batch, rows}, "a");
+  call.b = shape.dense<T>(b, {batch, columns}, "b");
+  call.epsilon = shape.dense<T>(epsilon, {batch}, "epsilon");
+  call.start = shape.dense<T>(start, {batch}, "start");
+  call.scaling = static_cast<T>(options.scaling);
+  call.rho_a = penalty<T>(options.rho_a, op, "rho_a");
+  call.rho_b = penalty<T>(options.rho_b, op, "rho_b");
+  call.max_iter = options.max_iter;
+  call.tol = static_cast<T>(options.tol);
+  call.symmetric = options.symmetric;
+  const auto begun = [&](const std::optional<Tensor>& from, int64_t size, const char* name) {
+    Tensor result = torch::stable::new_empty(shape.first, {batch, size}, shape.first.scalar_type());
+    if (from.has_value()) {
+      shape.dense<T>(*from, {batch, size}, name);
+      torch::stable::copy_(result, *from);
+    } else {
+      torch::stable::zero_(result);
+    }
+    return result;
+  };
+  const Tensor f_out = begun(f, rows, "f"), g_out = begun(g, columns, "g");
+  const Tensor value = torch::stable::new_empty(shape.first, {batch}, shape.first.scalar_type());
+  const Tensor error = torch::stable::new_empty(shape.first, {batch}, shape.first.scalar_type());
+  const Tensor n_iter = torch::stable::new_empty(shape.first, {batch}, ScalarType::Long);
+  call.f = static_cast<T*>(f_out.data_ptr());
+  call.g = static_cast<T*>(g_out.data_ptr());
+  call.value = static_cast<T*>(value.data_ptr());
+  call.error = static_cast<T*>(error.data_ptr());
+  call.n_iter = static_cast<int64_t*>(n_iter.data_ptr());
+  if (batch > 0) run_solve(call, shape);
+  return {f_out, g_out, value, error, n_iter};
+}
+
+Solved sinkhorn(const Tensor& cost, const Tensor& a, const Tensor& b, const Tensor& epsilon,
+                const std::optional<Tensor>& f, const std::optional<Tensor>& g, const std::optional<Tensor>& start,
+                int64_t max_iter, double tol, std::optional<double> rho_a, std::optional<double> rho_b,
+                double scaling) {
+  const Shape shape = shape_of_matrix(cost, "sinkhorn");
+  const DeviceScope scope(cost);
+  return with_type(cost, [&](auto zero) {
+    using T = decltype(zero);
+    return solve<T>(shape, pairs_of_matrix<T>(cost), a, b, epsilon, f, g, start,
+                    {max_iter, tol, rho_a, rho_b, scaling, false});
+  });
+}
+
+Solved sinkhorn_points(const Tensor& x, const Tensor& y, const Tensor& a, const Tensor& b, const Tensor& epsilon,
+                       const std::optional<Tensor>& f, const std::optional<Tensor>& g,
+                       const std::optional<Tensor>& start, const std::string& cost, int64_t max_iter, double tol,
+                       std::optional<double> rho_a, std::optional<double> rho_b, double scaling, bool symmetric) {
+  const Shape shape = shape_of_points(x, y, "sinkhorn_points");
+  const DeviceScope scope(x);
+  return with_type(x, [&](auto zero) {
+    using T = decltype(zero);
+    return solve<T>(shape, pairs_of_points<T>(shape, x, y, cost), a, b, epsilon, f, g, start,
+                    {max_iter, tol, rho_a, rho_b, scaling, symmetric});
+  });
+}
+
+template <typename T>
+SinkhornApply<T> apply_of(const Shape& shape, const Pairs<T>& pairs, const std::optional<Tensor>& a,
+                          const std::optional<Tensor>& b, const Tensor& epsilon, const Tensor& f, const Tensor& g) {
+  SinkhornApply<T> call{.pairs = pairs};
+  call.a = shape.dense<T>(a, {shape.batch, shape.rows}, "a");
+  call.b = shape.dense<T>(b, {shape.batch, shape.columns}, "b");
+  call.epsilon = shape.dense<T>(epsilon, {shape.batch}, "epsilon");
+  call.f = shape.dense<T>(f, {shape.batch, shape.rows}, "f");
+  call.g = shape.dense<T>(g, {shape.batch, shape.columns}, "g");
+  return call;
+}
+
+Tensor sinkhorn_plan(const Tensor& cost, const std::optional<Tensor>& a, const std::optional<Tensor>& b,
+                     const Tensor& epsilon, const Tensor& f, const Tensor& g, std::optional<double>,
+                     std::optional<double>) {
+  const Shape shape = shape_of_matrix(cost, "sinkhorn_plan");
+  const DeviceScope scope(cost);
+  return with_type(cost, [&](auto zero) {
+    using T = decltype(zero);
+    SinkhornApply<T> call = apply_of<T>(shape, pairs_of_matrix<T>(cost), a, b, epsilon, f, g);
+    const Tensor out = torch::stable::new_empty(cost, {shape.batch, shape.rows, shape.columns}, cost.scalar_type());
+    call.out = static_cast<T*>(out.data_ptr());
+    if (shape.batch > 0) run_apply(call, shape, true);
+    return out;
+  });
+}
+
+template <typename T>
+Tensor apply_to(const Shape& shape, SinkhornApply<T> call, const Tensor& v) {
+  require(v.dim() == 3, shape.op, "expected v to have shape (batch, columns, values), got ", shape_of(v));
+  call.values = v.size(2);
+  call.v = shape.dense<T>(v, {shape.batch, shape.columns, call.values}, "v");
+  const Tensor out = torch::stable::new_empty(v, {shape.batch, shape.rows, call.values}, v.scalar_type());
+  call.out = static_cast<T*>(out.data_ptr());
+  if (out.numel() > 0) run_apply(call, shape, false);
+  return out;
+}
+
+Tensor sinkhorn_apply(const Tensor& cost, const std::optional<Tensor>& a, const std::optional<Tensor>& b,
+                      const Tensor& epsilon, const Tensor& f, const Tensor& g, const Tensor& v) {
+  const Shape shape = shape_of_matrix(cost, "sinkhorn_apply");
+  const DeviceScope scope(cost);
+  return with_type(cost, [&](auto zero) {
+    using T = decltype(zero);
+    return apply_to<T>(shape, apply_of<T>(shape, pairs_of_matrix<T>(cost), a, b, epsilon, f, g), v);
+  });
+}
+
+Tensor sinkhorn_points_apply(const Tensor& x, const Tensor& y, const std::optional<Tensor>& a,
+                             const std::optional<Tensor>& b, const Tensor& epsilon, const Tensor& f, const Tensor& g,
+                             const Tensor& v, const std::optional<Tensor>& h, const std::optional<Tensor>& k,
+                             const std::string& cost, std::optional<double>, std::optional<double>,
+                             bool over_distance) {
+  const Shape shape = shape_of_points(x, y, "sinkhorn_points_apply");
+  require(h.has_value() == k.has_value(), shape.op, "expected h and k together");
+  require(!over_distance || cost == "euclidean", shape.op, "expected over_distance with cost 'euclidean' alone");
+  const DeviceScope scope(x);
+  return with_type(x, [&](auto zero) {
+    using T = decltype(zero);
+    SinkhornApply<T> call = apply_of<T>(shape, pairs_of_points<T>(shape, x, y, cost), a, b, epsilon, f, g);
+    call.over_distance = over_distance;
+    if (h.has_value()) {
+      require(h->dim() == 3, shape.op, "expected h to have shape (batch, rows, weights), got ", shape_of(*h));
+      call.weights = h->size(2);
+      call.h = shape.dense<T>(*h, {shape.batch, shape.rows, call.weights}, "h");
+      call.k = shape.dense<T>(*k, {shape.batch, shape.columns, call.weights}, "k");
+    }
+    return apply_to<T>(shape, call, v);
+  });
+}
+
+Shape small_shape(const Tensor& cost, const char* op) {
+  const Shape shape = shape_of_matrix(cost, op);
+  require(shape.rows <= kSmall && shape.columns <= kSmall, op, "expected cost to have at most ", kSmall,
+          " rows and columns, got shape ", shape_of(cost));
+  return shape;
+}
+
+std::tuple<Tensor, Tensor> sinkhorn_unrolled(const Tensor& cost, const Tensor& a, const Tensor& b,
+                                             const Tensor& epsilon, int64_t max_iter, std::optional<double> rho_a,
+                                             std::optional<double> rho_b) {
+  const Shape shape = small_shape(cost, "sinkhorn_unrolled");
+  const DeviceScope scope(cost);
+  return with_type(cost, [&](auto zero) -> std::tuple<Tensor, Tensor> {
+    using T = decltype(zero);
+    const Solved solved = solve<T>(shape, pairs_of_matrix<T>(cost), a, b, epsilon, {}, {}, {},
+                                   {max_iter, -1.0, rho_a, rho_b, 0.5, false});
+    return {std::get<0>(solved), std::get<1>(solved)};
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> sinkhorn_unrolled_backward(const Tensor& grad_f, const Tensor& grad_g,
+                                                                      const Tensor& cost, const Tensor& a,
+                                                                      const Tensor& b, const Tensor& epsilon,
+                                                                      int64_t max_iter, std::optional<double> rho_a,
+                                                                      std::optional<double> rho_b) {
+  const Shape shape = small_shape(cost, "sinkhorn_unrolled_backward");
+  const auto [_, op, batch, rows, columns] = shape;
+  const DeviceScope scope(cost);
+  const auto output = [&](std::vector<int64_t> sizes) {
+    return torch::stable::new_empty(cost, sizes, cost.scalar_type());
+  };
+  const Tensor grad_cost = output({batch, rows, columns}), grad_a = output({batch, rows});
+  const Tensor grad_b = output({batch, columns}), grad_epsilon = output({batch});
+  with_type(cost, [&](auto zero) {
+    using T = decltype(zero);
+    SinkhornUnrolled<T> call{.pairs = pairs_of_matrix<T>(cost)};
+    call.a = shape.dense<T>(a, {shape.batch, shape.rows}, "a");
+    call.b = shape.dense<T>(b, {shape.batch, shape.columns}, "b");
+    call.epsilon = shape.dense<T>(epsilon, {shape.batch}, "epsilon");
+    call.rho_a = penalty<T>(rho_a, shape.op, "rho_a");
+    call.rho_b = penalty<T>(rho_b, shape.op, "rho_b");
+    call.max_iter = max_iter;
+    call.grad_f = shape.dense<T>(grad_f, {shape.batch, shape.rows}, "grad_f");
+    call.grad_g = shape.dense<T>(grad_g, {shape.batch, shape.columns}, "grad_g");
+    call.grad_cost = static_cast<T*>(grad_cost.data_ptr());
+    call.grad_a = static_cast<T*>(grad_a.data_ptr());
+    call.grad_b = static_cast<T*>(grad_b.data_ptr());
+    call.grad_epsilon = static_cast<T*>(grad_epsilon.data_ptr());
+    if (shape.batch > 0) run_unrolled(call, shape);
+  });
+  return {grad_cost, grad_a, grad_b, grad_epsilon};
+}
+
+}  // namespace
+}  // namespace tilewise
+
+STABLE_TORCH_LIBRARY_IMPL(tilewise, TILEWISE_DISPATCH_KEY, m) {
+  m.impl("sinkhorn", TORCH_BOX(&tilewise::sinkhorn));
+  m.impl("sinkhorn_points", TORCH_BOX(&tilewise::sinkhorn_points));
+  m.impl("sinkhorn_plan", TORCH_BOX(&tilewise::sinkhorn_plan));
+  m.impl("sinkhorn_apply", TORCH_BOX(&tilewise::sinkhorn_apply));
+  m.impl("sinkhorn_points_apply", TORCH_BOX(&tilewise::sinkhorn_points_apply));
+  m.impl("sinkhorn_unrolled", TORCH_BOX(&tilewise::sinkhorn_unrolled));
+  m.impl("sinkhorn_unrolled_backward", TORCH_BOX(&tilewise::sinkhorn_unrolled_backward));
+}

@@ -1,0 +1,69 @@
+// What the CPU kernels of sinkhorn offer to its binding, and the memory they ask for.
+#pragma once
+
+#include <algorithm>
+#include <functional>
+
+#include "sinkhorn/sinkhorn.h"
+
+namespace tilewise {
+
+// Calls f(begin, end) over [0, count), on one thread or on several.
+using Parallel = std::function<void(int64_t count, const std::function<void(int64_t begin, int64_t end)>& f)>;
+
+constexpr int64_t kPad = 16;  // a vector of any instruction set
+constexpr int64_t kKeptBytes = int64_t{32} << 20;
+
+inline int64_t padded(int64_t count) { return (count + kPad - 1) / kPad * kPad; }
+
+// Rows are summed over columns in shares, whose number does not depend on the threads.
+inline int64_t column_shares(int64_t rows) { return std::clamp<int64_t>(rows / 64, 1, 16); }
+
+// Whether exp((f + g - C) / eps) is kept: beside a matrix it is one more; of points, where it takes 32 MiB at most.
+template <typename T>
+bool keeps_kernel(const Pairs<T>& pairs) {
+  const int64_t bytes = pairs.rows * padded(pairs.columns) * static_cast<int64_t>(sizeof(T));
+  return pairs.cost == PairCost::kMatrix || bytes <= kKeptBytes;
+}
+
+// Elements that the points of a problem take: both sides with their features side by side, and squares.
+template <typename T>
+int64_t packed_elements(const Pairs<T>& pairs) {
+  return pairs.cost == PairCost::kMatrix ? 0 : (pairs.features + 1) * (padded(pairs.rows) + padded(pairs.columns));
+}
+
+template <typename T>
+int64_t solve_elements(const SinkhornCall<T>& call) {
+  const int64_t n = padded(call.pairs.rows), m = padded(call.pairs.columns);
+  const int64_t kernel = keeps_kernel(call.pairs) ? call.pairs.rows * m : 0;
+  return packed_elements(call.pairs) + kernel + 4 * n + (5 + column_shares(call.pairs.rows)) * m;
+}
+
+template <typename T>
+int64_t apply_elements(const SinkhornApply<T>& call) {
+  return packed_elements(call.pairs) + padded(call.pairs.rows) + (1 + call.weights) * padded(call.pairs.columns);
+}
+
+struct SinkhornKernels {
+  // One problem, `index` of the batch; scratch has solve_elements.
+  void (*solve_float)(const SinkhornCall<float>&, int64_t index, float* scratch, const Parallel&);
+  void (*solve_double)(const SinkhornCall<double>&, int64_t index, double* scratch, const Parallel&);
+  void (*apply_float)(const SinkhornApply<float>&, int64_t index, float* scratch, const Parallel&);
+  void (*apply_double)(const SinkhornApply<double>&, int64_t index, double* scratch, const Parallel&);
+  void (*plan_float)(const SinkhornApply<float>&, int64_t index, float* scratch, const Parallel&);
+  void (*plan_double)(const SinkhornApply<double>&, int64_t index, double* scratch, const Parallel&);
+};
+TILEWISE_DECLARE_KERNELS(SinkhornKernels, sinkhorn_kernels)
+
+// Problems of at most kSmall x kSmall, as many at a time as a vector has lanes.
+struct SmallSinkhornKernels {
+  int64_t float_lanes;
+  int64_t double_lanes;
+  void (*solve_float)(const SinkhornCall<float>&, int64_t begin, int64_t end);  // groups of problems [begin, end)
+  void (*solve_double)(const SinkhornCall<double>&, int64_t begin, int64_t end);
+  void (*unroll_float)(const SinkhornUnrolled<float>&, int64_t begin, int64_t end);
+  void (*unroll_double)(const SinkhornUnrolled<double>&, int64_t begin, int64_t end);
+};
+TILEWISE_DECLARE_KERNELS(SmallSinkhornKernels, small_sinkhorn_kernels)
+
+}  // namespace tilewise

@@ -1,0 +1,487 @@
+// Sinkhorn on the CPU for many problems of at most kSmall x kSmall: a lane of the vectors is a problem, which stops on
+// its own while the others go on. The scheme is that of sinkhorn_cpu.cpp, factors of a K that is kept (in the cache),
+// for the lanes together: where one drifts, all do that iteration in the log domain.
+#include <new>
+#include <utility>
+#include <vector>
+
+#include "common/simd.h"
+#include "sinkhorn/sinkhorn_host.h"
+
+namespace tilewise::TILEWISE_ISA {
+namespace {
+
+template <typename T>
+using Mask = decltype(Vector<T>{} < Vector<T>{});
+
+template <typename T>
+TILEWISE_FN bool any(Mask<T> mask) {
+  typename std::remove_cvref_t<decltype(mask[0])> result = 0;
+  for (int l = 0; l < kLanes<T>; ++l) result |= mask[l];
+  return result != 0;
+}
+
+template <typename T>
+TILEWISE_FN Vector<T> all(T value) {
+  return Vector<T>{} + value;
+}
+
+template <typename T>
+TILEWISE_FN Vector<T> each(Vector<T> x, T (*f)(T)) {
+  for (int l = 0; l < kLanes<T>; ++l) x[l] = f(x[l]);
+  return x;
+}
+template <typename T>
+TILEWISE_FN Vector<T> log_of(Vector<T> x) {
+  return each<T>(x, [](T value) { return std::log(value); });
+}
+
+template <typename T>
+T cost_of(const Pairs<T>& pairs, int64_t index, int64_t i, int64_t j) {
+  if (pairs.cost == PairCost::kMatrix)
+    return pairs.matrix[index * pairs.batch_stride + i * pairs.row_stride + j * pairs.column_stride];
+  const T* x = pairs.x + (index * pairs.rows + i) * pairs.features;
+  const T* y = pairs.y + (index * pairs.columns + j) * pairs.features;
+  T sum = 0;
+  for (int64_t k = 0; k < pairs.features; ++k) sum += (x[k] - y[k]) * (x[k] - y[k]);
+  return pairs.cost == PairCost::kSquaredEuclidean ? sum : std::sqrt(sum);
+}
+
+// Vectors of lanes, all in one allocation. (Not of the standard library: template arguments lose vector types.)
+template <typename T>
+class Lanes {
+ public:
+  explicit Lanes(int64_t count)
+      : memory_(::operator new[](static_cast<size_t>(count) * kVectorBytes, std::align_val_t{kVectorBytes})),
+        next_(static_cast<Vector<T>*>(memory_)) {}
+  ~Lanes() { ::operator delete[](memory_, std::align_val_t{kVectorBytes}); }
+  Lanes(const Lanes&) = delete;
+  Lanes& operator=(const Lanes&) = delete;
+
+  Vector<T>* take(int64_t count) { return std::exchange(next_, next_ + count); }
+
+ private:
+  void* memory_;
+  Vector<T>* next_;
+};
+
+template <typename T>
+class Group {
+ public:
+  using V = Vector<T>;
+
+  static int64_t vectors(int64_t n, int64_t m) { return 2 * n * m + 8 * n + 9 * m; }
+
+  Group(int64_t n, int64_t m, T rho_a, T rho_b)
+      : n_(n), m_(m), rho_a_(rho_a), rho_b_(rho_b), lanes_(vectors(n, m)) {
+    cost_ = lanes_.take(n * m);
+    kernel_ = lanes_.take(n * m);
+    for (V** rows : {&a_, &f_, &u_, &next_u_, &s_, &next_f_, &row_lse_, &row_hat_}) *rows = lanes_.take(n);
+    for (V** columns : {&b_, &g_, &v_, &next_v_, &c_, &next_g_, &column_lse_, &column_hat_, &mass_})
+      *columns = lanes_.take(m);
+  }
+
+  // Problems [first, first + count); lanes beyond repeat the last.
+  void load(const Pairs<T>& pairs, const T* a, const T* b, const T* epsilon, int64_t first, int64_t count) {
+    for (int l = 0; l < kLanes<T>; ++l) {
+      const int64_t index = first + (l < count ? l : count - 1);
+      for (int64_t i = 0; i < n_; ++i) {
+        for (int64_t j = 0; j < m_; ++j) cost_[i * m_ + j][l] = cost_of(pairs, index, i, j);
+        a_[i][l] = a[index * n_ + i];
+        f_[i][l] = T(0);
+      }
+      for (int64_t j = 0; j < m_; ++j) {
+        b_[j][l] = b[index * m_ + j];
+        g_[j][l] = T(0);
+      }
+      epsilon_[l] = epsilon[index];
+    }
+    now_ = epsilon_;
+    factored_ = false;
+    mass_of_rows_ = V{};
+    for (int64_t i = 0; i < n_; ++i) mass_of_rows_ += a_[i];
+  }
+
+  void solve(const SinkhornCall<T>& call, int64_t first, int64_t count) {
+    load(call.pairs, call.a, call.b, call.epsilon, first, count);
+    V start = epsilon_;
+    for (int l = 0; l < kLanes<T>; ++l) {
+      const int64_t index = first + (l < count ? l : count - 1);
+      for (int64_t i = 0; i < n_; ++i) f_[i][l] = call.f[index * n_ + i];
+      for (int64_t j = 0; j < m_; ++j) g_[j][l] = (call.symmetric ? call.f : call.g)[index * m_ + j];
+      if (call.start != nullptr) start[l] = call.start[index] > epsilon_[l] ? call.start[index] : epsilon_[l];
+    }
+    now_ = start;
+    set_epsilon();
+    rescale(T(1) / now_);
+    symmetric_ = call.symmetric;
+    Mask<T> going = epsilon_ == epsilon_;
+    V n_iter = {};
+    bool formed = false;
+    V decay = all<T>(1);
+    for (int64_t t = 0; t < call.max_iter; ++t, decay *= call.scaling) {
+      const V following = start * decay > epsilon_ ? start * decay : epsilon_;
+      if (any<T>(following != now_)) {
+        rescale(now_ / following);
+        now_ = following;
+        set_epsilon();
+        formed = false;
+      }
+      const bool last_epsilon = !any<T>(now_ != epsilon_);
+      formed = formed && iterate();
+      if (!formed) {
+        absorb();
+        iterate_logs();
+      }
+      if (t > 0) going &= ~((now_ == epsilon_) & (error_ <= call.tol));
+      if (!any<T>(going)) break;
+      n_iter += going ? all<T>(1) : V{};
+      commit(going, formed);
+      if (!formed && last_epsilon) {
+        form_kernel();
+        formed = true;
+      }
+    }
+    if (any<T>(going) && !(formed && iterate())) {  // for the error alone
+      absorb();
+      iterate_logs();
+    }
+    absorb();
+    rescale(now_);
+    for (int l = 0; l < count; ++l) store(call, first + l, l, static_cast<int64_t>(n_iter[l]));
+  }
+
+  void unroll(const SinkhornUnrolled<T>& call, int64_t first, int64_t count);
+
+ private:
+  void set_epsilon() {
+    factor_ = T(-1) / now_;
+    damp_a_ = damp_b_ = all<T>(1);
+    for (int l = 0; l < kLanes<T>; ++l) {
+      damp_a_[l] = damping(rho_a_, now_[l]);
+      damp_b_[l] = damping(rho_b_, now_[l]);
+    }
+  }
+
+  void rescale(V by) {
+    for (int64_t i = 0; i < n_; ++i) f_[i] *= by;
+    for (int64_t j = 0; j < m_; ++j) g_[j] *= by;
+  }
+
+  // log sum_j exp(factor c_j + hat_j) over `count` costs, `step` apart.
+  V lse(const V* costs, int64_t step, const V* hat, int64_t count) const {
+    V most = all<T>(-infinity<T>());
+    for (int64_t j = 0; j < count; ++j) {
+      const V score = factor_ * costs[j * step] + hat[j];
+      most = score > most ? score : most;
+    }
+    const V top = most > -infinity<T>() ? most : V{};
+    V sum = {};
+    for (int64_t j = 0; j < count; ++j) sum += fast_exp(factor_ * costs[j * step] + hat[j] - top);
+    return top + log_of<T>(sum);
+  }
+
+  V target(V f, T rho) const {
+    V result = all<T>(1);
+    if (!(rho < infinity<T>())) return result;
+    for (int l = 0; l < kLanes<T>; ++l) result[l] = target_ratio(f[l], now_[l], rho);
+    return result;
+  }
+
+  template <typename Ratio>
+  void set_error(const Ratio& ratio) {
+    V sum = {};
+    for (int64_t i = 0; i < n_; ++i) {
+      V difference = a_[i] * ratio(i);
+      if (rho_a_ < infinity<T>()) {
+        difference -= a_[i] * target(factored_ ? f_[i] + log_of<T>(u_[i]) : f_[i], rho_a_);
+      } else {
+        difference -= a_[i];
+      }
+      sum += difference < T(0) ? -difference : difference;
+    }
+    error_ = mass_of_rows_ > T(0) ? sum / mass_of_rows_ : V{};
+  }
+
+  // next_f_, next_g_ and the error of f_, g_.
+  void iterate_logs() {
+    for (int64_t j = 0; j < m_; ++j) column_hat_[j] = g_[j] + log_of<T>(b_[j]);
+    for (int64_t i = 0; i < n_; ++i) row_lse_[i] = lse(cost_ + i * m_, 1, column_hat_, m_);
+    set_error([&](int64_t i) { return each<T>(f_[i] + row_lse_[i], [](T x) { return std::exp(x); }); });
+    for (int64_t i = 0; i < n_; ++i) {
+      next_f_[i] = row_lse_[i] > -infinity<T>() ? -damp_a_ * row_lse_[i] : V{};
+      if (symmetric_) next_f_[i] = (f_[i] + next_f_[i]) / T(2);
+      row_hat_[i] = next_f_[i] + log_of<T>(a_[i]);
+    }
+    for (int64_t j = 0; j < m_; ++j) {
+      column_lse_[j] = symmetric_ ? row_lse_[j] : lse(cost_ + j, m_, row_hat_, n_);
+      next_g_[j] = column_lse_[j] > -infinity<T>() ? -damp_b_ * column_lse_[j] : V{};
+      if (symmetric_) next_g_[j] = next_f_[j];
+    }
+  }
+
+  void commit(Mask<T> going, bool formed) {
+    for (int64_t i = 0; i < n_; ++i) {
+      V& kept = formed ? u_[i] : f_[i];
+      kept = going ? (formed ? next_u_ : next_f_)[i] : kept;
+    }
+    for (int64_t j = 0; j < m_; ++j) {
+      V& kept = formed ? v_[j] : g_[j];
+      kept = going ? (formed ? next_v_ : next_g_)[j] : kept;
+    }
+  }
+
+  void form_kernel() {
+    for (int64_t i = 0; i < n_; ++i) {
+      for (int64_t j = 0; j < m_; ++j) kernel_[i * m_ + j] = fast_exp(factor_ * cost_[i * m_ + j] + (f_[i] + g_[j]));
+      u_[i] = all<T>(1);
+    }
+    for (int64_t j = 0; j < m_; ++j) v_[j] = all<T>(1);
+    factored_ = true;
+  }
+
+  // exp((d - 1) base) sum^-d, 1 for a row without a pair; `fine` where it and the sum are within bounds.
+  V factor_of(V sum, V base, V damp, T rho, V lse, Mask<T>& fine) const {
+    const T most = std::exp(T(20)), least = T(1) / most;
+    const Mask<T> dead = lse == -infinity<T>();
+    V factor = T(1) / sum;
+    if (rho < infinity<T>()) factor = fast_exp((damp - T(1)) * base - damp * log_of<T>(sum));
+    fine &= dead | ((sum > least) & (sum < most) & (factor > least) & (factor < most));
+    return dead ? all<T>(1) : factor;
+  }
+
+  // next_u_, next_v_ and the error of u_, v_; false where a lane drifted.
+  bool iterate() {
+    Mask<T> fine = epsilon_ == epsilon_;
+    for (int64_t j = 0; j < m_; ++j) {
+      mass_[j] = b_[j] * v_[j];
+      c_[j] = V{};
+    }
+    for (int64_t i = 0; i < n_; ++i) {
+      V sum = {};
+      for (int64_t j = 0; j < m_; ++j) sum += kernel_[i * m_ + j] * mass_[j];
+      s_[i] = sum;
+      next_u_[i] = factor_of(sum, f_[i], damp_a_, rho_a_, row_lse_[i], fine);
+      if (symmetric_) {
+        next_u_[i] = each<T>(next_u_[i] * u_[i], [](T x) { return std::sqrt(x); });
+        continue;
+      }
+      const V weight = a_[i] * next_u_[i];
+      for (int64_t j = 0; j < m_; ++j) c_[j] += kernel_[i * m_ + j] * weight;
+    }
+    set_error([&](int64_t i) { return u_[i] * s_[i]; });
+    for (int64_t j = 0; j < m_; ++j)
+      next_v_[j] = symmetric_ ? next_u_[j] : factor_of(c_[j], g_[j], damp_b_, rho_b_, column_lse_[j], fine);
+    return !any<T>(~fine);
+  }
+
+  void absorb() {
+    if (!factored_) return;
+    for (int64_t i = 0; i < n_; ++i) f_[i] += log_of<T>(u_[i]);
+    for (int64_t j = 0; j < m_; ++j) g_[j] += log_of<T>(v_[j]);
+    factored_ = false;
+  }
+
+  void store(const SinkhornCall<T>& call, int64_t index, int l, int64_t n_iter) const {
+    const double epsilon = epsilon_[l];
+    double sum = 0, mass_a = 0, mass_b = 0, mass = 0;
+    for (int64_t i = 0; i < n_; ++i) {
+      call.f[index * n_ + i] = f_[i][l];
+      sum += dual_term<T>(a_[i][l], f_[i][l], rho_a_);
+      mass_a += a_[i][l];
+    }
+    for (int64_t j = 0; j < m_; ++j) {
+      call.g[index * m_ + j] = g_[j][l];
+      sum += dual_term<T>(b_[j][l], g_[j][l], rho_b_);
+      mass_b += b_[j][l];
+      mass += static_cast<double>(b_[j][l]) * target_ratio<T>(g_[j][l] / epsilon_[l], epsilon_[l], rho_b_);
+    }
+    call.value[index] = static_cast<T>(sum - epsilon * (mass - mass_a * mass_b));
+    call.error[index] = error_[l];
+    call.n_iter[index] = n_iter;
+  }
+
+  // What an iteration leaves for the way back: its factors, and the sums they came from or, where it was done in the
+  // log domain, the potentials that K was then formed with.
+  struct Step {
+    V *u, *v, *s, *c;
+    bool in_logs;
+  };
+
+  int64_t n_, m_;
+  T rho_a_, rho_b_;
+  Lanes<T> lanes_;
+  V *cost_, *kernel_;
+  V *a_, *f_, *u_, *next_u_, *s_, *next_f_, *row_lse_, *row_hat_;
+  V *b_, *g_, *v_, *next_v_, *c_, *next_g_, *column_lse_, *column_hat_, *mass_;
+  V epsilon_, now_, factor_, damp_a_, damp_b_, error_, mass_of_rows_;
+  bool symmetric_ = false;
+  bool factored_ = false;
+};
+
+// The iterations again, and then back through them. In units of epsilon, with scores S = -C / eps and
+//
+//   g_j = -d log c_j, c_j = sum_i a_i exp(f_i + S_ij):   q_j = -d g_bar_j / c_j,   W_ij = a_i exp(f_i + S_ij) q_j
+//   f_bar_i += sum_j W_ij,   S_bar += W,   a_bar_i += sum_j W_ij / a_i
+//
+// and the same for f. While K stands, exp(f + S) is K u; where f came from logs, the weights come from them, too.
+template <typename T>
+void Group<T>::unroll(const SinkhornUnrolled<T>& call, int64_t first, int64_t count) {
+  load(call.pairs, call.a, call.b, call.epsilon, first, count);
+  set_epsilon();
+  Lanes<T> history(call.max_iter * 2 * (n_ + m_));
+  std::vector<Step> steps(static_cast<size_t>(call.max_iter));
+  std::vector<const Step*> bases;  // in the log domain
+  for (Step& step : steps) {
+    step = {history.take(n_), history.take(m_), history.take(n_), history.take(m_), !factored_ || !iterate()};
+    if (step.in_logs) {
+      absorb();
+      iterate_logs();
+    }
+    commit(epsilon_ == epsilon_, !step.in_logs);
+    if (step.in_logs) {
+      form_kernel();
+      bases.push_back(&step);
+    }
+    std::copy(u_, u_ + n_, step.u);
+    std::copy(v_, v_ + m_, step.v);
+    std::copy(step.in_logs ? f_ : s_, (step.in_logs ? f_ : s_) + n_, step.s);
+    std::copy(step.in_logs ? g_ : c_, (step.in_logs ? g_ : c_) + m_, step.c);
+  }
+
+  Lanes<T> lanes(2 * (n_ * m_ + n_ + m_));
+  V* score_bar = lanes.take(n_ * m_);
+  V *f_bar = lanes.take(n_), *g_bar = lanes.take(m_), *a_bar = lanes.take(n_), *b_bar = lanes.take(m_);
+  std::fill(score_bar, score_bar + n_ * m_, V{});
+  std::fill(a_bar, a_bar + n_, V{});
+  std::fill(b_bar, b_bar + m_, V{});
+  V epsilon_bar = {};
+  const auto upstream = [&](const T* gradient, int64_t size, int64_t i) {
+    V result;
+    for (int l = 0; l < kLanes<T>; ++l) result[l] = gradient[(first + (l < count ? l : count - 1)) * size + i];
+    return result;
+  };
+  for (int64_t i = 0; i < n_; ++i) {
+    f_bar[i] = epsilon_ * upstream(call.grad_f, n_, i);
+    epsilon_bar += f_bar[i] / epsilon_ * (f_[i] + log_of<T>(u_[i]));
+  }
+  for (int64_t j = 0; j < m_; ++j) {
+    g_bar[j] = epsilon_ * upstream(call.grad_g, m_, j);
+    epsilon_bar += g_bar[j] / epsilon_ * (g_[j] + log_of<T>(v_[j]));
+  }
+  const bool free = rho_a_ < infinity<T>() || rho_b_ < infinity<T>();
+  V slope_a = {}, slope_b = {};  // of log d in epsilon
+  for (int l = 0; free && l < kLanes<T>; ++l) {
+    if (rho_a_ < infinity<T>()) slope_a[l] = T(-1) / (rho_a_ + epsilon_[l]);
+    if (rho_b_ < infinity<T>()) slope_b[l] = T(-1) / (rho_b_ + epsilon_[l]);
+  }
+  V* weight = row_hat_;
+  V* pull = column_hat_;
+  for (int64_t t = call.max_iter - 1; t >= 0; --t) {
+    const Step& step = steps[static_cast<size_t>(t)];
+    // g from f, always within the K of this step
+    for (int64_t i = 0; i < n_; ++i) weight[i] = step.u[i];
+    for (int64_t j = 0; j < m_; ++j) {
+      V sum = {};
+      if (step.in_logs) {
+        for (int64_t i = 0; i < n_; ++i) sum += kernel_[i * m_ + j] * a_[i] * weight[i];
+      } else {
+        sum = step.c[j];
+      }
+      pull[j] = sum > T(0) ? -damp_b_ * g_bar[j] / sum : V{};
+      if (free) epsilon_bar += g_bar[j] * (g_[j] + log_of<T>(step.v[j])) * slope_b;
+      g_bar[j] = V{};
+    }
+    for (int64_t i = 0; i < n_; ++i) {
+      V sum = {};
+      for (int64_t j = 0; j < m_; ++j) {
+        const V w = kernel_[i * m_ + j] * pull[j] * weight[i];
+        sum += w;
+        score_bar[i * m_ + j] += a_[i] * w;
+      }
+      a_bar[i] += sum;
+      f_bar[i] += a_[i] * sum;
+    }
+    if (free) {
+      for (int64_t i = 0; i < n_; ++i) epsilon_bar += f_bar[i] * (f_[i] + log_of<T>(step.u[i])) * slope_a;
+    }
+    // f from the g before
+    const Step* before = t > 0 ? &steps[static_cast<size_t>(t - 1)] : nullptr;
+    if (step.in_logs) {
+      bases.pop_back();
+      for (int64_t j = 0; j < m_; ++j) {
+        g_[j] = before == nullptr ? V{} : bases.back()->c[j] + log_of<T>(before->v[j]);
+        column_hat_[j] = g_[j] + log_of<T>(b_[j]);
+      }
+      for (int64_t i = 0; i < n_; ++i) {
+        const V lse_of_row = lse(cost_ + i * m_, 1, column_hat_, m_);
+        const V p = lse_of_row > -infinity<T>() ? -damp_a_ * f_bar[i] : V{};
+        const V top = lse_of_row > -infinity<T>() ? lse_of_row : V{};
+        for (int64_t j = 0; j < m_; ++j) {
+          const V w = p * fast_exp(factor_ * cost_[i * m_ + j] + g_[j] - top);
+          b_bar[j] += w;
+          g_bar[j] += b_[j] * w;
+          score_bar[i * m_ + j] += b_[j] * w;
+        }
+      }
+      if (before != nullptr) {
+        std::copy(bases.back()->s, bases.back()->s + n_, f_);
+        std::copy(bases.back()->c, bases.back()->c + m_, g_);
+        form_kernel();
+      }
+    } else {
+      for (int64_t i = 0; i < n_; ++i) {
+        const V p = step.s[i] > T(0) ? -damp_a_ * f_bar[i] / step.s[i] : V{};
+        for (int64_t j = 0; j < m_; ++j) {
+          const V w = p * kernel_[i * m_ + j] * before->v[j];
+          b_bar[j] += w;
+          g_bar[j] += b_[j] * w;
+          score_bar[i * m_ + j] += b_[j] * w;
+        }
+      }
+    }
+    std::fill(f_bar, f_bar + n_, V{});
+  }
+  for (int64_t e = 0; e < n_ * m_; ++e) {
+    score_bar[e] *= factor_;  // S = factor C
+    epsilon_bar -= score_bar[e] != T(0) ? score_bar[e] * cost_[e] / epsilon_ : V{};
+  }
+  for (int l = 0; l < count; ++l) {
+    const int64_t index = first + l;
+    for (int64_t e = 0; e < n_ * m_; ++e) call.grad_cost[index * n_ * m_ + e] = score_bar[e][l];
+    for (int64_t i = 0; i < n_; ++i) call.grad_a[index * n_ + i] = a_bar[i][l];
+    for (int64_t j = 0; j < m_; ++j) call.grad_b[index * m_ + j] = b_bar[j][l];
+    call.grad_epsilon[index] = epsilon_bar[l];
+  }
+}
+
+template <typename Call, typename T>
+void each_group(const Call& call, int64_t begin, int64_t end, void (Group<T>::*run)(const Call&, int64_t, int64_t)) {
+  Group<T> group(call.pairs.rows, call.pairs.columns, call.rho_a, call.rho_b);
+  for (int64_t index = begin; index < end; ++index) {
+    const int64_t first = index * kLanes<T>;
+    const int64_t left = call.pairs.batch - first;
+    (group.*run)(call, first, left < kLanes<T> ? left : kLanes<T>);
+  }
+}
+
+template <typename T>
+void solve(const SinkhornCall<T>& call, int64_t begin, int64_t end) {
+  each_group<SinkhornCall<T>, T>(call, begin, end, &Group<T>::solve);
+}
+
+template <typename T>
+void unroll(const SinkhornUnrolled<T>& call, int64_t begin, int64_t end) {
+  each_group<SinkhornUnrolled<T>, T>(call, begin, end, &Group<T>::unroll);
+}
+
+}  // namespace
+
+extern const SmallSinkhornKernels small_sinkhorn_kernels{.float_lanes = kLanes<float>,
+                                                         .double_lanes = kLanes<double>,
+                                                         .solve_float = solve<float>,
+                                                         .solve_double = solve<double>,
+                                                         .unroll_float = unroll<float>,
+                                                         .unroll_double = unroll<double>};
+
+}  // namespace tilewise::TILEWISE_ISA

@@ -1,0 +1,133 @@
+"""Entropic optimal transport in plain PyTorch, in the log domain; csrc/sinkhorn/sinkhorn.h has the formulas.
+
+Potentials are kept in units of epsilon, f / epsilon, and the cost C as scores -C / epsilon.
+"""
+
+import torch
+from torch import Tensor
+
+
+def scores_of_points(x: Tensor, y: Tensor, cost: str) -> Tensor:
+    """The cost matrix (B, n, m)."""
+    difference = x[:, :, None] - y[:, None]
+    squares = (difference * difference).sum(-1)
+    return squares if cost == "sqeuclidean" else squares.sqrt()
+
+
+def log_marginal(a: Tensor | None) -> Tensor | float:
+    return 0.0 if a is None else a.log()[:, :, None]
+
+
+def damping(epsilon: Tensor, rho: float | None) -> Tensor:
+    """rho / (rho + epsilon): how far an update goes; 1 where the marginal is a constraint."""
+    return torch.ones_like(epsilon) if rho is None else rho / (rho + epsilon)
+
+
+def updated(scores: Tensor, potential: Tensor, marginal: Tensor, damp: Tensor) -> Tensor:
+    """-damp log sum_j b_j exp(g_j - C_ij), 0 where every pair of a row is forbidden."""
+    lse = torch.logsumexp(scores + (potential + marginal.log())[:, None], 2)
+    return torch.where(lse == -torch.inf, 0, -damp[:, None] * lse)
+
+
+def row_error(scores: Tensor, f: Tensor, g: Tensor, a: Tensor, b: Tensor, epsilon: Tensor, rho: float | None) -> Tensor:
+    """sum_i |sum_j P_ij - a_i exp(-f_i / rho)| / sum_i a_i, 0 without mass."""
+    sums = a * torch.exp(f + torch.logsumexp(scores + (g + b.log())[:, None], 2))
+    target = a if rho is None else a * torch.exp(-f * epsilon[:, None] / rho)
+    mass = a.sum(1)
+    return torch.where(mass > 0, (sums - target).abs().sum(1) / mass, 0)
+
+
+def solve(cost, a, b, epsilon, f, g, start, *, max_iter, tol, rho_a, rho_b, scaling, symmetric=False):
+    """Potentials, value, error of the rows and the number of iterations of every problem, each stopped on its own."""
+    start = epsilon if start is None else torch.maximum(start, epsilon)
+    now = start
+    f = cost.new_zeros(cost.shape[:2]) if f is None else f / now[:, None]
+    g = cost.new_zeros(cost.shape[0], cost.shape[2]) if g is None else g / now[:, None]
+    n_iter = torch.zeros(len(cost), dtype=torch.int64, device=cost.device)
+    going = torch.ones(len(cost), dtype=torch.bool, device=cost.device)
+    for t in range(max_iter):
+        following = torch.maximum(start * scaling**t, epsilon)
+        f, g = (p * (now / following)[:, None] for p in (f, g))
+        now = following
+        scores = -cost / now[:, None, None]
+        if t > 0:
+            done = row_error(scores, f, g, a, b, now, rho_a) <= tol
+            going = going & ~((now == epsilon) & done)
+        damp_a, damp_b = damping(now, rho_a), damping(now, rho_b)
+        next_f = updated(scores, g, b, damp_a)
+        if symmetric:
+            next_f = next_g = (f + next_f) / 2
+        else:
+            next_g = updated(scores.mT, next_f, a, damp_b)
+        f, g = (torch.where(going[:, None], p, old) for p, old in ((next_f, f), (next_g, g)))
+        n_iter += going
+        if not going.any():
+            break
+    error = row_error(-cost / now[:, None, None], f, g, a, b, now, rho_a)
+    f, g = f * now[:, None], g * now[:, None]
+    return f, g, value_of(f, g, a, b, epsilon, rho_a, rho_b), error, n_iter
+
+
+def value_of(f, g, a, b, epsilon, rho_a, rho_b) -> Tensor:
+    """The dual objective, with sum P from the columns, which the last update made exact."""
+    of_a = a * f if rho_a is None else -rho_a * a * torch.expm1(-f / rho_a)
+    of_b = b * g if rho_b is None else -rho_b * b * torch.expm1(-g / rho_b)
+    mass = b if rho_b is None else b * torch.exp(-g / rho_b)
+    return of_a.sum(1) + of_b.sum(1) - epsilon * (mass.sum(1) - a.sum(1) * b.sum(1))
+
+
+def plan(cost, a, b, epsilon, f, g) -> Tensor:
+    """a_i b_j exp((f_i + g_j - C_ij) / epsilon); a marginal that is None counts as ones."""
+    exponent = (f[:, :, None] + g[:, None] - cost) / epsilon[:, None, None]
+    return torch.exp(exponent + log_marginal(a) + (0.0 if b is None else b.log()[:, None]))
+
+
+def sinkhorn(cost, a, b, epsilon, f=None, g=None, start=None, *, max_iter, tol, rho_a=None, rho_b=None, scaling=0.5):
+    return solve(
+        cost, a, b, epsilon, f, g, start, max_iter=max_iter, tol=tol, rho_a=rho_a, rho_b=rho_b, scaling=scaling
+    )
+
+
+def sinkhorn_points(x, y, a, b, epsilon, f=None, g=None, start=None, *, cost, **options):
+    options = {"rho_a": None, "rho_b": None, "scaling": 0.5} | options
+    return solve(scores_of_points(x, y, cost), a, b, epsilon, f, g, start, **options)
+
+
+def sinkhorn_plan(cost, a, b, epsilon, f, g, **options):
+    return plan(cost, a, b, epsilon, f, g)
+
+
+def sinkhorn_apply(cost, a, b, epsilon, f, g, v):
+    return plan(cost, a, b, epsilon, f, g) @ v
+
+
+def sinkhorn_points_apply(x, y, a, b, epsilon, f, g, v, h=None, k=None, *, cost, over_distance=False, **options):
+    matrix = scores_of_points(x, y, cost)
+    weights = plan(matrix, a, b, epsilon, f, g)
+    if h is not None:
+        weights = weights * (h @ k.mT)
+    if over_distance:
+        weights = torch.where(matrix > 0, weights / matrix, 0)
+    return weights @ v
+
+
+def sinkhorn_unrolled(cost, a, b, epsilon, *, max_iter, rho_a=None, rho_b=None):
+    return sinkhorn(cost, a, b, epsilon, max_iter=max_iter, tol=-1.0, rho_a=rho_a, rho_b=rho_b)[:2]
+
+
+def sinkhorn_unrolled_backward(grad_f, grad_g, cost, a, b, epsilon, **options):
+    def function(cost, a, b, epsilon):
+        return sinkhorn_unrolled(cost, a, b, epsilon, **options)
+
+    return torch.func.vjp(function, cost, a, b, epsilon)[1]((grad_f, grad_g))
+
+
+OPS = {
+    "sinkhorn": sinkhorn,
+    "sinkhorn_points": sinkhorn_points,
+    "sinkhorn_plan": sinkhorn_plan,
+    "sinkhorn_apply": sinkhorn_apply,
+    "sinkhorn_points_apply": sinkhorn_points_apply,
+    "sinkhorn_unrolled": sinkhorn_unrolled,
+    "sinkhorn_unrolled_backward": sinkhorn_unrolled_backward,
+}
