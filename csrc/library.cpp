@@ -108,7 +108,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tilewise, m) {
       "float? rho_a=None, float? rho_b=None) -> (Tensor f, Tensor g)");
   m.def(
       "sinkhorn_plan_backward(Tensor? grad_plan, Tensor? grad_f, Tensor? grad_g, Tensor cost, Tensor a, Tensor b, "
-      "Tensor epsilon, Tensor f, Tensor g, *, float? rho_a, float? rho_b) "
+      "Tensor epsilon, Tensor f, Tensor g, *, float? rho_a, float? rho_b, bool a_grad, bool b_grad) "
       "-> (Tensor grad_cost, Tensor grad_a, Tensor grad_b, Tensor grad_epsilon)");
   m.def(
       "sinkhorn_points_apply_backward(Tensor grad, Tensor x, Tensor y, Tensor a, Tensor b, Tensor epsilon, Tensor f, "
