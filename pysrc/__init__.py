@@ -18,6 +18,11 @@ from tilewise.ops.mala import mala  # noqa: E402
 from tilewise.ops.mining import batch_hard_mine, multi_similarity_mine, semihard_mine  # noqa: E402
 from tilewise.ops.multi_similarity_loss import multi_similarity_loss  # noqa: E402
 from tilewise.ops.pair_weighted_loss import pair_weighted_loss  # noqa: E402
+from tilewise.ops.sinkhorn import sinkhorn  # noqa: E402
+from tilewise.ops.sinkhorn_divergence import monge_gap, sinkhorn_divergence  # noqa: E402
+from tilewise.ops.sinkhorn_knopp import sinkhorn_knopp  # noqa: E402
+from tilewise.ops.sinkhorn_points import sinkhorn_points  # noqa: E402
+from tilewise.ops.transport import SinkhornResult  # noqa: E402
 from tilewise.ops.z_loss import spherical_softmax_loss, taylor_softmax_loss, z_loss  # noqa: E402
 from tilewise.version import __version__  # noqa: E402
 
@@ -25,6 +30,7 @@ start()
 
 __all__ = [
     "CrossEntropyStats",
+    "SinkhornResult",
     "__version__",
     "backend",
     "batch_hard_mine",
@@ -36,6 +42,7 @@ __all__ = [
     "linear_taylor_softmax_loss",
     "linear_z_loss",
     "mala",
+    "monge_gap",
     "multi_similarity_loss",
     "multi_similarity_mine",
     "nn",
@@ -44,6 +51,10 @@ __all__ = [
     "reference",
     "semihard_mine",
     "siglip_loss",
+    "sinkhorn",
+    "sinkhorn_divergence",
+    "sinkhorn_knopp",
+    "sinkhorn_points",
     "spherical_softmax_loss",
     "supcon",
     "taylor_softmax_loss",

@@ -7,11 +7,16 @@ import torch
 from torch import Tensor
 
 
-def scores_of_points(x: Tensor, y: Tensor, cost: str) -> Tensor:
-    """The cost matrix (B, n, m)."""
+def costs_of_points(x: Tensor, y: Tensor, cost: str, by_products: bool = False) -> Tensor:
+    """The matrix of costs (B, n, m): from differences or, of squares where memory matters, from products."""
+    if by_products and cost == "sqeuclidean":
+        return (x * x).sum(2)[:, :, None] + (y * y).sum(2)[:, None] - 2 * (x @ y.mT)
     difference = x[:, :, None] - y[:, None]
     squares = (difference * difference).sum(-1)
-    return squares if cost == "sqeuclidean" else squares.sqrt()
+    if cost == "sqeuclidean":
+        return squares
+    apart = squares > 0
+    return torch.where(apart, torch.where(apart, squares, 1).sqrt(), 0)  # the gradient of 0 is 0
 
 
 def log_marginal(a: Tensor | None) -> Tensor | float:
@@ -90,7 +95,7 @@ def sinkhorn(cost, a, b, epsilon, f=None, g=None, start=None, *, max_iter, tol, 
 
 def sinkhorn_points(x, y, a, b, epsilon, f=None, g=None, start=None, *, cost, **options):
     options = {"rho_a": None, "rho_b": None, "scaling": 0.5} | options
-    return solve(scores_of_points(x, y, cost), a, b, epsilon, f, g, start, **options)
+    return solve(costs_of_points(x, y, cost), a, b, epsilon, f, g, start, **options)
 
 
 def sinkhorn_plan(cost, a, b, epsilon, f, g, **options):
@@ -102,7 +107,7 @@ def sinkhorn_apply(cost, a, b, epsilon, f, g, v):
 
 
 def sinkhorn_points_apply(x, y, a, b, epsilon, f, g, v, h=None, k=None, *, cost, over_distance=False, **options):
-    matrix = scores_of_points(x, y, cost)
+    matrix = costs_of_points(x, y, cost)
     weights = plan(matrix, a, b, epsilon, f, g)
     if h is not None:
         weights = weights * (h @ k.mT)

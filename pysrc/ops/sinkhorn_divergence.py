@@ -1,0 +1,132 @@
+"""sinkhorn_divergence and monge_gap: what is made of the transport between sets of points."""
+
+import torch
+from torch import Tensor
+
+from tilewise.ops.sinkhorn_points import _centred, prepared
+from tilewise.ops.transport import Problem
+from tilewise.reference.rows import statistics_dtype
+
+
+def sinkhorn_divergence(
+    x: Tensor,
+    y: Tensor,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    *,
+    epsilon: float | Tensor,
+    cost: str = "sqeuclidean",
+    max_iter: int = 1000,
+    tol: float = 1e-6,
+    reg_marginal: float | tuple[float, float] | None = None,
+    epsilon_scaling: float | None = None,
+) -> Tensor:
+    r"""The debiased transport cost between two sets of points, with O((n + m) d) memory.
+
+    .. math::
+        S = V(x, y) - V(x, x) / 2 - V(y, y) / 2 + \epsilon / 2\, (\textstyle\sum a - \sum b)^2
+
+    with V of :func:`tilewise.sinkhorn_points`. It is 0 for equal sets and, for these costs, never below, within the
+    error of the three problems.
+
+    From "Interpolating between Optimal Transport and MMD using Sinkhorn Divergences" (Feydy et al., 2019), and
+    "Sinkhorn Divergences for Unbalanced Optimal Transport" (Sejourne et al., 2019).
+
+    Args:
+        x: (..., n, d), float64 (on a CPU), float32, bfloat16 or float16 (these two are computed in float32).
+        y: (..., m, d) of the same dtype and batch.
+        a, b, epsilon, cost, max_iter, tol, epsilon_scaling: as for :func:`tilewise.sinkhorn_points`.
+        reg_marginal: one penalty for both marginals, or a pair of equal ones: with others x and y would have different
+            divergences from themselves.
+
+    Returns:
+        (...), differentiable in x, y, a, b and epsilon. It is ``2 * geomloss.SamplesLoss("sinkhorn", p=2,
+        blur=(epsilon / 2) ** 0.5)`` for squared distances.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as :func:`tilewise.sinkhorn_points`.
+
+    Example:
+        >>> import torch, tilewise
+        >>> x, y = torch.randn(100, 2, requires_grad=True), torch.randn(80, 2) + 1
+        >>> tilewise.sinkhorn_divergence(x, y, epsilon=0.5).backward()
+        >>> x.grad.shape
+        torch.Size([100, 2])
+    """
+    op = "sinkhorn_divergence"
+    if isinstance(reg_marginal, tuple) and len(set(reg_marginal)) != 1:
+        raise ValueError(f"tilewise.{op}: expected reg_marginal to be one number for both, got {reg_marginal!r}")
+    pair, problem, options = prepared(
+        op, x, y, a, b, epsilon=epsilon, cost=cost, max_iter=max_iter, tol=tol, reg_marginal=reg_marginal,
+        epsilon_scaling=epsilon_scaling
+    )  # fmt: skip
+    return divergence(pair.x, pair.y, problem, options).reshape(problem.batch)
+
+
+def divergence(x: Tensor, y: Tensor, problem: Problem, options: dict, debias: bool = True) -> Tensor:
+    """(B,) of prepared points; without debias V(x, y) alone."""
+    a, b, epsilon = problem.a, problem.b, problem.epsilon
+    value = torch.ops.tilewise.sinkhorn_points(x, y, a, b, epsilon, **options)[2]
+    if not debias:
+        return value
+    of_x = torch.ops.tilewise.sinkhorn_points(x, x, a, a, epsilon, **options, symmetric=True)[2]
+    of_y = torch.ops.tilewise.sinkhorn_points(y, y, b, b, epsilon, **options, symmetric=True)[2]
+    return value - (of_x + of_y) / 2 + epsilon / 2 * (a.sum(1) - b.sum(1)).square()
+
+
+def monge_gap(
+    x: Tensor,
+    tx: Tensor,
+    *,
+    epsilon: float | Tensor,
+    cost: str = "sqeuclidean",
+    max_iter: int = 1000,
+    tol: float = 1e-6,
+    epsilon_scaling: float | None = None,
+) -> Tensor:
+    r"""How far a map T is from an optimal one on the points x: what it pays above the cheapest way to T(x).
+
+    .. math::
+        \frac1n \sum_i c(x_i, T(x_i)) - W_\epsilon(x, T(x)), \qquad
+        W_\epsilon = \min_P \langle P, C \rangle - \epsilon H(P), \quad H(P) = -\sum P \log P
+
+    between uniform weights: at least 0, because keeping to T is a plan, and near 0 for the gradient of a convex
+    function under squared distances. A regulariser for networks that are to learn transport maps.
+
+    From "The Monge Gap: A Regularizer to Learn All Transport Maps" (Uscidda and Cuturi, 2023).
+
+    Args:
+        x: (..., n, d), float64 (on a CPU), float32, bfloat16 or float16 (these two are computed in float32).
+        tx: (..., n, d) of the same dtype: where the map takes each x.
+        epsilon, cost, max_iter, tol, epsilon_scaling: as for :func:`tilewise.sinkhorn_points`.
+
+    Returns:
+        (...), differentiable in x, tx and epsilon through both terms.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as :func:`tilewise.sinkhorn_points`.
+
+    Example:
+        >>> import torch, tilewise
+        >>> x = torch.randn(100, 2)
+        >>> translation = tilewise.monge_gap(x, x + 3, epsilon=0.1)
+        >>> bool(translation < tilewise.monge_gap(x, -x, epsilon=0.1))
+        True
+    """
+    op = "monge_gap"
+    if isinstance(tx, Tensor) and isinstance(x, Tensor) and tx.shape != x.shape:
+        raise ValueError(f"tilewise.{op}: expected tx to have shape {tuple(x.shape)} like x, got {tuple(tx.shape)}")
+    pair, problem, options = prepared(
+        op, x, tx, None, None, epsilon=epsilon, cost=cost, max_iter=max_iter, tol=tol, reg_marginal=None,
+        epsilon_scaling=epsilon_scaling
+    )  # fmt: skip
+    value = divergence(pair.x, pair.y, problem, options, debias=False)
+    entropy = 2 * torch.log(torch.tensor(float(x.shape[-2]), dtype=value.dtype)).to(value.device)
+    wide = statistics_dtype(x)
+    difference = x.to(wide) - tx.to(wide)
+    if cost == "cosine":
+        difference = _centred(x.to(wide), None, cost) - _centred(tx.to(wide), None, cost)
+    paid = difference.square().sum(-1)
+    if cost == "euclidean":
+        paid = torch.where(paid > 0, torch.where(paid > 0, paid, 1).sqrt(), 0)
+    return paid.mean(-1) - (value - problem.epsilon * entropy).reshape(problem.batch)
