@@ -120,8 +120,8 @@ def sinkhorn(
 def _result(problem: Problem, f, g, value, error, n_iter, plan, apply) -> SinkhornResult:
     batch = problem.batch
     return SinkhornResult(
-        f=f.detach().reshape(*batch, -1),
-        g=g.detach().reshape(*batch, -1),
+        f=f.detach().reshape(*batch, f.shape[1]),
+        g=g.detach().reshape(*batch, g.shape[1]),
         value=value.reshape(batch),
         n_iter=n_iter.reshape(batch),
         marginal_error=error.reshape(batch),

@@ -29,9 +29,12 @@ def damping(epsilon: Tensor, rho: float | None) -> Tensor:
 
 
 def updated(scores: Tensor, potential: Tensor, marginal: Tensor, damp: Tensor) -> Tensor:
-    """-damp log sum_j b_j exp(g_j - C_ij), 0 where every pair of a row is forbidden."""
-    lse = torch.logsumexp(scores + (potential + marginal.log())[:, None], 2)
-    return torch.where(lse == -torch.inf, 0, -damp[:, None] * lse)
+    """-damp log sum_j b_j exp(g_j - C_ij), 0 where every pair of a row is forbidden; differentiable where b_j is 0."""
+    exponents = scores + potential[:, None]
+    top = exponents.detach().masked_fill(marginal[:, None] == 0, -torch.inf).amax(2, keepdim=True).nan_to_num()
+    total = (marginal[:, None] * torch.exp((exponents - top).clamp(max=80))).sum(2)
+    alive = total > 0
+    return torch.where(alive, -damp[:, None] * (top[:, :, 0] + torch.where(alive, total, 1).log()), 0)
 
 
 def row_error(scores: Tensor, f: Tensor, g: Tensor, a: Tensor, b: Tensor, epsilon: Tensor, rho: float | None) -> Tensor:
