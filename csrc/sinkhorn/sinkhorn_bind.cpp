@@ -4,7 +4,11 @@
 #include <cmath>
 
 #include "common/checks.h"
+#if defined(TILEWISE_CUDA)
+#include "sinkhorn/sinkhorn_gpu.h"
+#else
 #include "sinkhorn/sinkhorn_host.h"
+#endif
 
 namespace tilewise {
 namespace {
@@ -92,7 +96,31 @@ T penalty(const std::optional<double>& rho, const char* op, const char* name) {
   return static_cast<T>(*rho);
 }
 
-#if !defined(TILEWISE_CUDA)
+#if defined(TILEWISE_CUDA)
+
+// Calls f with the launches of a call that needs as many floats between them.
+template <typename Function>
+void launch_with(const Shape& shape, int64_t floats, Function f) {
+  const Tensor scratch = torch::stable::new_empty(shape.first, {floats}, ScalarType::Float);
+  SinkhornLaunches launches(static_cast<float*>(scratch.data_ptr()), current_stream(shape.first));
+  const char* error = f(launches);
+  require(error == nullptr, shape.op, "the CUDA kernel could not be launched: ", error == nullptr ? "" : error);
+}
+
+void run_solve(const SinkhornCall<float>& call, const Shape& shape) {
+  launch_with(shape, SinkhornLaunches::solve_floats(call), [&](auto& launches) { return launches.solve(call); });
+}
+
+void run_apply(const SinkhornApply<float>& call, const Shape& shape, bool plan) {
+  if (plan) return launch_with(shape, 0, [&](auto& launches) { return launches.plan(call); });
+  launch_with(shape, SinkhornLaunches::apply_floats(call), [&](auto& launches) { return launches.apply(call); });
+}
+
+void run_unrolled(const SinkhornUnrolled<float>& call, const Shape& shape) {
+  launch_with(shape, SinkhornLaunches::unrolled_floats(call), [&](auto& launches) { return launches.unrolled(call); });
+}
+
+#else
 
 // Values are looked at where that does not mean waiting for a device.
 template <typename T>

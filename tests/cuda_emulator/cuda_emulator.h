@@ -16,6 +16,7 @@
 
 #define __global__
 #define __device__
+#define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __grid_constant__
@@ -177,6 +178,14 @@ T __shfl_xor_sync(unsigned mask, T value, int lanes) {
 template <typename T>
 T __shfl_down_sync(unsigned mask, T value, int lanes) {
   return emulator::shuffle(mask, value, emulator::machine.current % emulator::kWarp + lanes);
+}
+
+inline void __syncwarp() { emulator::shuffle(0xffffffffu, 0, 0); }
+
+inline bool __any_sync(unsigned mask, bool value) {
+  int any = value;
+  for (int lanes = emulator::kWarp / 2; lanes > 0; lanes /= 2) any |= __shfl_xor_sync(mask, any, lanes);
+  return any != 0;
 }
 
 inline uint4 __ldg(const uint4* address) { return emulator::load(address); }

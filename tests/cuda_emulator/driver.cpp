@@ -5,6 +5,7 @@
 #include "cross_entropy/cross_entropy.h"
 #include "mala/mala_gpu.h"
 #include "pairwise/pairwise.h"
+#include "sinkhorn/sinkhorn_gpu.h"
 #include "z_loss/z_loss.h"
 
 #include <vector>
@@ -64,6 +65,43 @@ struct AttentionCall {
   int64_t *q_bounds, *k_bounds;
   float *start_s, *start_z, *start_u, *s, *z, *u;
 };
+
+// What all calls of sinkhorn have: a matrix of costs, or points.
+struct TransportCall {
+  int64_t cost, batch, rows, columns, features;
+  float *matrix, *x, *y, *a, *b, *epsilon, *start, *f, *g;
+  int64_t batch_stride, row_stride, column_stride;
+  int64_t max_iter, symmetric;
+  double scaling, rho_a, rho_b, tol;  // a rho of 0: a constraint
+  float *value, *error;
+  int64_t* n_iter;
+  int64_t values, weights, over_distance;
+  float *v, *h, *k, *out;
+  float *grad_f, *grad_g, *grad_cost, *grad_a, *grad_b, *grad_epsilon;
+};
+
+tilewise::Pairs<float> pairs_of(const TransportCall& call) {
+  tilewise::Pairs<float> pairs{.batch = call.batch, .rows = call.rows, .columns = call.columns};
+  pairs.cost = static_cast<tilewise::PairCost>(call.cost);
+  pairs.matrix = call.matrix;
+  pairs.batch_stride = call.batch_stride;
+  pairs.row_stride = call.row_stride;
+  pairs.column_stride = call.column_stride;
+  pairs.features = call.features;
+  pairs.x = call.x;
+  pairs.y = call.y;
+  return pairs;
+}
+
+float penalty_of(double rho) { return rho > 0 ? static_cast<float>(rho) : tilewise::infinity<float>(); }
+
+// Calls f with launches over poisoned scratch memory.
+template <typename Function>
+const char* with_launches(int64_t floats, Function f) {
+  std::vector<float> scratch(static_cast<size_t>(floats), tilewise::quiet_nan<float>());
+  tilewise::SinkhornLaunches launches(scratch.data(), nullptr);
+  return f(launches);
+}
 
 tilewise::RowMatrix matrix_of(const Call& call, const Matrix& m) {
   return {.data = m.data,
@@ -237,6 +275,61 @@ extern "C" const char* attention(const AttentionCall& call) {
   if (!backward) return launches.forward({call.start_s, call.start_z, call.start_u}, {call.s, call.z, call.u});
   if (op.causal) return launches.backward({call.start_s, call.start_z, call.start_u});
   return launches.backward({call.s, call.z, call.u});
+}
+
+extern "C" const char* transport_solve(const TransportCall& call) {
+  tilewise::SinkhornCall<float> op{.pairs = pairs_of(call)};
+  op.a = call.a;
+  op.b = call.b;
+  op.epsilon = call.epsilon;
+  op.start = call.start;
+  op.scaling = static_cast<float>(call.scaling);
+  op.rho_a = penalty_of(call.rho_a);
+  op.rho_b = penalty_of(call.rho_b);
+  op.max_iter = call.max_iter;
+  op.tol = static_cast<float>(call.tol);
+  op.symmetric = call.symmetric != 0;
+  op.f = call.f;
+  op.g = call.g;
+  op.value = call.value;
+  op.error = call.error;
+  op.n_iter = call.n_iter;
+  return with_launches(tilewise::SinkhornLaunches::solve_floats(op), [&](auto& l) { return l.solve(op); });
+}
+
+extern "C" const char* transport_apply(const TransportCall& call, int plan) {
+  tilewise::SinkhornApply<float> op{.pairs = pairs_of(call)};
+  op.a = call.a;
+  op.b = call.b;
+  op.epsilon = call.epsilon;
+  op.f = call.f;
+  op.g = call.g;
+  op.v = call.v;
+  op.values = call.values;
+  op.h = call.h;
+  op.k = call.k;
+  op.weights = call.weights;
+  op.over_distance = call.over_distance != 0;
+  op.out = call.out;
+  return with_launches(tilewise::SinkhornLaunches::apply_floats(op),
+                       [&](auto& l) { return plan != 0 ? l.plan(op) : l.apply(op); });
+}
+
+extern "C" const char* transport_unrolled(const TransportCall& call) {
+  tilewise::SinkhornUnrolled<float> op{.pairs = pairs_of(call)};
+  op.a = call.a;
+  op.b = call.b;
+  op.epsilon = call.epsilon;
+  op.rho_a = penalty_of(call.rho_a);
+  op.rho_b = penalty_of(call.rho_b);
+  op.max_iter = call.max_iter;
+  op.grad_f = call.grad_f;
+  op.grad_g = call.grad_g;
+  op.grad_cost = call.grad_cost;
+  op.grad_a = call.grad_a;
+  op.grad_b = call.grad_b;
+  op.grad_epsilon = call.grad_epsilon;
+  return with_launches(tilewise::SinkhornLaunches::unrolled_floats(op), [&](auto& l) { return l.unrolled(op); });
 }
 
 extern "C" const char* z_loss_forward(const Call& call) {

@@ -94,6 +94,21 @@ class AttentionCall(ctypes.Structure):
     ]
 
 
+class TransportCall(ctypes.Structure):
+    """Mirrors `TransportCall` of driver.cpp."""
+
+    _fields_ = [
+        *[(name, c_int64) for name in ("cost", "batch", "rows", "columns", "features")],
+        *[(name, c_void_p) for name in ("matrix", "x", "y", "a", "b", "epsilon", "start", "f", "g")],
+        *[(name, c_int64) for name in ("batch_stride", "row_stride", "column_stride", "max_iter", "symmetric")],
+        *[(name, c_double) for name in ("scaling", "rho_a", "rho_b", "tol")],
+        *[(name, c_void_p) for name in ("value", "error", "n_iter")],
+        *[(name, c_int64) for name in ("values", "weights", "over_distance")],
+        *[(name, c_void_p) for name in ("v", "h", "k", "out", "grad_f", "grad_g", "grad_cost", "grad_a", "grad_b")],
+        ("grad_epsilon", c_void_p),
+    ]
+
+
 def build() -> ctypes.CDLL:
     """Compiles once per content of the sources, into build/cuda_emulator."""
     digest = hashlib.sha256(" ".join([str(COMPILER), *FLAGS]).encode())
@@ -119,6 +134,10 @@ def build() -> ctypes.CDLL:
         getattr(loaded, name).restype = c_char_p
     loaded.attention.argtypes = [ctypes.POINTER(AttentionCall)]
     loaded.attention.restype = c_char_p
+    loaded.transport_solve.argtypes = loaded.transport_unrolled.argtypes = [ctypes.POINTER(TransportCall)]
+    loaded.transport_apply.argtypes = [ctypes.POINTER(TransportCall), c_int]
+    for function in (loaded.transport_solve, loaded.transport_apply, loaded.transport_unrolled):
+        function.restype = c_char_p
     loaded.pairwise.argtypes = [ctypes.POINTER(PairCall)]
     loaded.pairwise.restype = c_char_p
     loaded.accumulate.argtypes = [c_int64, c_void_p, c_void_p, c_void_p, c_int64, c_int, c_int]

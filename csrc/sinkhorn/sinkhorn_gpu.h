@@ -1,0 +1,194 @@
+// The launches of one call on a GPU, in order, and the scratch memory between them (host only, raw pointers).
+//
+// Nobody waits for the device: all max_iter iterations are launched, and those of a problem that has stopped return at
+// once. A problem has stopped where its n_iter is behind the iteration.
+#pragma once
+
+#include <cmath>
+
+#include "sinkhorn/sinkhorn.h"
+
+namespace tilewise {
+
+constexpr int kTileRows = 64;  // rows and columns of a tile
+
+TILEWISE_FN int64_t row_tiles(int64_t rows) { return (rows + kTileRows - 1) / kTileRows; }
+
+// When iteration t of a problem counts: what its rows' errors, one sum for each tile of rows, decide.
+struct SinkhornDecision {
+  int64_t t = 0;
+  int64_t max_iter = 0;
+  float decay = 1.0f;  // now = max(start decay, epsilon)
+  float tol = 0.0f;
+  const float* start = nullptr;
+  const float* epsilon = nullptr;
+  const float* partials = nullptr;  // (batch, tiles)
+  int64_t tiles = 0;
+  const float* mass = nullptr;  // (batch,)
+  float* error = nullptr;
+  int64_t* n_iter = nullptr;
+};
+
+// Half an iteration: new potentials `after` of the rows of `pairs`, which are the columns of the problem in turn. With
+// `own` it also takes the error of the rows in their potentials `before`; without, it decides first whether it counts.
+struct SinkhornHalfStep {
+  Pairs<float> pairs;
+  const float* x_squares = nullptr;
+  const float* y_squares = nullptr;
+  const float* from = nullptr;   // (batch, columns): the potentials of the other side
+  const float* other = nullptr;  // their marginal
+  const float* own = nullptr;
+  const float* before = nullptr;
+  float* after = nullptr;
+  float* partials = nullptr;
+  float rho = infinity<float>();
+  bool symmetric = false;
+  SinkhornDecision decision;
+};
+
+// The last launch: the potentials that count, the value, and the error after max_iter iterations.
+struct SinkhornFinish {
+  SinkhornCall<float> call;
+  const float* second = nullptr;  // f after an odd number of iterations, or null
+  SinkhornDecision decision;
+};
+
+const char* sinkhorn_squares_cuda(const float* points, int64_t count, int64_t features, float* squares, void* stream);
+const char* sinkhorn_prepare_cuda(const SinkhornCall<float>& call, float* mass, void* stream);
+const char* sinkhorn_half_step_cuda(const SinkhornHalfStep& step, void* stream);
+const char* sinkhorn_decide_cuda(const SinkhornDecision& decision, int64_t batch, void* stream);
+const char* sinkhorn_finish_cuda(const SinkhornFinish& finish, void* stream);
+const char* sinkhorn_apply_cuda(const SinkhornApply<float>& call, const float* x_squares, const float* y_squares,
+                                void* stream);
+const char* sinkhorn_plan_cuda(const SinkhornApply<float>& call, void* stream);
+const char* sinkhorn_small_cuda(const SinkhornCall<float>& call, void* stream);
+const char* sinkhorn_unrolled_cuda(const SinkhornUnrolled<float>& call, float* history, void* stream);
+
+inline bool is_small(const Pairs<float>& pairs) { return pairs.rows <= kSmall && pairs.columns <= kSmall; }
+
+inline Pairs<float> swapped(const Pairs<float>& pairs) {
+  Pairs<float> other = pairs;
+  other.rows = pairs.columns;
+  other.columns = pairs.rows;
+  other.row_stride = pairs.column_stride;
+  other.column_stride = pairs.row_stride;
+  other.x = pairs.y;
+  other.y = pairs.x;
+  return other;
+}
+
+class SinkhornLaunches {
+ public:
+  SinkhornLaunches(float* scratch, void* stream) : next_(scratch), stream_(stream) {}
+
+  static int64_t solve_floats(const SinkhornCall<float>& call) {
+    const Pairs<float>& pairs = call.pairs;
+    if (is_small(pairs)) return 0;
+    return pairs.batch * (pairs.rows + row_tiles(pairs.rows) + 1) + squares_floats(pairs);
+  }
+  static int64_t apply_floats(const SinkhornApply<float>& call) { return squares_floats(call.pairs); }
+  static int64_t unrolled_floats(const SinkhornUnrolled<float>& call) {
+    return call.pairs.batch * call.max_iter * (call.pairs.rows + call.pairs.columns);
+  }
+
+  const char* solve(const SinkhornCall<float>& call) {
+    const Pairs<float>& pairs = call.pairs;
+    if (is_small(pairs)) {
+      const char* error = sinkhorn_small_cuda(call, stream_);
+      return error != nullptr ? error : sinkhorn_finish_cuda({call, nullptr, {}}, stream_);
+    }
+    const Squares squares = squares_of(pairs);
+    float* second = take(pairs.batch * pairs.rows);
+    float* partials = take(pairs.batch * row_tiles(pairs.rows));
+    float* mass = take(pairs.batch);
+    run(sinkhorn_prepare_cuda(call, mass, stream_));
+
+    SinkhornDecision decision;
+    decision.max_iter = call.max_iter;
+    decision.tol = call.tol;
+    decision.start = call.start != nullptr ? call.start : call.epsilon;
+    decision.epsilon = call.epsilon;
+    decision.partials = partials;
+    decision.tiles = row_tiles(pairs.rows);
+    decision.mass = mass;
+    decision.error = call.error;
+    decision.n_iter = call.n_iter;
+
+    SinkhornHalfStep rows{.pairs = pairs, .x_squares = squares.x, .y_squares = squares.y};
+    rows.from = call.g;
+    rows.other = call.b;
+    rows.own = call.a;
+    rows.partials = partials;
+    rows.rho = call.rho_a;
+    rows.symmetric = call.symmetric;
+    SinkhornHalfStep columns{.pairs = swapped(pairs), .x_squares = squares.y, .y_squares = squares.x};
+    columns.other = call.a;
+    columns.after = call.g;
+    columns.rho = call.rho_b;
+    // A pass after the last iteration is for its error alone.
+    for (int64_t t = 0; t <= call.max_iter && error_ == nullptr; ++t) {
+      const int64_t last = t < call.max_iter ? t : call.max_iter - 1;
+      decision.t = t;
+      decision.decay = static_cast<float>(::pow(static_cast<double>(call.scaling), static_cast<double>(last)));
+      rows.decision = columns.decision = decision;
+      rows.before = t % 2 == 0 ? call.f : second;
+      rows.after = t % 2 == 0 ? second : call.f;
+      if (call.symmetric) rows.from = rows.before;
+      columns.from = rows.after;
+      run(sinkhorn_half_step_cuda(rows, stream_));
+      if (t == call.max_iter) break;
+      run(call.symmetric ? sinkhorn_decide_cuda(decision, pairs.batch, stream_)
+                         : sinkhorn_half_step_cuda(columns, stream_));
+    }
+    run(sinkhorn_finish_cuda({call, second, decision}, stream_));
+    return error_;
+  }
+
+  const char* apply(const SinkhornApply<float>& call) {
+    const Squares squares = squares_of(call.pairs);
+    run(sinkhorn_apply_cuda(call, squares.x, squares.y, stream_));
+    return error_;
+  }
+
+  const char* plan(const SinkhornApply<float>& call) { return sinkhorn_plan_cuda(call, stream_); }
+
+  const char* unrolled(const SinkhornUnrolled<float>& call) {
+    return sinkhorn_unrolled_cuda(call, take(unrolled_floats(call)), stream_);
+  }
+
+ private:
+  struct Squares {
+    const float* x = nullptr;
+    const float* y = nullptr;
+  };
+
+  static int64_t squares_floats(const Pairs<float>& pairs) {
+    return pairs.cost == PairCost::kSquaredEuclidean ? pairs.batch * (pairs.rows + pairs.columns) : 0;
+  }
+
+  float* take(int64_t floats) {
+    float* begin = next_;
+    next_ += floats;
+    return begin;
+  }
+
+  void run(const char* error) {
+    if (error_ == nullptr) error_ = error;
+  }
+
+  Squares squares_of(const Pairs<float>& pairs) {
+    if (pairs.cost != PairCost::kSquaredEuclidean) return {};
+    const int64_t rows = pairs.batch * pairs.rows, columns = pairs.batch * pairs.columns;
+    float* x = take(rows);
+    float* y = take(columns);
+    run(sinkhorn_squares_cuda(pairs.x, rows, pairs.features, x, stream_));
+    run(sinkhorn_squares_cuda(pairs.y, columns, pairs.features, y, stream_));
+    return {x, y};
+  }
+
+  float* next_;
+  void* stream_;
+  const char* error_ = nullptr;
+};
+
+}  // namespace tilewise
