@@ -52,7 +52,8 @@ STABLE_TORCH_LIBRARY(tilewise, m) {
       "int? self_offset, float guide_margin, str reduction, int chunk_bytes, bool x_grad, bool y_grad, "
       "bool bias_grad) -> (Tensor grad_x, Tensor grad_y, Tensor grad_bias)");
   m.def(
-      "sinkhorn(Tensor cost, Tensor a, Tensor b, Tensor epsilon, Tensor? f=None, Tensor? g=None, Tensor? start=None, *, "
+      "sinkhorn(Tensor cost, Tensor a, Tensor b, Tensor epsilon, Tensor? f=None, Tensor? g=None, Tensor? start=None, "
+      "*, "
       "int max_iter, float tol, float? rho_a=None, float? rho_b=None, float scaling=0.5) "
       "-> (Tensor f, Tensor g, Tensor value, Tensor error, Tensor n_iter)");
   m.def(
@@ -63,8 +64,7 @@ STABLE_TORCH_LIBRARY(tilewise, m) {
   m.def(
       "sinkhorn_plan(Tensor cost, Tensor? a, Tensor? b, Tensor epsilon, Tensor f, Tensor g, *, float? rho_a=None, "
       "float? rho_b=None) -> Tensor");
-  m.def(
-      "sinkhorn_apply(Tensor cost, Tensor? a, Tensor? b, Tensor epsilon, Tensor f, Tensor g, Tensor v) -> Tensor");
+  m.def("sinkhorn_apply(Tensor cost, Tensor? a, Tensor? b, Tensor epsilon, Tensor f, Tensor g, Tensor v) -> Tensor");
   m.def(
       "sinkhorn_points_apply(Tensor x, Tensor y, Tensor? a, Tensor? b, Tensor epsilon, Tensor f, Tensor g, Tensor v, "
       "Tensor? h=None, Tensor? k=None, *, str cost, float? rho_a=None, float? rho_b=None, bool over_distance=False) "

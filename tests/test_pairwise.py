@@ -616,5 +616,5 @@ def test_second_derivative_of_a_function_is_refused(reduction):
     (gradient,) = torch.autograd.grad(loss.sum(), x, create_graph=True)
     (plain,) = torch.autograd.grad(loss.sum(), x, retain_graph=True)
     torch.testing.assert_close(gradient.detach(), plain)
-    with pytest.raises(RuntimeError, match="tilewise.pair_weighted_loss: expected one differentiation"):
+    with pytest.raises(RuntimeError, match=r"tilewise\.pair_weighted_loss: expected one differentiation"):
         gradient.square().sum().backward()

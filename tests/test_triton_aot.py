@@ -22,8 +22,16 @@ ARCHITECTURES = (90, 100)
 DTYPES = ("bfloat16", "float16", "float32")
 SHARED_MEMORY_LIMIT = 227 * 1024
 ROWS = 8192
-# Bytes that may lie on the stack: a few of the many addresses of attention with 96 features, rotated or causal, do.
-STACK_LIMIT = {"mala_query_gradient_kernel": 96, "mala_key_gradient_kernel": 96, "mala_sum_kernel": 16}
+# Bytes that may lie on the stack: a few of the many addresses of attention with 96 features, rotated or causal, and of
+# the problems of a batch, do.
+STACK_LIMIT = {
+    "mala_query_gradient_kernel": 96,
+    "mala_key_gradient_kernel": 96,
+    "mala_sum_kernel": 16,
+    "sinkhorn_apply_kernel": 48,
+    "sinkhorn_half_step_kernel": 8,
+}
+SINKHORN = [f"sinkhorn_{part}_kernel" for part in ("apply", "half_step", "plan", "small", "unrolled_backward")]
 ALL_OPTIONS = {"label_smoothing": 0.1, "lse_square_scale": 1e-4, "softcap": 30.0, "logit_scale": 0.5}
 PLAIN = {"label_smoothing": 0.0, "lse_square_scale": 0.0, "softcap": None, "logit_scale": 1.0}
 
@@ -98,6 +106,36 @@ def run_mala(dtype, *, D, DV, causal, rope, packed):
     OPS["mala_backward"](out, q, k, v, *angles, *bounds, *((None,) * 3 if causal else sums), **options)
 
 
+def run_sinkhorn():
+    """Matrices and points of few and of many features, all at once and one tile each, with and without penalties."""
+    from tilewise.triton_kernels.sinkhorn import OPS
+
+    def empty(*shape):
+        return torch.empty(*shape, device="meta")
+
+    def run(n, m, d, **options):
+        a, b, epsilon, cost = empty(4, n), empty(4, m), empty(4), empty(4, n, m)
+        x, y, solve = empty(4, n, d), empty(4, m, d), {"max_iter": 2, "tol": 1e-3, **options}
+        f, g, *_ = OPS["sinkhorn"](cost, a, b, epsilon, **solve)
+        OPS["sinkhorn_plan"](cost, a, b, epsilon, f, g)
+        OPS["sinkhorn_apply"](cost, a, b, epsilon, f, g, empty(4, m, 1))
+        for kind in ("sqeuclidean", "euclidean"):
+            OPS["sinkhorn_points"](x, y, a, b, epsilon, cost=kind, **solve, symmetric=n == m)
+            OPS["sinkhorn_points_apply"](x, y, a, b, epsilon, f, g, empty(4, m, d + 1), cost=kind)
+        h, k = empty(4, n, d + 2), empty(4, m, d + 2)
+        OPS["sinkhorn_points_apply"](
+            x, y, a, b, epsilon, f, g, empty(4, m, d + 1), h, k, cost="euclidean", over_distance=True
+        )
+        if max(n, m) <= 64:
+            penalties = {name: rho for name, rho in options.items() if name.startswith("rho")}
+            OPS["sinkhorn_unrolled_backward"](f, g, cost, a, b, epsilon, max_iter=2, **penalties)
+
+    for n, m in ((4096, 4096), (3000, 2000), (8, 8), (64, 40)):
+        for d in (3, 64):
+            run(n, m, d)
+            run(n, m, d, rho_a=1.0, rho_b=2.0)
+
+
 def run_operators(dtype):
     """Long rows with 16-byte accesses, long rows without, short rows that share a program, V = 1, transposed rows."""
 
@@ -117,6 +155,8 @@ def run_operators(dtype):
     run_linear_cross_entropy(dtype, D=512, V=50257, options=ALL_OPTIONS, everything=True)
     run_linear_cross_entropy(dtype, D=512, V=50257, options=ALL_OPTIONS, probabilities=True)
     run_pairwise(dtype)
+    if dtype == torch.float32:
+        run_sinkhorn()
     for causal in (False, True):
         run_mala(dtype, D=64, DV=64, causal=causal, rope=False, packed=False)
         run_mala(dtype, D=96, DV=96, causal=causal, rope=dtype == torch.bfloat16, packed=True)
@@ -205,6 +245,7 @@ def test_kernels_fit(reports, arch, dtype):
         "spherical_family_forward_kernel",
         "spherical_family_backward_kernel",
         "reduce_rows_kernel",
+        *(SINKHORN if dtype == "float32" else ()),
     }
     assert [r for r in compiled if r["local"] or r["shared"] > SHARED_MEMORY_LIMIT] == []
     assert [r for r in compiled if r["stack"] > STACK_LIMIT.get(r["kernel"], 0)] == []

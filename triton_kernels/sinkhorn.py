@@ -110,7 +110,7 @@ def row_errors(a, f, lse, inverse, rho):
 def log_sum_exp(scores, AXIS: tl.constexpr):
     top = tl.max(scores, AXIS)
     total = tl.sum(tl.exp(scores - tl.expand_dims(finite_max(top), AXIS)), AXIS)
-    return tl.where(total > 0, top + tl.log(tl.maximum(total, 1e-30)), float("-inf"))
+    return top + tl.log(total)  # without a pair both are -inf
 
 
 @triton.jit(do_not_specialize=["t", "max_iter"])
@@ -171,7 +171,7 @@ def sinkhorn_half_step_kernel(
         hat = load_hat(g_ptr, y_squares_ptr, log_b_ptr, problem * M + j, j < M, inverse)
         scores = factor_of(inverse, KIND) * z + hat[None, :]
         top, sums, _, _, _, _ = softmax_merge(top, sums, scores, tl.max(scores, 1))
-    lse = top + tl.log(tl.maximum(tl.sum(sums, 1), 1e-30))  # a row without a pair has a top of -inf
+    lse = top + tl.log(tl.sum(sums, 1))  # without a pair both are -inf
     if x_squares_ptr is not None:
         lse -= tl.load(x_squares_ptr + rows, mask=in_rows, other=0.0) * inverse
     new_f = now * updated(lse, damping(now, rho))
@@ -477,9 +477,9 @@ class Pairs:
         blocks = [max(16, triton.next_power_of_2(size)) for size in self.sizes[:2]]
         return {"BLOCK_N": blocks[0], "BLOCK_M": blocks[1], "num_warps": max(1, blocks[0] * blocks[1] // 512)}
 
-    def constants(self):
+    def constants(self, most_rows=64):
         """As many rows a program as leave every multiprocessor two programs."""
-        fits = (n for n in (64, 32) if self.batch * triton.cdiv(self.sizes[0], n) >= FULL_GRID)
+        fits = (n for n in (64, 32) if n <= most_rows and self.batch * triton.cdiv(self.sizes[0], n) >= FULL_GRID)
         features = 32 if self.sizes[6] > 16 else 16
         return {
             "KIND": self.kind, "BLOCK_N": next(fits, 16), "BLOCK_M": 64, "BLOCK_D": features, "num_stages": 1
@@ -590,13 +590,14 @@ def solve(
 def apply(pairs, a, b, epsilon, f, g, v, h=None, k=None, over_distance=False):
     values, weights = v.shape[2], 0 if h is None else h.shape[2]
     out = v.new_empty(pairs.batch, pairs.sizes[0], values)
-    constants = pairs.constants()
-    block_v = 1 if values == 1 else min(64, max(16, triton.next_power_of_2(values)))
+    constants = pairs.constants(most_rows=32)
+    block_v = 1 if values == 1 else min(32, max(16, triton.next_power_of_2(values)))
     if out.numel():
         with torch.cuda.device_of(v):
             sinkhorn_apply_kernel[(pairs.row_programs(constants), triton.cdiv(values, block_v))](
                 *pairs.tensors, f, g, log_of(a), log_of(b), epsilon, v, h, k, out, values, weights, *pairs.sizes,
-                OVER_DISTANCE=over_distance, BLOCK_K=32 if weights > 16 else 16, BLOCK_V=block_v, **constants,
+                OVER_DISTANCE=over_distance, BLOCK_K=32 if weights > 16 else 16, BLOCK_V=block_v, num_warps=8,
+                **constants,
             )  # fmt: skip
     return out
 

@@ -124,8 +124,8 @@ static void distances(const View<T>& view, int64_t row, int64_t rows, int64_t co
   }
 }
 
-// z of up to kTileRows x kTileColumns pairs; returns where it lies, its rows `stride` apart: in the matrix or in `tile`.
-// Of a row only `columns` values may be read.
+// z of up to kTileRows x kTileColumns pairs; returns where it lies, its rows `stride` apart: in the matrix or in
+// `tile`. Of a row only `columns` values may be read.
 template <typename T>
 static const T* form_tile(const View<T>& view, int64_t row, int64_t rows, int64_t column, int64_t columns, T* tile,
                           int64_t& stride) {

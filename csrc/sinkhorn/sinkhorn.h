@@ -15,7 +15,8 @@
 //
 // Costs are scores -C_ij / eps = factor z_ij - s_i - s_j, where z is the matrix given or formed from points:
 //
-//   matrix  z = C, factor = -1/eps     sqeuclidean  z = <x, y>, factor = 2/eps, s = |x|^2/eps     euclidean  z = |x - y|
+//   matrix  z = C, factor = -1/eps     sqeuclidean  z = <x, y>, factor = 2/eps, s = |x|^2/eps     euclidean  z = |x -
+//   y|
 //
 // Inside, potentials are in units of eps. A marginal may be 0 (its potential stays finite), a cost infinite (a pair
 // that is forbidden); the potential of a row without a pair is 0.

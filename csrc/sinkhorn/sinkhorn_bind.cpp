@@ -141,8 +141,10 @@ void check_values(const SinkhornCall<T>& call, const char* op) {
             "expected epsilon to be a finite number above 0, got ", call.epsilon[index]);
     if (call.rho_a < infinity<T>() || call.rho_b < infinity<T>()) continue;
     const double a = mass[2 * static_cast<size_t>(index)], b = mass[2 * static_cast<size_t>(index) + 1];
-    require(std::fabs(a - b) <= 1e-4 * std::max(a, b), op, "expected a and b to have equal sums without reg_marginal, "
-            "got ", a, " and ", b);
+    require(std::fabs(a - b) <= 1e-4 * std::max(a, b), op,
+            "expected a and b to have equal sums without reg_marginal, "
+            "got ",
+            a, " and ", b);
   }
   const auto check_all = [&](int64_t count, const auto& value, const char* name, const char* what) {
     std::atomic<bool> fine{true};

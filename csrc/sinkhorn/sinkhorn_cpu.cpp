@@ -400,8 +400,7 @@ void apply(const SinkhornApply<T>& call, int64_t index, T* scratch, const Parall
   const T* h = call.h == nullptr ? nullptr : call.h + index * n * call.weights;
   T* k = scratch;  // (weights, columns)
   for (int64_t q = 0; h != nullptr && q < call.weights; ++q) {
-    for (int64_t j = 0; j < wide; ++j)
-      k[q * wide + j] = j < m ? call.k[(index * m + j) * call.weights + q] : T(0);
+    for (int64_t j = 0; j < wide; ++j) k[q * wide + j] = j < m ? call.k[(index * m + j) * call.weights + q] : T(0);
   }
   parallel((n + kTileRows - 1) / kTileRows, [&](int64_t first, int64_t last) {
     alignas(kVectorBytes) T tile[kTileRows * kTileColumns];

@@ -132,7 +132,8 @@ struct Side {
 
 // hat of up to 64 columns, -inf beyond.
 __device__ __forceinline__ void stage_hats(const Side& side, int64_t first, int64_t left, float inverse, float* out) {
-  if (threadIdx.x < kTile) out[threadIdx.x] = threadIdx.x < left ? side.hat(first + threadIdx.x, inverse) : -infinity<float>();
+  if (threadIdx.x < kTile)
+    out[threadIdx.x] = threadIdx.x < left ? side.hat(first + threadIdx.x, inverse) : -infinity<float>();
 }
 
 // Over the 16 threads of a row.
@@ -160,7 +161,8 @@ __device__ __forceinline__ float epsilon_now(const SinkhornDecision& decision, i
 
 __device__ __forceinline__ float total_error(const SinkhornDecision& decision, int64_t problem, float* shared) {
   float sum = 0.0f;
-  for (int64_t i = threadIdx.x; i < decision.tiles; i += blockDim.x) sum += decision.partials[problem * decision.tiles + i];
+  for (int64_t i = threadIdx.x; i < decision.tiles; i += blockDim.x)
+    sum += decision.partials[problem * decision.tiles + i];
   sum = block_sum(sum, shared);
   return decision.mass[problem] > 0.0f ? sum / decision.mass[problem] : 0.0f;
 }
@@ -245,8 +247,8 @@ __global__ void __launch_bounds__(kThreads) half_step_kernel(const __grid_consta
 }
 
 // |x|^2, a warp for each point.
-__global__ void __launch_bounds__(kThreads) squares_kernel(const float* points, int64_t count, int64_t features,
-                                                           float* squares) {
+__global__ void __launch_bounds__(kThreads)
+    squares_kernel(const float* points, int64_t count, int64_t features, float* squares) {
   const int64_t point = flat_block() * (kThreads / kWarp) + threadIdx.x / kWarp;
   if (point >= count) return;
   float sum = 0.0f;
@@ -258,7 +260,8 @@ __global__ void __launch_bounds__(kThreads) squares_kernel(const float* points, 
   if (threadIdx.x % kWarp == 0) squares[point] = sum;
 }
 
-__global__ void __launch_bounds__(kThreads) prepare_kernel(const __grid_constant__ SinkhornCall<float> call, float* mass) {
+__global__ void __launch_bounds__(kThreads)
+    prepare_kernel(const __grid_constant__ SinkhornCall<float> call, float* mass) {
   const int64_t problem = flat_block();
   if (problem >= call.pairs.batch) return;
   double sum = 0.0;
@@ -269,8 +272,8 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(const __grid_constant
   call.n_iter[problem] = 0;
 }
 
-__global__ void __launch_bounds__(kThreads) decide_kernel(const __grid_constant__ SinkhornDecision decision,
-                                                          int64_t batch) {
+__global__ void __launch_bounds__(kThreads)
+    decide_kernel(const __grid_constant__ SinkhornDecision decision, int64_t batch) {
   const int64_t problem = flat_block();
   if (problem >= batch || decision.n_iter[problem] < decision.t) return;
   goes_on(decision, problem, true, static_cast<float*>(dynamic_shared()));

@@ -72,8 +72,7 @@ class Group {
 
   static int64_t vectors(int64_t n, int64_t m) { return 2 * n * m + 8 * n + 9 * m; }
 
-  Group(int64_t n, int64_t m, T rho_a, T rho_b)
-      : n_(n), m_(m), rho_a_(rho_a), rho_b_(rho_b), lanes_(vectors(n, m)) {
+  Group(int64_t n, int64_t m, T rho_a, T rho_b) : n_(n), m_(m), rho_a_(rho_a), rho_b_(rho_b), lanes_(vectors(n, m)) {
     cost_ = lanes_.take(n * m);
     kernel_ = lanes_.take(n * m);
     for (V** rows : {&a_, &f_, &u_, &next_u_, &s_, &next_f_, &row_lse_, &row_hat_}) *rows = lanes_.take(n);

@@ -135,7 +135,9 @@ __device__ __forceinline__ float log_sum_exp(const float* costs, int stride, con
 }
 
 // -d log sum, 0 where every pair of a row is forbidden
-__device__ __forceinline__ float updated(float lse, float damp) { return lse == -infinity<float>() ? 0.0f : -damp * lse; }
+__device__ __forceinline__ float updated(float lse, float damp) {
+  return lse == -infinity<float>() ? 0.0f : -damp * lse;
+}
 
 template <int K>
 __global__ void __launch_bounds__(Shape<K>::kThreads) small_kernel(const __grid_constant__ SinkhornCall<float> call) {

@@ -16,8 +16,8 @@ def sinkhorn_knopp(
 ) -> Tensor:
     """Soft assignments of samples to prototypes (or of tokens to experts) that use all of them alike.
 
-    ``exp(logits / epsilon)``, whose columns are brought to equal sums and then its rows to 1, n_iter times. No gradient:
-    assignments are targets. The exponentials never overflow.
+    ``exp(logits / epsilon)``, whose columns are brought to equal sums and then its rows to 1, n_iter times. There is no
+    gradient: assignments are targets. The exponentials never overflow.
 
     From "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments" (Caron et al., 2020).
 

@@ -244,7 +244,7 @@ torch.library.register_autograd("tilewise::sinkhorn_points", _backward, setup_co
 
 
 def _apply_setup(ctx, inputs, keyword_only_inputs, output):
-    *saved, h, k = [*inputs, None, None][:10]
+    *saved, h, _ = [*inputs, None, None][:10]
     if saved[2] is None or saved[3] is None or h is not None or keyword_only_inputs.get("over_distance"):
         ctx.options = None
         return

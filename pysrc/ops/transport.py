@@ -41,14 +41,15 @@ def check_tensor(op: str, name: str, tensor: Tensor, last: str, dims: int) -> No
     rows.check_floating(op, name, tensor)
 
 
-def check_like(op: str, name: str, tensor: Tensor, like: Tensor, shape: tuple[int, ...], spread: bool = False) -> Tensor:
+def check_like(op: str, name: str, tensor: Tensor, like: Tensor, shape: tuple[int, ...], spread=False) -> Tensor:
     """A floating tensor of a shape (with `spread`, one that broadcasts to it), in the type of statistics of `like`."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"tilewise.{op}: expected {name} to be a tensor or None, got {type(tensor).__name__}")
     fits = tensor.shape == shape
     if spread and tensor.dim() <= len(shape):
         tail = shape[len(shape) - tensor.dim() :]
-        fits = all(t in (1, s) for t, s in zip(tensor.shape[:-1], tail, strict=False)) and tensor.shape[-1:] == tail[-1:]
+        spreads = all(t in (1, s) for t, s in zip(tensor.shape[:-1], tail, strict=False))
+        fits = spreads and tensor.shape[-1:] == tail[-1:]
     if not fits or not tensor.is_floating_point():
         raise ValueError(
             f"tilewise.{op}: expected {name} to be floating of shape {tuple(shape)}, "
@@ -125,7 +126,15 @@ def reciprocal(x: Tensor) -> Tensor:
 
 
 def implicit(
-    apply: Apply, transpose_apply: Apply, r: Tensor, c: Tensor, of_f: Tensor, of_g: Tensor, epsilon: Tensor, rho_a, rho_b
+    apply: Apply,
+    transpose_apply: Apply,
+    r: Tensor,
+    c: Tensor,
+    of_f: Tensor,
+    of_g: Tensor,
+    epsilon: Tensor,
+    rho_a: float | None,
+    rho_b: float | None,
 ) -> tuple[Tensor, Tensor]:
     """(u, v) of [diag(r) (1 + eps/rho_a), P; P^T, diag(c) (1 + eps/rho_b)] [u; v] = [of_f; of_g].
 
@@ -218,7 +227,8 @@ class SinkhornResult:
 
     def __repr__(self) -> str:
         shape, n, m = tuple(self.value.shape), self.f.shape[-1], self.g.shape[-1]
-        return f"SinkhornResult(batch={shape}, n={n}, m={m}, converged={int(self.converged.sum())}/{self.value.numel()})"
+        converged = f"{int(self.converged.sum())}/{self.value.numel()}"
+        return f"SinkhornResult(batch={shape}, n={n}, m={m}, converged={converged})"
 
     def plan(self) -> Tensor:
         """(..., n, m): P, formed anew at every call. Differentiable, through the solution (see ``gradient``)."""

@@ -33,8 +33,8 @@ def updated(scores: Tensor, potential: Tensor, marginal: Tensor, damp: Tensor) -
     exponents = scores + potential[:, None]
     top = exponents.detach().masked_fill(marginal[:, None] == 0, -torch.inf).amax(2, keepdim=True).nan_to_num()
     total = (marginal[:, None] * torch.exp((exponents - top).clamp(max=80))).sum(2)
-    alive = total > 0
-    return torch.where(alive, -damp[:, None] * (top[:, :, 0] + torch.where(alive, total, 1).log()), 0)
+    dead = total == 0
+    return torch.where(dead, 0, -damp[:, None] * (top[:, :, 0] + torch.where(dead, 1, total).log()))
 
 
 def row_error(scores: Tensor, f: Tensor, g: Tensor, a: Tensor, b: Tensor, epsilon: Tensor, rho: float | None) -> Tensor:
