@@ -13,6 +13,7 @@ from tilewise.nn.pairwise import (
     SigLipLoss,
     SupConLoss,
 )
+from tilewise.nn.transport import MongeGap, SamplesLoss, SinkhornDivergence
 
 __all__ = [
     "MALA",
@@ -21,11 +22,14 @@ __all__ = [
     "FactoredSphericalOutput",
     "InfoNCELoss",
     "MALAttention",
+    "MongeGap",
     "MultiSimilarityLoss",
     "MultiSimilarityMiner",
     "NTXentLoss",
     "PairWeightedLoss",
+    "SamplesLoss",
     "SigLipLoss",
+    "SinkhornDivergence",
     "SphericalSoftmaxLoss",
     "SupConLoss",
     "TaylorSoftmaxLoss",
