@@ -25,13 +25,11 @@ def test_plan_of_pot(epsilon):
     cost, a, b = problem(25, 30)
     options = {"stopThr": 1e-10, "numItermax": 100000, "method": "sinkhorn_log"}
     expected = torch.from_numpy(ot.sinkhorn(a.numpy(), b.numpy(), cost.numpy(), epsilon, **options))
-    result = tilewise.sinkhorn(cost, a, b, epsilon=epsilon, tol=1e-11, max_iter=200000)
+    result = tilewise.sinkhorn(cost, a, b, epsilon=epsilon, tol=1e-11, max_iter=100000)
     assert result.converged
     torch.testing.assert_close(result.plan(), expected, rtol=0, atol=1e-6 * float(expected.max()))
-    small = tilewise.sinkhorn(cost[None, :10, :10].expand(4, -1, -1), epsilon=epsilon, tol=1e-11, max_iter=200000)
-    even = [torch.full((10,), 1 / 10, dtype=torch.float64).numpy()] * 2
-    expected = torch.from_numpy(ot.sinkhorn(*even, cost[:10, :10].numpy(), epsilon, **options))
-    torch.testing.assert_close(small.plan()[2], expected, rtol=0, atol=1e-6 * float(expected.max()))
+    batch = tilewise.sinkhorn(cost.expand(4, -1, -1), a, b, epsilon=epsilon, tol=1e-11, max_iter=100000)
+    torch.testing.assert_close(batch.plan()[2], expected, rtol=0, atol=1e-6 * float(expected.max()))
 
 
 @pytest.mark.parametrize("epsilon", [1.0, 0.1, 0.03])
