@@ -1,4 +1,4 @@
-"""Pairwise losses over 2 and 3 real processes (gloo) against one process with the concatenated batch, in float64."""
+"""Losses and assignments over 2 and 3 real processes (gloo) against one process with the whole batch, in float64."""
 
 import os
 import traceback
@@ -93,6 +93,16 @@ def refuse_uneven(rank, world):
             distributed.supcon(x, labels, **options)
 
 
+def assign(rank, world):
+    """Ranks may have any number of samples, none too."""
+    torch.manual_seed(2)
+    logits = torch.randn(30, 5, dtype=torch.float64)
+    sizes = [4, 26] if world == 2 else [12, 0, 18]
+    expected = tilewise.sinkhorn_knopp(logits, n_iter=7, epsilon=0.1).split(sizes)[rank]
+    found = tilewise.sinkhorn_knopp(logits.split(sizes)[rank], n_iter=7, epsilon=0.1, process_group=dist.group.WORLD)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
 def worker(rank, function, world, folder):
     try:
         torch.set_num_threads(1)
@@ -105,7 +115,7 @@ def worker(rank, function, world, folder):
 
 
 @pytest.mark.parametrize("world", [2, 3])
-@pytest.mark.parametrize("function", [compare, train_with_ddp, refuse_uneven], ids=lambda function: function.__name__)
+@pytest.mark.parametrize("function", [compare, train_with_ddp, refuse_uneven, assign], ids=lambda f: f.__name__)
 def test_processes(function, world, tmp_path):
     context = mp.get_context("spawn")
     processes = [context.Process(target=worker, args=(rank, function, world, tmp_path)) for rank in range(world)]

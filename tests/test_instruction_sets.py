@@ -29,6 +29,18 @@ for dtype in (torch.float64, torch.float32):
         tilewise.linear_cross_entropy(x, w, labels, softcap=9.0),
         *(tilewise.mala(*(t[None, None] for t in (x, y, w[:83])), causal=causal).sum() for causal in (False, True)),
     ]
+    a, b = (torch.rand(5, n, dtype=dtype) + 0.1 for n in (60, 90))
+    a, b = (w / w.sum(1, keepdim=True) for w in (a, b))
+    cost = torch.rand(5, 60, 90, dtype=dtype)
+    for size in (90, 20):  # one problem after the other, and side by side
+        weights = a if size == 90 else None, b if size == 90 else None
+        solved = tilewise.sinkhorn(cost[:, :, :size], *weights, epsilon=0.1, tol=0.0, max_iter=20)
+        results += [solved.value, solved.plan().sum(2)]
+    losses += [
+        tilewise.sinkhorn_points(x / 9, w / 9, epsilon=0.2, cost=cost, tol=0.0, max_iter=20).value
+        for cost in ("sqeuclidean", "euclidean")
+    ]
+    losses += [tilewise.sinkhorn(w[:9, :9], epsilon=1.0, gradient="unrolled", max_iter=5).plan()[0].sum()]
     results += [loss.detach() for loss in losses]
     results += torch.autograd.grad(sum(losses), (x, y, w))
 torch.save(results, sys.argv[1])

@@ -65,7 +65,7 @@ def sinkhorn_knopp(
 def _over_ranks(logits: Tensor, n_iter: int, epsilon: float, group: dist.ProcessGroup) -> Tensor:
     scores = logits / epsilon
     f = torch.zeros_like(scores[:, 0])
-    g = torch.zeros_like(scores[0])
+    g = scores.new_zeros(scores.shape[1])
     for _ in range(n_iter):
         columns = scores + f[:, None]
         top = columns.amax(0) if len(columns) else torch.full_like(g, -torch.inf)
