@@ -16,22 +16,25 @@ PHASES = ("forward", "backward", "both")
 SCALAR_ERROR = {torch.float32: 1e-5, torch.bfloat16: 5e-3}
 GRADIENT_ERROR = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 ROWS, LAYERS, PAIRS, ATTENTION = "row losses", "output layers", "pairwise losses", "attention"
+TRANSPORT = "optimal transport"
 PAIR_LOSSES = ("multi_similarity_loss", "supcon", "siglip_loss")
 
 Reference = tuple[float, list[tuple[Tensor, Tensor]]]  # float64 loss; per leaf some row indices, gradient of those rows
 
 
 def family(op: str) -> str:
-    """Losses over rows of logits are bound by memory; what forms logits or similarities, and attention, by products."""
+    """Losses over rows of logits, and transport, are bound by memory; what forms logits or similarities, by products."""
     if op in PAIR_LOSSES:
         return PAIRS
+    if op.startswith("sinkhorn"):
+        return TRANSPORT
     if op == "mala":
         return ATTENTION
     return LAYERS if op.startswith("linear_") else ROWS
 
 
 def forms_products(op: str) -> bool:
-    return family(op) != ROWS
+    return family(op) not in (ROWS, TRANSPORT)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import plots
 import results
-from case import ATTENTION, LAYERS, PAIRS, ROWS, family, forms_products
+from case import ATTENTION, LAYERS, PAIRS, ROWS, TRANSPORT, family, forms_products
 from plots import Bar, number
 from results import COPY, EAGER, ROOT
 
@@ -29,6 +29,7 @@ SHAPES = {
     LAYERS: "rows × features × classes",
     PAIRS: "embeddings",
     ATTENTION: "batch × heads × tokens × features",
+    TRANSPORT: "(batch ×) rows × columns (× features)",
 }
 METHOD = (
     "Medians of interleaved runs; whiskers are the quartiles. Every contender starts from the same restored inputs, "
@@ -39,7 +40,8 @@ METHOD = (
     "is not timed; one of the others is shown in red as inexact. Output layers (linear_...) make their logits from "
     "rows of features and a weight per class. Their GFLOP/s count one number of operations for all, that of the matrix "
     "products any exact implementation needs; errors are the worst among rows of both gradients, confident targets "
-    "have p near 0.9; and peak memory is what every contender takes beyond the inputs and the gradients it returns."
+    "have p near 0.9; and peak memory is what every contender takes beyond the inputs and the gradients it returns. Transport counts one pass "
+    "over its pairs for every iteration, whether an implementation makes it or not."
 )
 
 
@@ -92,7 +94,8 @@ def tiles(content: dict) -> str:
 def bound(op: str, row: dict, ceilings: dict[str, float]) -> tuple[float, str] | None:
     """The least time in ms that the case's work takes on this machine, and what it is; None without that ceiling."""
     if not forms_products(op):
-        return row["traffic_bytes"] / ceilings["copy_gbs"] / 1e6, "two reads and one write at copy speed"
+        what = "a pass over the pairs for every iteration" if family(op) == TRANSPORT else "two reads and one write"
+        return row["traffic_bytes"] / ceilings["copy_gbs"] / 1e6, f"{what} at copy speed"
     gemm = ceilings.get(f"gemm_{row['dtype']}_gflops")
     return (row["flops"] / gemm / 1e6, "its matrix products at full speed") if gemm else None
 

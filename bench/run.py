@@ -34,6 +34,8 @@ OPERATORS = (
     "multi_similarity_loss",
     "supcon",
     "mala",
+    "sinkhorn",
+    "sinkhorn_points",
 )
 TRAINING_SECONDS = 35.0  # what the language model may take of the budget
 
