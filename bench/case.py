@@ -23,7 +23,7 @@ Reference = tuple[float, list[tuple[Tensor, Tensor]]]  # float64 loss; per leaf 
 
 
 def family(op: str) -> str:
-    """Losses over rows of logits, and transport, are bound by memory; what forms logits or similarities, by products."""
+    """Losses of rows of logits, and transport, are bound by memory; what forms logits or similarities, by products."""
     if op in PAIR_LOSSES:
         return PAIRS
     if op.startswith("sinkhorn"):

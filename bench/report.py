@@ -40,8 +40,8 @@ METHOD = (
     "is not timed; one of the others is shown in red as inexact. Output layers (linear_...) make their logits from "
     "rows of features and a weight per class. Their GFLOP/s count one number of operations for all, that of the matrix "
     "products any exact implementation needs; errors are the worst among rows of both gradients, confident targets "
-    "have p near 0.9; and peak memory is what every contender takes beyond the inputs and the gradients it returns. Transport counts one pass "
-    "over its pairs for every iteration, whether an implementation makes it or not."
+    "have p near 0.9; and peak memory is what every contender takes beyond the inputs and the gradients it returns. "
+    "Transport counts one pass over its pairs for every iteration, whether an implementation makes it or not."
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable
 
 import torch
@@ -15,7 +16,7 @@ NO_STOP = {"epsilon": EPSILON, "max_iter": ITERATIONS, "tol": 0.0}
 def loop(cost: Tensor, iterations: int, epsilon: float = EPSILON) -> tuple[Tensor, Tensor]:
     """f and g between uniform weights, in the log domain."""
     *_, n, m = cost.shape
-    log_n, log_m = (torch.log(torch.tensor(float(size))).item() for size in (n, m))
+    log_n, log_m = math.log(n), math.log(m)
     scores, g = -cost / epsilon, torch.zeros_like(cost[..., 0, :])
     for _ in range(iterations):
         f = log_m - torch.logsumexp(scores + g[..., None, :], -1)

@@ -196,7 +196,7 @@ void each_problem(const Tensor& like, int64_t batch, int64_t elements, const Sol
   const int64_t threads = static_cast<int64_t>(torch::stable::get_num_threads());
   const int64_t workers = batch >= threads ? std::min(batch, threads) : 1;
   const int64_t each = padded(elements);
-  const Tensor scratch = torch::stable::new_empty(like, {workers * each + kPad}, like.scalar_type());
+  const Tensor scratch = new_output(like, {workers * each + kPad}, like.scalar_type());
   T* memory = static_cast<T*>(scratch.data_ptr());
   if (workers == 1) {
     for (int64_t index = 0; index < batch; ++index) solve(index, memory, all);
@@ -366,7 +366,7 @@ Tensor sinkhorn_plan(const Tensor& cost, const std::optional<Tensor>& a, const s
   return with_type(cost, [&](auto zero) {
     using T = decltype(zero);
     SinkhornApply<T> call = apply_of<T>(shape, pairs_of_matrix<T>(cost), a, b, epsilon, f, g);
-    const Tensor out = torch::stable::new_empty(cost, {shape.batch, shape.rows, shape.columns}, cost.scalar_type());
+    const Tensor out = new_output(cost, {shape.batch, shape.rows, shape.columns}, cost.scalar_type());
     call.out = static_cast<T*>(out.data_ptr());
     if (shape.batch > 0) run_apply(call, shape, true);
     return out;

@@ -282,11 +282,13 @@ class Solver {
     } else {
       const T damp = damping(call_.rho_b, now_);
       bool fine = true;
-      for (int64_t j = 0; fine && j < m_; ++j) {
-        T sum = 0;
-        for (int64_t share = 0; share < shares_; ++share) sum += partial_[share * wide_ + j];
-        fine = factor_of(sum, g_[j], damp, column_lse_[j] == -infinity<T>(), next_v_[j]);
+      for (int64_t j = 0; j < wide_; j += kLanes<T>) {
+        Vector<T> sum = load_vector(partial_ + j);
+        for (int64_t share = 1; share < shares_; ++share) sum += load_vector(partial_ + share * wide_ + j);
+        store_vector(sum, partial_ + j);
       }
+      for (int64_t j = 0; fine && j < m_; ++j)
+        fine = factor_of(partial_[j], g_[j], damp, column_lse_[j] == -infinity<T>(), next_v_[j]);
       if (!fine) return Outcome::kDrifted;
       std::swap(u_, next_u_);
       std::swap(v_, next_v_);
