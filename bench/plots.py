@@ -181,3 +181,19 @@ def loglog(
         lowest = max(places[-1][1] + 4, lowest + 16)  # names of lines that end close together move apart
         parts.append(element("text", name, class_=f"name {kind}", x=places[-1][0] + 10, y=lowest))
     return svg(width, height, title, parts)
+
+
+def arrows(title: str, moves: Sequence[Sequence[float]], target: Sequence[Sequence[float]], size: int = 420) -> str:
+    """Points (x, y) that go to (x', y') as lines with a dot at their end, over the points of a target."""
+    points = [*target, *((m[0], m[1]) for m in moves), *((m[2], m[3]) for m in moves)]
+    reach = max(abs(value) for point in points for value in point) * 1.05
+
+    def place(value: float) -> float:
+        return (value / reach + 1) / 2 * size
+
+    parts = [element("circle", class_="dot peer", cx=place(x), cy=place(-y), r=3) for x, y in target]
+    for x, y, to_x, to_y in moves:
+        ends = {"x1": place(x), "y1": place(-y), "x2": place(to_x), "y2": place(-to_y)}
+        parts.append(element("line", class_="trend ours", **ends))
+        parts.append(element("circle", class_="dot ours", cx=place(to_x), cy=place(-to_y), r=2))
+    return svg(size, size, title, parts)
