@@ -101,6 +101,31 @@ def attention(tokens: int, features: int, dtype: torch.dtype, device: str):
                 check("mala", tilewise.mala(*leaves, causal=causal, **options), leaf)
 
 
+def transport(n: int, m: int, features: int, device: str):
+    """Matrices of both orders and points, with zeros, an infinite cost and penalties; plans, products, unrolled."""
+    cost = torch.rand(3, m, n, device=device).mT
+    x, y = (torch.rand(3, size, features, device=device) for size in (n, m))
+    a, b = (torch.rand(3, size, device=device) + 0.1 for size in (n, m))
+    if min(n, m) > 2:
+        a[0, 1], cost[1, 2, 1] = 0, torch.inf
+    a, b = (w / w.sum(1, keepdim=True) for w in (a, b))
+    for options in ({}, {"reg_marginal": (0.5, None), "epsilon_scaling": 0.7}):
+        options |= {"epsilon": 0.2, "max_iter": 9}
+        leaf = cost.detach().requires_grad_()
+        result = tilewise.sinkhorn(leaf, a, b, **options)
+        check("sinkhorn", result.value + result.plan().square().sum((1, 2)), leaf)
+        result.apply(b), result.transpose_apply(a[:, :, None].expand(-1, -1, 20))
+        for kind in ("sqeuclidean", "euclidean", "cosine"):
+            leaf = x.detach().requires_grad_()
+            result = tilewise.sinkhorn_points(leaf, y, a, b, cost=kind, **options)
+            check("sinkhorn_points", result.value.sum() + result.barycentric_map().square().sum(), leaf)
+    leaf = x.detach().requires_grad_()
+    check("sinkhorn_divergence", tilewise.sinkhorn_divergence(leaf, y, a, b, epsilon=0.2, max_iter=9), leaf)
+    if max(n, m) <= 64:
+        leaf = cost.detach().requires_grad_()
+        check("unrolled", tilewise.sinkhorn(leaf, a, b, epsilon=0.2, max_iter=5, gradient="unrolled").plan(), leaf)
+
+
 def out_of_range(device: str):
     """Labels far outside the classes: NaN for their rows, no access, the other rows untouched."""
     target = torch.tensor([0, 10**9, -7], device=device)
@@ -127,6 +152,8 @@ def main():
             pairwise(5, 1500, dtype, device)
             attention(70, 16, dtype, device)
             attention(35, 96, dtype, device)
+        for sizes in ((1, 1, 1), (3, 4, 2), (9, 17, 3), (33, 64, 3), (70, 130, 40)):
+            transport(*sizes, device)
         if device == "cuda":
             out_of_range(device)
             torch.cuda.synchronize()

@@ -244,12 +244,14 @@ class SinkhornResult:
         return self._product(v, self.f, transpose=True)
 
     def barycentric_map(self, points: Tensor | None = None) -> Tensor:
-        """(..., n, d): where each row goes on average, ``P points / P 1``; points (..., m, d) default to y."""
+        """(..., n, d): where each row goes on average, ``P points / P 1``, 0 without mass; points (..., m, d) default to
+        y."""
         points = self._points if points is None else points
         if points is None:
             raise ValueError("tilewise.sinkhorn: expected the points of the columns for barycentric_map, got None")
         moved = self.apply(torch.cat([points, torch.ones_like(points[..., :1])], -1))
-        return moved[..., :-1] / moved[..., -1:]
+        mass = moved[..., -1:]
+        return moved[..., :-1] / torch.where(mass > 0, mass, 1)
 
     def _product(self, v: Tensor, side: Tensor, transpose: bool) -> Tensor:
         flat = v.dim() == side.dim()
