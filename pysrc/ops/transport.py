@@ -244,8 +244,8 @@ class SinkhornResult:
         return self._product(v, self.f, transpose=True)
 
     def barycentric_map(self, points: Tensor | None = None) -> Tensor:
-        """(..., n, d): where each row goes on average, ``P points / P 1``, 0 without mass; points (..., m, d) default to
-        y."""
+        """(..., n, d): where each row goes on average, ``P points / P 1``, 0 without mass; points are (..., m, d),
+        by default y."""
         points = self._points if points is None else points
         if points is None:
             raise ValueError("tilewise.sinkhorn: expected the points of the columns for barycentric_map, got None")
