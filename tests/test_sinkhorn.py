@@ -7,6 +7,7 @@ from contract import BACKEND, DEVICE, INTERPRETED, NATIVE_CPU
 from torch import Tensor
 
 import tilewise
+from tilewise.ops import transport
 from tilewise.reference.sinkhorn import OPS as REFERENCE
 from tilewise.testing import allocated_bytes
 
@@ -344,6 +345,22 @@ def test_unrolled_gradcheck(of):
         return OF_RESULT[of](result)
 
     assert torch.autograd.gradcheck(function, inputs, fast_mode=of == "plan")
+
+
+@pytest.mark.skipif(BACKEND != "cpu", reason="derivatives are formed by the same code on every backend")
+@pytest.mark.filterwarnings("error")
+def test_the_null_space_is_projected_out():
+    """A balanced system has solutions for right sides without constants alone; rounding brings some in."""
+    plan = torch.rand(3, 5, 6, dtype=torch.float64)
+    r, c = plan.sum(2), plan.sum(1)
+    of_f, of_g = torch.randn_like(r), torch.randn_like(c)
+    u, v = transport.implicit(
+        lambda t: (plan @ t[:, :, None])[:, :, 0], lambda t: (plan.mT @ t[:, :, None])[:, :, 0],
+        r, c, of_f, of_g, torch.ones(3).double(), None, None
+    )  # fmt: skip
+    torch.testing.assert_close(r * u + (plan @ v[:, :, None])[:, :, 0], of_f)
+    excess = (of_g.sum(1) - of_f.sum(1)) / c.sum(1)
+    torch.testing.assert_close((plan.mT @ u[:, :, None])[:, :, 0] + c * v, of_g - excess[:, None] * c)
 
 
 def test_zero_marginals_have_gradients():

@@ -146,6 +146,20 @@ def test_gradcheck(of, cost, reg_marginal):
 
 
 @ONCE
+@pytest.mark.parametrize("cost", COSTS)
+def test_unbalanced_gradient_of_masses(cost):
+    """With penalties marginals may have any sums, which epsilon's derivative sees too."""
+    a, b, (x, y, *_, epsilon) = inputs_of_gradients()
+    a, b = (factor * w for factor, w in ((0.8, a), (1.5, b)))
+
+    def value(x, a, b, epsilon):
+        options = {"epsilon": epsilon, "cost": cost, "reg_marginal": (0.5, 0.8), "tol": 1e-14, "max_iter": 20000}
+        return tilewise.sinkhorn_points(x, y.detach(), a, b, **options).value
+
+    assert torch.autograd.gradcheck(value, (x, a.requires_grad_(), b.requires_grad_(), epsilon))
+
+
+@ONCE
 @pytest.mark.parametrize("cost", ["sqeuclidean", "cosine"])
 def test_double_backward_of_the_value(cost):
     """In the points; the second derivative of what the envelope leaves constant is a clear error."""
