@@ -184,8 +184,10 @@ def register_composite(op: str, function) -> None:
             return function(*arguments, **options)
 
     _library.impl(op, alone, "CompositeExplicitAutograd")
+    COMPOSITE.add(op)
 
 
+COMPOSITE: set[str] = set()  # operators that need no reference, for they are PyTorch's and others of tilewise's
 _library = torch.library.Library("tilewise", "IMPL")
 
 
