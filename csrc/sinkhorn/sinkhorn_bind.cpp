@@ -1,9 +1,6 @@
 // Entropic optimal transport: arguments, memory, registration. Marginals, potentials and epsilon are dense, of the type
 // that is computed in; a matrix of costs has any strides.
-#include <atomic>
-#include <cmath>
-
-#include "common/checks.h"
+#include "common/problems.h"
 #if defined(TILEWISE_CUDA)
 #include "sinkhorn/sinkhorn_gpu.h"
 #else
@@ -12,45 +9,6 @@
 
 namespace tilewise {
 namespace {
-
-ScalarType computed(const Tensor& tensor, const char* op, const char* name) {
-  const ScalarType dtype = tensor.scalar_type();
-#if defined(TILEWISE_CUDA)
-  require(dtype == ScalarType::Float, op, "expected ", name, " to be float32 on a GPU, got ", toString(dtype));
-#else
-  require(dtype == ScalarType::Float || dtype == ScalarType::Double, op, "expected ", name,
-          " to be float32 or float64, got ", toString(dtype));
-#endif
-  return dtype;
-}
-
-template <typename Function>
-auto with_type(const Tensor& tensor, Function f) {
-#if !defined(TILEWISE_CUDA)
-  if (tensor.scalar_type() == ScalarType::Double) return f(double{});
-#endif
-  return f(float{});
-}
-
-// What the tensors of a call have to agree with.
-struct Shape {
-  const Tensor& first;
-  const char* op;
-  int64_t batch, rows, columns;
-
-  template <typename T>
-  const T* dense(const Tensor& tensor, std::vector<int64_t> shape, const char* name) const {
-    require_shape(tensor, shape, op, name);
-    require_dtype(tensor, first.scalar_type(), op, name);
-    require_same_device(tensor, first, op, name);
-    require(tensor.is_contiguous(), op, "expected ", name, " to be contiguous");
-    return static_cast<const T*>(tensor.data_ptr());
-  }
-  template <typename T>
-  const T* dense(const std::optional<Tensor>& tensor, std::vector<int64_t> shape, const char* name) const {
-    return tensor.has_value() ? dense<T>(*tensor, shape, name) : nullptr;
-  }
-};
 
 Shape shape_of_matrix(const Tensor& cost, const char* op) {
   computed(cost, op, "cost");
@@ -126,35 +84,13 @@ void run_unrolled(const SinkhornUnrolled<float>& call, const Shape& shape) {
 template <typename T>
 void check_values(const SinkhornCall<T>& call, const char* op) {
   const Pairs<T>& pairs = call.pairs;
-  std::vector<double> mass(static_cast<size_t>(2 * pairs.batch));
-  const auto check_marginal = [&](const T* marginal, int64_t size, const char* name, size_t side) {
-    for (int64_t i = 0; i < pairs.batch * size; ++i) {
-      require(marginal[i] >= 0 && std::isfinite(marginal[i]), op, "expected ", name,
-              " to hold finite numbers >= 0, got ", marginal[i]);
-      mass[2 * static_cast<size_t>(i / size) + side] += static_cast<double>(marginal[i]);
-    }
-  };
-  check_marginal(call.a, pairs.rows, "a", 0);
-  check_marginal(call.b, pairs.columns, "b", 1);
+  const bool penalised = call.rho_a < infinity<T>() || call.rho_b < infinity<T>();
+  check_marginals<T>(op, pairs.batch, {call.a, pairs.rows}, {call.b, pairs.columns}, !penalised,
+                     " without reg_marginal");
   for (int64_t index = 0; index < pairs.batch; ++index) {
     require(call.epsilon[index] > 0 && std::isfinite(call.epsilon[index]), op,
             "expected epsilon to be a finite number above 0, got ", call.epsilon[index]);
-    if (call.rho_a < infinity<T>() || call.rho_b < infinity<T>()) continue;
-    const double a = mass[2 * static_cast<size_t>(index)], b = mass[2 * static_cast<size_t>(index) + 1];
-    require(std::fabs(a - b) <= 1e-4 * std::max(a, b), op,
-            "expected a and b to have equal sums without reg_marginal, "
-            "got ",
-            a, " and ", b);
   }
-  const auto check_all = [&](int64_t count, const auto& value, const char* name, const char* what) {
-    std::atomic<bool> fine{true};
-    torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        if (!value(i)) fine.store(false, std::memory_order_relaxed);
-      }
-    });
-    require(fine.load(), op, "expected ", name, " to hold ", what, ", got NaN or another");
-  };
   if (pairs.cost != PairCost::kMatrix) {
     const auto finite = [&](const T* points) {
       return [points, features = pairs.features](int64_t i) {
@@ -163,8 +99,8 @@ void check_values(const SinkhornCall<T>& call, const char* op) {
         return sum == T(0);
       };
     };
-    check_all(pairs.batch * pairs.rows, finite(pairs.x), "x", "finite numbers");
-    check_all(pairs.batch * pairs.columns, finite(pairs.y), "y", "finite numbers");
+    check_all(op, pairs.batch * pairs.rows, finite(pairs.x), "x", "finite numbers");
+    check_all(op, pairs.batch * pairs.columns, finite(pairs.y), "y", "finite numbers");
     return;
   }
   const bool rows_first = pairs.column_stride <= pairs.row_stride;
@@ -178,36 +114,12 @@ void check_values(const SinkhornCall<T>& call, const char* op) {
     for (int64_t j = 0; j < length; ++j) wrong |= !(values[j * stride] > -infinity<T>());
     return wrong == 0;
   };
-  check_all(pairs.batch * lines, usable, "cost", "numbers or inf (forbidden pairs)");
+  check_all(op, pairs.batch * lines, usable, "cost", "numbers or inf (forbidden pairs)");
 }
 
 template <typename T>
 bool is_small(const Pairs<T>& pairs) {
   return pairs.rows <= kSmall && pairs.columns <= kSmall;
-}
-
-// One problem after the other on all threads, or as many beside each other as there are threads.
-template <typename T, typename Solve>
-void each_problem(const Tensor& like, int64_t batch, int64_t elements, const Solve& solve) {
-  const Parallel all = [](int64_t count, const std::function<void(int64_t, int64_t)>& f) {
-    torch::stable::parallel_for(0, count, 1, f);
-  };
-  const Parallel alone = [](int64_t count, const std::function<void(int64_t, int64_t)>& f) { f(0, count); };
-  const int64_t threads = static_cast<int64_t>(torch::stable::get_num_threads());
-  const int64_t workers = batch >= threads ? std::min(batch, threads) : 1;
-  const int64_t each = padded(elements);
-  const Tensor scratch = new_output(like, {workers * each + kPad}, like.scalar_type());
-  T* memory = static_cast<T*>(scratch.data_ptr());
-  if (workers == 1) {
-    for (int64_t index = 0; index < batch; ++index) solve(index, memory, all);
-    return;
-  }
-  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t worker = begin; worker < end; ++worker) {
-      for (int64_t index = batch * worker / workers; index < batch * (worker + 1) / workers; ++index)
-        solve(index, memory + worker * each, alone);
-    }
-  });
 }
 
 constexpr int64_t kLeastBatch = 4;  // problems that are worth the lanes

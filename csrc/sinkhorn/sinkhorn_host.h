@@ -2,19 +2,13 @@
 #pragma once
 
 #include <algorithm>
-#include <functional>
 
+#include "common/parallel.h"
 #include "sinkhorn/sinkhorn.h"
 
 namespace tilewise {
 
-// Calls f(begin, end) over [0, count), on one thread or on several.
-using Parallel = std::function<void(int64_t count, const std::function<void(int64_t begin, int64_t end)>& f)>;
-
-constexpr int64_t kPad = 16;  // a vector of any instruction set
 constexpr int64_t kKeptBytes = int64_t{32} << 20;
-
-inline int64_t padded(int64_t count) { return (count + kPad - 1) / kPad * kPad; }
 
 // Rows are summed over columns in shares, whose number does not depend on the threads.
 inline int64_t column_shares(int64_t rows) { return std::clamp<int64_t>(rows / 64, 1, 16); }

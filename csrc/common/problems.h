@@ -1,0 +1,117 @@
+// Batches of transport problems: types, shapes, values and threads of what is given to them (host only).
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+
+#include "common/checks.h"
+#include "common/parallel.h"
+
+namespace tilewise {
+
+inline ScalarType computed(const Tensor& tensor, const char* op, const char* name) {
+  const ScalarType dtype = tensor.scalar_type();
+#if defined(TILEWISE_CUDA)
+  require(dtype == ScalarType::Float, op, "expected ", name, " to be float32 on a GPU, got ", toString(dtype));
+#else
+  require(dtype == ScalarType::Float || dtype == ScalarType::Double, op, "expected ", name,
+          " to be float32 or float64, got ", toString(dtype));
+#endif
+  return dtype;
+}
+
+template <typename Function>
+auto with_type(const Tensor& tensor, Function f) {
+#if !defined(TILEWISE_CUDA)
+  if (tensor.scalar_type() == ScalarType::Double) return f(double{});
+#endif
+  return f(float{});
+}
+
+// What the tensors of a call have to agree with.
+struct Shape {
+  const Tensor& first;
+  const char* op;
+  int64_t batch, rows, columns;
+
+  template <typename T>
+  const T* dense(const Tensor& tensor, std::vector<int64_t> shape, const char* name) const {
+    require_shape(tensor, shape, op, name);
+    require_dtype(tensor, first.scalar_type(), op, name);
+    require_same_device(tensor, first, op, name);
+    require(tensor.is_contiguous(), op, "expected ", name, " to be contiguous");
+    return static_cast<const T*>(tensor.data_ptr());
+  }
+  template <typename T>
+  const T* dense(const std::optional<Tensor>& tensor, std::vector<int64_t> shape, const char* name) const {
+    return tensor.has_value() ? dense<T>(*tensor, shape, name) : nullptr;
+  }
+};
+
+#if !defined(TILEWISE_CUDA)
+
+// Values are looked at where that does not mean waiting for a device.
+template <typename Value>
+void check_all(const char* op, int64_t count, const Value& value, const char* name, const char* what) {
+  std::atomic<bool> fine{true};
+  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      if (!value(i)) fine.store(false, std::memory_order_relaxed);
+    }
+  });
+  require(fine.load(), op, "expected ", name, " to hold ", what, ", got NaN or another");
+}
+
+template <typename T>
+struct Marginal {
+  const T* values;
+  int64_t size;
+};
+
+template <typename T>
+void check_marginals(const char* op, int64_t batch, Marginal<T> a, Marginal<T> b, bool equal_sums,
+                     const char* where = "") {
+  const auto sum_of = [&](const Marginal<T>& marginal, int64_t index, const char* name) {
+    double sum = 0.0;
+    for (int64_t i = 0; i < marginal.size; ++i) {
+      const T value = marginal.values[index * marginal.size + i];
+      require(value >= 0 && std::isfinite(value), op, "expected ", name, " to hold finite numbers >= 0, got ", value);
+      sum += static_cast<double>(value);
+    }
+    return sum;
+  };
+  for (int64_t index = 0; index < batch; ++index) {
+    const double of_a = sum_of(a, index, "a"), of_b = sum_of(b, index, "b");
+    require(!equal_sums || std::fabs(of_a - of_b) <= 1e-4 * std::max(of_a, of_b), op,
+            "expected a and b to have equal sums", where, ", got ", of_a, " and ", of_b);
+  }
+}
+
+// One problem after the other on all threads, or as many beside each other as there are threads.
+template <typename T, typename Solve>
+void each_problem(const Tensor& like, int64_t batch, int64_t elements, const Solve& solve) {
+  const Parallel all = [](int64_t count, const std::function<void(int64_t, int64_t)>& f) {
+    torch::stable::parallel_for(0, count, 1, f);
+  };
+  const Parallel alone = [](int64_t count, const std::function<void(int64_t, int64_t)>& f) { f(0, count); };
+  const int64_t threads = static_cast<int64_t>(torch::stable::get_num_threads());
+  const int64_t workers = batch >= threads ? std::min(batch, threads) : 1;
+  const int64_t each = padded(elements);
+  const Tensor scratch = new_output(like, {workers * each + kPad}, like.scalar_type());
+  T* memory = static_cast<T*>(scratch.data_ptr());
+  if (workers == 1) {
+    for (int64_t index = 0; index < batch; ++index) solve(index, memory, all);
+    return;
+  }
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker) {
+      for (int64_t index = batch * worker / workers; index < batch * (worker + 1) / workers; ++index)
+        solve(index, memory + worker * each, alone);
+    }
+  });
+}
+
+#endif
+
+}  // namespace tilewise
