@@ -126,6 +126,29 @@ def transport(n: int, m: int, features: int, device: str):
         check("unrolled", tilewise.sinkhorn(leaf, a, b, epsilon=0.2, max_iter=5, gradient="unrolled").plan(), leaf)
 
 
+def sparse(n: int, m: int, features: int, device: str):
+    """Few and all entries, ties, a forbidden pair, points in blocks, routing."""
+    cost = torch.rand(3, m, n, device=device)
+    if m > 2:
+        cost[1, 2, 0] = torch.inf
+        cost[2] = 0.5
+    x, y = (torch.rand(3, size, features, device=device) for size in (m, n))
+    for k in {1, (m + 1) // 2, m}:
+        leaf = cost[0].detach().requires_grad_()
+        check("simplex_topk", tilewise.simplex_topk(leaf.mT, k).square(), leaf)
+        if k * n < m:
+            continue
+        for method in ("semi_dual", "dual"):
+            leaf = cost.detach().requires_grad_()
+            result = tilewise.sparse_ot(leaf, k=k, method=method, max_iter=9)
+            check("sparse_ot", result.value, leaf)
+            leaf = x.detach().requires_grad_()
+            result = tilewise.sparse_ot_points(leaf, y, k=k, method=method, max_iter=9)
+            check("sparse_ot_points", result.value, leaf)
+        leaf = cost.clamp(max=1).requires_grad_()
+        check("sparse_ot_router", tilewise.sparse_ot_router(leaf, k, steps=3).weights, leaf)
+
+
 def out_of_range(device: str):
     """Labels far outside the classes: NaN for their rows, no access, the other rows untouched."""
     target = torch.tensor([0, 10**9, -7], device=device)
@@ -154,6 +177,7 @@ def main():
             attention(35, 96, dtype, device)
         for sizes in ((1, 1, 1), (3, 4, 2), (9, 17, 3), (33, 64, 3), (70, 130, 40)):
             transport(*sizes, device)
+            sparse(*sizes, device)
         if device == "cuda":
             out_of_range(device)
             torch.cuda.synchronize()

@@ -77,6 +77,16 @@ STABLE_TORCH_LIBRARY(tilewise, m) {
       "int max_iter, float? rho_a=None, float? rho_b=None) "
       "-> (Tensor grad_cost, Tensor grad_a, Tensor grad_b, Tensor grad_epsilon)");
   m.def(
+      "sparse_ot(Tensor costs, Tensor a, Tensor b, Tensor? alpha=None, Tensor? beta=None, *, int k, float gamma, "
+      "str method, int max_iter, float tol, float lr=0.0) "
+      "-> (Tensor values, Tensor indices, Tensor alpha, Tensor beta, Tensor value, Tensor row_error, "
+      "Tensor column_error, Tensor margin, Tensor n_iter)");
+  m.def(
+      "sparse_ot_columns(Tensor costs, Tensor alpha, Tensor level, *, int k, float gamma, bool dual=False) "
+      "-> (Tensor values, Tensor indices, Tensor beta, Tensor row_sums, Tensor margin)");
+  m.def("simplex_topk(Tensor x, *, int k, float scale=1.0) -> Tensor");
+  m.def("simplex_topk_backward(Tensor grad, Tensor p) -> Tensor");
+  m.def(
       "z_loss(Tensor logits, Tensor target, *, float a, float b, int ignore_index=-100, str reduction=\"mean\") "
       "-> (Tensor loss, Tensor row_state, Tensor total)");
   m.def(
@@ -114,6 +124,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tilewise, m) {
       "sinkhorn_points_apply_backward(Tensor grad, Tensor x, Tensor y, Tensor a, Tensor b, Tensor epsilon, Tensor f, "
       "Tensor g, Tensor v, *, str cost, float? rho_a, float? rho_b) "
       "-> (Tensor grad_x, Tensor grad_y, Tensor grad_a, Tensor grad_b, Tensor grad_epsilon, Tensor grad_v)");
+  m.def(
+      "sparse_ot_points(Tensor x, Tensor y, Tensor a, Tensor b, Tensor? alpha=None, Tensor? beta=None, *, str cost, "
+      "int k, float gamma, str method, int max_iter, float tol, int chunk_bytes=0) "
+      "-> (Tensor values, Tensor indices, Tensor alpha, Tensor beta, Tensor value, Tensor row_error, "
+      "Tensor column_error, Tensor margin, Tensor n_iter)");
+  m.def(
+      "sparse_ot_backward(Tensor? grad_value, Tensor? grad_values, Tensor values, Tensor indices, Tensor alpha, "
+      "Tensor beta, *, float gamma) -> (Tensor grad_entries, Tensor grad_a, Tensor grad_b)");
   m.def(
       "linear_spherical_backward(Tensor grad_loss, Tensor hidden, Tensor weight, Tensor target, Tensor? bias, "
       "Tensor row_state, Tensor gram, Tensor mean, Tensor total, *, int ignore_index, str reduction, "

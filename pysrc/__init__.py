@@ -18,10 +18,14 @@ from tilewise.ops.mala import mala  # noqa: E402
 from tilewise.ops.mining import batch_hard_mine, multi_similarity_mine, semihard_mine  # noqa: E402
 from tilewise.ops.multi_similarity_loss import multi_similarity_loss  # noqa: E402
 from tilewise.ops.pair_weighted_loss import pair_weighted_loss  # noqa: E402
+from tilewise.ops.simplex_topk import simplex_topk  # noqa: E402
 from tilewise.ops.sinkhorn import sinkhorn  # noqa: E402
 from tilewise.ops.sinkhorn_divergence import monge_gap, sinkhorn_divergence  # noqa: E402
 from tilewise.ops.sinkhorn_knopp import sinkhorn_knopp  # noqa: E402
 from tilewise.ops.sinkhorn_points import sinkhorn_points  # noqa: E402
+from tilewise.ops.sparse_ot import SparseOTResult, sparse_ot  # noqa: E402
+from tilewise.ops.sparse_ot_points import sparse_ot_points  # noqa: E402
+from tilewise.ops.sparse_ot_router import Routing, sparse_ot_router  # noqa: E402
 from tilewise.ops.transport import SinkhornResult  # noqa: E402
 from tilewise.ops.z_loss import spherical_softmax_loss, taylor_softmax_loss, z_loss  # noqa: E402
 from tilewise.version import __version__  # noqa: E402
@@ -30,7 +34,9 @@ start()
 
 __all__ = [
     "CrossEntropyStats",
+    "Routing",
     "SinkhornResult",
+    "SparseOTResult",
     "__version__",
     "backend",
     "batch_hard_mine",
@@ -51,10 +57,14 @@ __all__ = [
     "reference",
     "semihard_mine",
     "siglip_loss",
+    "simplex_topk",
     "sinkhorn",
     "sinkhorn_divergence",
     "sinkhorn_knopp",
     "sinkhorn_points",
+    "sparse_ot",
+    "sparse_ot_points",
+    "sparse_ot_router",
     "spherical_softmax_loss",
     "supcon",
     "taylor_softmax_loss",

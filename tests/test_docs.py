@@ -27,10 +27,14 @@ DOCUMENTED = (
     "pair_weighted_loss",
     "semihard_mine",
     "siglip_loss",
+    "simplex_topk",
     "sinkhorn",
     "sinkhorn_divergence",
     "sinkhorn_knopp",
     "sinkhorn_points",
+    "sparse_ot",
+    "sparse_ot_points",
+    "sparse_ot_router",
     "spherical_softmax_loss",
     "supcon",
     "taylor_softmax_loss",
@@ -51,7 +55,7 @@ def test_docstring_example_of_the_output_layer():
 
 
 def test_every_public_function_is_documented():
-    results = {"CrossEntropyStats", "SinkhornResult"}
+    results = {"CrossEntropyStats", "Routing", "SinkhornResult", "SparseOTResult"}
     functions = {name for name in tilewise.__all__ if callable(getattr(tilewise, name))} - results
     assert functions == set(DOCUMENTED)
 

@@ -40,6 +40,7 @@ for dtype in (torch.float64, torch.float32):
         tilewise.sinkhorn_points(x / 9, w / 9, epsilon=0.2, cost=cost, tol=0.0, max_iter=20).value
         for cost in ("sqeuclidean", "euclidean")
     ]
+    results += [tilewise.simplex_topk(x.detach(), 7), tilewise.sparse_ot(cost[:2], k=60, tol=0.0, max_iter=4).alpha]
     losses += [tilewise.sinkhorn(w[:9, :9], epsilon=1.0, gradient="unrolled", max_iter=5).plan()[0].sum()]
     results += [loss.detach() for loss in losses]
     results += torch.autograd.grad(sum(losses), (x, y, w))

@@ -121,3 +121,23 @@ def test_bad_samples_loss():
             tilewise.nn.SamplesLoss(**options)
     with pytest.raises(ValueError, match=r"expected \(x, y\) or \(a, x, b, y\), got 3 arguments"):
         tilewise.nn.SamplesLoss()(*clouds()[:3])
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.1])
+def test_sparse_transport_of_pot(gamma, capsys):
+    """POT stops earlier: its dual value is at most ours, and its plan near."""
+    cost, a, b = problem(40, 50)
+    arrays = [t.numpy() for t in (a, b, cost)]
+    all_entries = tilewise.sparse_ot(cost, a, b, k=40, gamma=gamma, tol=1e-10, max_iter=5000)
+    options = {"stopThr": 1e-14, "numItermax": 20000}
+    expected = torch.from_numpy(ot.smooth.smooth_ot_semi_dual(*arrays, gamma, reg_type="l2", **options))
+    torch.testing.assert_close(all_entries.plan(), expected, rtol=0, atol=1e-5)
+    value = (expected * cost).sum() + gamma / 2 * (expected**2).sum()
+    assert abs(value - all_entries.value) < 1e-6
+
+    few = tilewise.sparse_ot(cost, a, b, k=12, gamma=gamma, tol=1e-10, max_iter=5000)
+    sparse = ot.smooth.smooth_ot_semi_dual(*arrays, gamma, reg_type="sparsity_constrained", max_nz=12, **options)
+    expected = torch.from_numpy(sparse)
+    capsys.readouterr()  # POT prints
+    assert few.converged
+    torch.testing.assert_close(few.plan(), expected, rtol=0, atol=1e-4)

@@ -31,6 +31,9 @@ STACK_LIMIT = {
     "sinkhorn_apply_kernel": 48,
     "sinkhorn_half_step_kernel": 8,
 }
+SPARSE = ["simplex_topk_kernel", "simplex_topk_backward_kernel"] + [
+    f"sparse_{part}_kernel" for part in ("cut", "rows", "lists")
+]
 SINKHORN = [f"sinkhorn_{part}_kernel" for part in ("apply", "half_step", "plan", "small", "unrolled_backward")]
 ALL_OPTIONS = {"label_smoothing": 0.1, "lse_square_scale": 1e-4, "softcap": 30.0, "logit_scale": 0.5}
 PLAIN = {"label_smoothing": 0.0, "lse_square_scale": 0.0, "softcap": None, "logit_scale": 1.0}
@@ -136,6 +139,22 @@ def run_sinkhorn():
             run(n, m, d, rho_a=1.0, rho_b=2.0)
 
 
+def run_sparse():
+    """Short and long rows; columns with and without given thresholds."""
+    from tilewise.triton_kernels.simplex_topk import OPS
+    from tilewise.triton_kernels.sparse_ot import sparse_ot_columns
+
+    def empty(*shape):
+        return torch.empty(*shape, device="meta")
+
+    for n in (8, 256, 20000):
+        p = OPS["simplex_topk"](empty(4096, n), k=8)
+        OPS["simplex_topk_backward"](p, p)
+    for batch, n, m in ((1, 64, 65536), (512, 16, 24)):
+        for dual in (False, True):
+            sparse_ot_columns(empty(batch, n, m), empty(batch, m), empty(batch, n), k=4, gamma=1.0, dual=dual)
+
+
 def run_operators(dtype):
     """Long rows with 16-byte accesses, long rows without, short rows that share a program, V = 1, transposed rows."""
 
@@ -157,6 +176,7 @@ def run_operators(dtype):
     run_pairwise(dtype)
     if dtype == torch.float32:
         run_sinkhorn()
+        run_sparse()
     for causal in (False, True):
         run_mala(dtype, D=64, DV=64, causal=causal, rope=False, packed=False)
         run_mala(dtype, D=96, DV=96, causal=causal, rope=dtype == torch.bfloat16, packed=True)
@@ -245,7 +265,7 @@ def test_kernels_fit(reports, arch, dtype):
         "spherical_family_forward_kernel",
         "spherical_family_backward_kernel",
         "reduce_rows_kernel",
-        *(SINKHORN if dtype == "float32" else ()),
+        *(SINKHORN + SPARSE if dtype == "float32" else ()),
     }
     assert [r for r in compiled if r["local"] or r["shared"] > SHARED_MEMORY_LIMIT] == []
     assert [r for r in compiled if r["stack"] > STACK_LIMIT.get(r["kernel"], 0)] == []

@@ -13,6 +13,7 @@ from tilewise.nn.pairwise import (
     SigLipLoss,
     SupConLoss,
 )
+from tilewise.nn.sparse_transport import MixtureOfExperts, SparseOTRouter
 from tilewise.nn.transport import MongeGap, SamplesLoss, SinkhornDivergence
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "FactoredSphericalOutput",
     "InfoNCELoss",
     "MALAttention",
+    "MixtureOfExperts",
     "MongeGap",
     "MultiSimilarityLoss",
     "MultiSimilarityMiner",
@@ -30,6 +32,7 @@ __all__ = [
     "SamplesLoss",
     "SigLipLoss",
     "SinkhornDivergence",
+    "SparseOTRouter",
     "SphericalSoftmaxLoss",
     "SupConLoss",
     "TaylorSoftmaxLoss",

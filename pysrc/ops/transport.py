@@ -59,16 +59,19 @@ def check_like(op: str, name: str, tensor: Tensor, like: Tensor, shape: tuple[in
     return tensor.expand(shape).to(statistics_dtype(like))
 
 
+def marginal(op: str, name: str, given: Tensor | None, like: Tensor, batch: torch.Size, count: int) -> Tensor:
+    """(B, count), uniform if None; it may broadcast over the batch."""
+    if given is None:
+        return torch.full((batch.numel(), count), 1 / count, dtype=statistics_dtype(like), device=like.device)
+    given = check_like(op, name, given, like, (*batch, count), spread=True)
+    return given.reshape(batch.numel(), count).contiguous()
+
+
 def check_problem(
     op: str, like: Tensor, batch: torch.Size, n: int, m: int, *, a, b, epsilon, max_iter, tol, reg_marginal, init=None
 ) -> Problem:
     """Of the arguments that every transport has; `like` has the dtype and the device."""
     wide, size = statistics_dtype(like), batch.numel()
-
-    def marginal(name: str, given: Tensor | None, count: int) -> Tensor:
-        if given is None:
-            return torch.full((size, count), 1 / count, dtype=wide, device=like.device)
-        return check_like(op, name, given, like, (*batch, count), spread=True).reshape(size, count).contiguous()
 
     if isinstance(epsilon, Tensor):
         if epsilon.shape not in ((), batch) or not epsilon.is_floating_point():
@@ -98,7 +101,8 @@ def check_problem(
             check_like(op, name, p, like, (*batch, count)).detach().reshape(size, count).contiguous()
             for name, p, count in shapes
         )
-    return Problem(batch, marginal("a", a, n), marginal("b", b, m), epsilon, rho_a, rho_b, init, max_iter, tol)
+    sides = marginal(op, "a", a, like, batch, n), marginal(op, "b", b, like, batch, m)
+    return Problem(batch, *sides, epsilon, rho_a, rho_b, init, max_iter, tol)
 
 
 def check_scaling(op: str, epsilon_scaling: float | None) -> float:
@@ -168,7 +172,7 @@ def implicit(
     else:
         if bool((size > 1e-6 * start).any()):
             warnings.warn(
-                "tilewise.sinkhorn: the gradient of a plan is not accurate: conjugate gradients did not converge; "
+                "tilewise: the gradient of a transport plan is not accurate: conjugate gradients did not converge; "
                 "let the problem itself converge (more iterations), or take a larger epsilon",
                 stacklevel=2,
             )

@@ -188,6 +188,12 @@ inline bool __any_sync(unsigned mask, bool value) {
   return any != 0;
 }
 
+inline unsigned __ballot_sync(unsigned mask, bool value) {
+  unsigned bits = static_cast<unsigned>(value) << (emulator::machine.current % emulator::kWarp);
+  for (int lanes = emulator::kWarp / 2; lanes > 0; lanes /= 2) bits |= __shfl_xor_sync(mask, bits, lanes);
+  return bits;
+}
+
 inline uint4 __ldg(const uint4* address) { return emulator::load(address); }
 inline uint4 __ldcs(const uint4* address) { return emulator::load(address); }
 inline void __stcs(uint4* address, uint4 value) {

@@ -5,7 +5,9 @@
 #include "cross_entropy/cross_entropy.h"
 #include "mala/mala_gpu.h"
 #include "pairwise/pairwise.h"
+#include "simplex_topk/simplex_topk.h"
 #include "sinkhorn/sinkhorn_gpu.h"
+#include "sparse_ot/sparse_ot_gpu.h"
 #include "z_loss/z_loss.h"
 
 #include <vector>
@@ -78,6 +80,16 @@ struct TransportCall {
   int64_t values, weights, over_distance;
   float *v, *h, *k, *out;
   float *grad_f, *grad_g, *grad_cost, *grad_a, *grad_b, *grad_epsilon;
+};
+
+struct SparseCall {
+  int64_t batch, rows, columns, k, method, max_iter;
+  double gamma, tol, rate;
+  const float *costs, *a, *b, *level;
+  float *alpha, *values;
+  int64_t* indices;
+  float *beta, *row_sums, *margin, *value, *row_error, *column_error;
+  int64_t* n_iter;
 };
 
 tilewise::Pairs<float> pairs_of(const TransportCall& call) {
@@ -330,6 +342,54 @@ extern "C" const char* transport_unrolled(const TransportCall& call) {
   op.grad_b = call.grad_b;
   op.grad_epsilon = call.grad_epsilon;
   return with_launches(tilewise::SinkhornLaunches::unrolled_floats(op), [&](auto& l) { return l.unrolled(op); });
+}
+
+extern "C" const char* simplex_topk(const float* x, const float* grad, float* out, int64_t rows, int64_t columns,
+                                    int64_t k, double scale) {
+  tilewise::SimplexTopk<float> call{.rows = rows, .columns = columns, .k = k, .scale = static_cast<float>(scale)};
+  call.x = x;
+  call.grad = grad;
+  call.out = out;
+  return grad != nullptr ? tilewise::simplex_topk_backward_cuda(call, nullptr)
+                         : tilewise::simplex_topk_cuda(call, nullptr);
+}
+
+// Without a: the columns alone, at alpha and level.
+extern "C" const char* sparse_transport(const SparseCall& call) {
+  tilewise::SparseColumns<float> columns{.batch = call.batch, .rows = call.rows, .columns = call.columns, .k = call.k};
+  columns.gamma = static_cast<float>(call.gamma);
+  columns.dual = static_cast<tilewise::SparseMethod>(call.method) == tilewise::SparseMethod::kDual;
+  columns.costs = call.costs;
+  columns.values = call.values;
+  columns.indices = call.indices;
+  columns.beta = call.beta;
+  columns.margin = call.margin;
+  const auto with_scratch = [](int64_t bytes, auto f) {
+    std::vector<float> scratch(static_cast<size_t>(bytes / 4), tilewise::quiet_nan<float>());
+    tilewise::SparseOtLaunches launches(scratch.data(), nullptr);
+    return f(launches);
+  };
+  if (call.a == nullptr) {
+    columns.alpha = call.alpha;
+    columns.level = call.level;
+    columns.row_sums = call.row_sums;
+    columns.alpha_stride = columns.row_stride = call.rows;
+    columns.level_stride = call.columns;
+    return with_scratch(tilewise::SparseOtLaunches::columns_bytes(columns),
+                        [&](auto& l) { return l.columns(columns); });
+  }
+  tilewise::SparseOtCall<float> op{.columns = columns, .method = static_cast<tilewise::SparseMethod>(call.method)};
+  op.a = call.a;
+  op.b = call.b;
+  op.max_iter = call.max_iter;
+  op.tol = static_cast<float>(call.tol);
+  op.rate = static_cast<float>(call.rate);
+  op.alpha = call.alpha;
+  op.value = call.value;
+  op.row_error = call.row_error;
+  op.column_error = call.column_error;
+  op.n_iter = call.n_iter;
+  return with_scratch(tilewise::SparseOtLaunches::solve_bytes(op), [&](auto& l) { return l.solve(op); });
 }
 
 extern "C" const char* z_loss_forward(const Call& call) {

@@ -109,6 +109,17 @@ class TransportCall(ctypes.Structure):
     ]
 
 
+class SparseCall(ctypes.Structure):
+    """Mirrors `SparseCall` of driver.cpp."""
+
+    _fields_ = [
+        *[(name, c_int64) for name in ("batch", "rows", "columns", "k", "method", "max_iter")],
+        *[(name, c_double) for name in ("gamma", "tol", "rate")],
+        *[(name, c_void_p) for name in ("costs", "a", "b", "level", "alpha", "values", "indices", "beta", "row_sums")],
+        *[(name, c_void_p) for name in ("margin", "value", "row_error", "column_error", "n_iter")],
+    ]
+
+
 def build() -> ctypes.CDLL:
     """Compiles once per content of the sources, into build/cuda_emulator."""
     digest = hashlib.sha256(" ".join([str(COMPILER), *FLAGS]).encode())
@@ -138,6 +149,9 @@ def build() -> ctypes.CDLL:
     loaded.transport_apply.argtypes = [ctypes.POINTER(TransportCall), c_int]
     for function in (loaded.transport_solve, loaded.transport_apply, loaded.transport_unrolled):
         function.restype = c_char_p
+    loaded.simplex_topk.argtypes = [c_void_p] * 3 + [c_int64] * 3 + [c_double]
+    loaded.sparse_transport.argtypes = [ctypes.POINTER(SparseCall)]
+    loaded.simplex_topk.restype = loaded.sparse_transport.restype = c_char_p
     loaded.pairwise.argtypes = [ctypes.POINTER(PairCall)]
     loaded.pairwise.restype = c_char_p
     loaded.accumulate.argtypes = [c_int64, c_void_p, c_void_p, c_void_p, c_int64, c_int, c_int]

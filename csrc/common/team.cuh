@@ -1,0 +1,65 @@
+// The threads along x of a block as a team: a warp (blockDim.x = 32, no barrier: blocks may hold several) or a block.
+#pragma once
+
+#include "common/launch.cuh"
+#include "common/platform.h"
+
+namespace tilewise {
+
+class Team {
+ public:
+  static constexpr int kMostWarps = 32;
+
+  // shared: kMostWarps numbers of 8 bytes.
+  __device__ __forceinline__ explicit Team(void* shared) : shared_(shared) {}
+
+  __device__ __forceinline__ int64_t rank() const { return threadIdx.x; }
+  __device__ __forceinline__ int64_t size() const { return blockDim.x; }
+  __device__ __forceinline__ bool first() const { return threadIdx.x == 0; }
+
+  template <typename Function>
+  __device__ __forceinline__ void each(int64_t n, const Function& f) const {
+    for (int64_t i = rank(); i < n; i += size()) f(i);
+    wait();
+  }
+
+  // The same for all, combined in a fixed order.
+  template <typename T, typename Combine>
+  __device__ __forceinline__ T all(T value, const Combine& combine) const {
+#pragma unroll
+    for (int lanes = 16; lanes > 0; lanes /= 2) value = combine(value, __shfl_xor_sync(0xffffffffu, value, lanes));
+    if (blockDim.x == 32) return value;
+    T* of_warps = static_cast<T*>(shared_);
+    if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = value;
+    __syncthreads();
+    T total = of_warps[0];
+    for (unsigned warp = 1; warp < blockDim.x / 32; ++warp) total = combine(total, of_warps[warp]);
+    __syncthreads();
+    return total;
+  }
+
+  template <typename T>
+  __device__ __forceinline__ T all_sum(T value) const {
+    return all(value, [](T a, T b) { return a + b; });
+  }
+
+  template <typename Function>
+  __device__ __forceinline__ double sum(int64_t n, const Function& f) const {
+    double total = 0.0;
+    for (int64_t i = rank(); i < n; i += size()) total += f(i);
+    return all_sum(total);
+  }
+
+ private:
+  __device__ __forceinline__ void wait() const {
+    if (blockDim.x == 32) {
+      __syncwarp();
+    } else {
+      __syncthreads();
+    }
+  }
+
+  void* shared_;
+};
+
+}  // namespace tilewise

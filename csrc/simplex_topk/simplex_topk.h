@@ -1,0 +1,53 @@
+// The nearest point of a simplex with at most k entries that are not 0, of every row of x:
+//
+//   p = argmin |x - p|^2 over p >= 0, sum p = scale, at most k of them not 0        p_i = [x_i - tau]_+ of the k
+//   largest
+//
+// with the tau at which they sum to scale. tau >= max x - scale, so only entries above that can matter; of these the k
+// largest are found by counting, never by sorting. Equal entries at the end count by their index, the first of them
+// first. The derivative on the support S is g - mean_S(g), and 0 elsewhere.
+//
+// From "Sparsity-Constrained Optimal Transport" (Liu, Puigcerver, Blondel, 2023), proposition 3.
+#pragma once
+
+#include "common/isa.h"
+#include "common/platform.h"
+
+namespace tilewise {
+
+template <typename T>
+struct SimplexTopk {
+  int64_t rows = 0;
+  int64_t columns = 0;
+  int64_t k = 0;
+  T scale = 1;
+  const T* x = nullptr;     // (rows, columns), dense
+  const T* grad = nullptr;  // of the backward: then x is p
+  T* out = nullptr;
+};
+
+// Elements of the scratch of a thread that projects rows of `columns` numbers.
+TILEWISE_FN int64_t simplex_elements(int64_t columns) {
+  constexpr int64_t kLongest = 16;  // a vector of any instruction set
+  return (columns + kLongest - 1) / kLongest * kLongest;
+}
+
+template <typename T>
+struct ProjectScratch {
+  T* scores = nullptr;  // simplex_elements: the row, then -inf
+  T* values = nullptr;  // likewise: what is kept
+  int64_t* where = nullptr;
+};
+
+struct SimplexTopkKernels {
+  void (*forward_float)(const SimplexTopk<float>&, const ProjectScratch<float>&, int64_t begin, int64_t end);
+  void (*forward_double)(const SimplexTopk<double>&, const ProjectScratch<double>&, int64_t begin, int64_t end);
+  void (*backward_float)(const SimplexTopk<float>&, int64_t begin, int64_t end);
+  void (*backward_double)(const SimplexTopk<double>&, int64_t begin, int64_t end);
+};
+TILEWISE_DECLARE_KERNELS(SimplexTopkKernels, simplex_topk_kernels)
+
+const char* simplex_topk_cuda(const SimplexTopk<float>& call, void* stream);
+const char* simplex_topk_backward_cuda(const SimplexTopk<float>& call, void* stream);
+
+}  // namespace tilewise

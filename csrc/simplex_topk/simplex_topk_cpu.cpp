@@ -1,0 +1,53 @@
+// simplex_topk on the CPU: a row at a time, its scores in the first-level cache.
+#include <cstring>
+
+#include "simplex_topk/project_cpu.h"
+
+namespace tilewise::TILEWISE_ISA {
+namespace {
+
+template <typename T>
+void forward(const SimplexTopk<T>& call, const ProjectScratch<T>& scratch, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    const T* x = call.x + row * call.columns;
+    T* out = call.out + row * call.columns;
+    const Range<T> range = stage<T>(call.columns, x, nullptr, scratch.scores);
+    if (!range.numbers || !(infinity<T>() > range.top && -infinity<T>() < range.top)) {
+      for (int64_t i = 0; i < call.columns; ++i) out[i] = quiet_nan<T>();
+      continue;
+    }
+    T hint = quiet_nan<T>();  // rows are strangers
+    const int64_t kept = keep_largest(scratch, call.columns, call.k, lowest(range.top, call.scale), range, hint);
+    const T below = threshold(scratch.values, kept, call.scale, range.top);
+    std::memset(out, 0, sizeof(T) * call.columns);
+    for (int64_t i = 0; i < kept; ++i) {
+      const T p = scratch.values[i] - range.top - below;
+      out[scratch.where[i]] = p > 0 ? p : T(0);
+    }
+  }
+}
+
+template <typename T>
+void backward(const SimplexTopk<T>& call, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    const T* p = call.x + row * call.columns;
+    const T* grad = call.grad + row * call.columns;
+    T* out = call.out + row * call.columns;
+    T sum = 0, count = 0;
+#pragma omp simd reduction(+ : sum, count)
+    for (int64_t i = 0; i < call.columns; ++i) {
+      sum += p[i] > 0 ? grad[i] : T(0);
+      count += p[i] > 0 ? T(1) : T(0);
+    }
+    const T mean = sum / count;
+#pragma omp simd
+    for (int64_t i = 0; i < call.columns; ++i) out[i] = p[i] > 0 ? grad[i] - mean : T(0);
+  }
+}
+
+}  // namespace
+
+extern const SimplexTopkKernels simplex_topk_kernels = {forward<float>, forward<double>, backward<float>,
+                                                        backward<double>};
+
+}  // namespace tilewise::TILEWISE_ISA

@@ -1,0 +1,42 @@
+// What the CPU kernels of sparse_ot offer to their binding, and the memory they ask for.
+#pragma once
+
+#include "common/parallel.h"
+#include "simplex_topk/simplex_topk.h"
+#include "sparse_ot/sparse_ot.h"
+
+namespace tilewise {
+
+// Columns are shared by as many workers, each with scratch of its own.
+constexpr int64_t kWorkers = 16;
+
+template <typename T>
+constexpr int64_t kWide = sizeof(int64_t) / sizeof(T);  // elements that an index takes
+
+template <typename T>
+int64_t worker_elements(const SparseColumns<T>& call) {
+  return (2 + kWide<T>)*simplex_elements(call.rows);
+}
+
+template <typename T>
+int64_t columns_elements(const SparseColumns<T>& call, int64_t workers) {
+  return workers * worker_elements(call) + (kWide<T> + 1) * padded(call.columns);
+}
+
+template <typename T>
+int64_t solve_elements(const SparseOtCall<T>& call, int64_t workers) {
+  const int64_t vectors = call.method == SparseMethod::kAdam ? 4 : Lbfgs<T>::kVectors;
+  return columns_elements(call.columns, workers) + vectors * padded(variables(call));
+}
+
+struct SparseOtKernels {
+  // One problem, `index` of the batch; scratch has columns_elements or solve_elements.
+  void (*columns_float)(const SparseColumns<float>&, int64_t index, float* scratch, int64_t workers, const Parallel&);
+  void (*columns_double)(const SparseColumns<double>&, int64_t index, double* scratch, int64_t workers,
+                         const Parallel&);
+  void (*solve_float)(const SparseOtCall<float>&, int64_t index, float* scratch, int64_t workers, const Parallel&);
+  void (*solve_double)(const SparseOtCall<double>&, int64_t index, double* scratch, int64_t workers, const Parallel&);
+};
+TILEWISE_DECLARE_KERNELS(SparseOtKernels, sparse_ot_kernels)
+
+}  // namespace tilewise

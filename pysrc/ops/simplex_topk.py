@@ -1,0 +1,80 @@
+"""simplex_topk: fakes, autograd, and the public function."""
+
+import torch
+from torch import Tensor
+
+from tilewise.ops import rows, transport
+from tilewise.reference.rows import statistics_dtype
+
+OP = "simplex_topk"
+
+
+def simplex_topk(x: Tensor, k: int, *, scale: float = 1.0) -> Tensor:
+    r"""The nearest point of the simplex with at most k entries that are not 0, along the last dimension.
+
+    .. math::
+        p = \operatorname{argmin} \|x - p\|^2 \quad\text{over}\quad p \ge 0,\ \textstyle\sum_i p_i = \mathrm{scale},\
+        \|p\|_0 \le k
+
+    With k the size of the dimension it is sparsemax. Of equal entries the first count. The gradient is that of
+    sparsemax on the support, g - mean(g), and 0 elsewhere; it jumps where the k-th and the following entry are equal.
+
+    From "Sparsity-Constrained Optimal Transport" (Liu, Puigcerver, Blondel, 2023).
+
+    Args:
+        x: (..., n), float64 (on a CPU), float32, bfloat16 or float16 (these two are computed in float32), n >= 1.
+        k: in [1, n].
+        scale: > 0, the sum of p.
+
+    Returns:
+        p, like x. A row with a NaN, or with no finite largest entry, is NaN.
+
+    Raises:
+        ValueError: x has no last dimension, k or scale is not as above.
+        TypeError: a dtype is not as above.
+
+    Example:
+        >>> import torch, tilewise
+        >>> tilewise.simplex_topk(torch.tensor([0.1, 1.0, 0.9, 0.8]), k=2)
+        tensor([0.0000, 0.5500, 0.4500, 0.0000])
+    """
+    transport.check_tensor(OP, "x", x, "n", 1)
+    size = x.shape[-1]
+    if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= size:
+        raise ValueError(f"tilewise.{OP}: expected k to be an integer in [1, {size}], the size of x, got {k!r}")
+    scale = rows.check_positive(OP, "scale", scale)
+    wide = x.to(statistics_dtype(x)).contiguous()
+    return torch.ops.tilewise.simplex_topk(wide, k=k, scale=scale).to(x.dtype)
+
+
+@torch.library.register_fake("tilewise::simplex_topk")
+def _forward_fake(x, *, k, scale=1.0):
+    return torch.empty_like(x)
+
+
+@torch.library.register_fake("tilewise::simplex_topk_backward")
+def _backward_fake(grad, p):
+    return torch.empty_like(grad)
+
+
+def _setup_context(ctx, inputs, keyword_only_inputs, output):
+    ctx.save_for_backward(output)
+
+
+def _backward(ctx, grad):
+    (p,) = ctx.saved_tensors
+    return torch.ops.tilewise.simplex_topk_backward(grad.contiguous(), p)
+
+
+def _keep_support(ctx, inputs, output):
+    ctx.save_for_backward(inputs[1])
+
+
+def _twice(ctx, grad):
+    """The backward is a symmetric projection, constant in x as long as the support is."""
+    (p,) = ctx.saved_tensors
+    return torch.ops.tilewise.simplex_topk_backward(grad.contiguous(), p), None
+
+
+torch.library.register_autograd("tilewise::simplex_topk", _backward, setup_context=_setup_context)
+torch.library.register_autograd("tilewise::simplex_topk_backward", _twice, setup_context=_keep_support)

@@ -1,0 +1,125 @@
+"""Optimal transport with at most k entries a column, in plain PyTorch; csrc/sparse_ot/sparse_ot.h has the formulas.
+
+Costs are given by columns, (B, n, m): n problems of m numbers each. Scores are s = alpha - c.
+"""
+
+import torch
+from torch import Tensor
+
+from tilewise.lbfgs import minimise
+
+
+def largest(s: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of every row and where they are; of equal ones the first."""
+    values, indices = s.sort(dim=-1, descending=True, stable=True)
+    return values[..., :k], indices[..., :k]
+
+
+def project(s: Tensor, total: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The k largest of every row less the largest, where they are, the threshold at which they sum to `total`, likewise
+    less the largest, and the largest."""
+    values, indices = largest(s, k)
+    top = values[..., :1]
+    values = values - top
+    ranks = torch.arange(1, k + 1, device=s.device, dtype=s.dtype)
+    levels = (values.cumsum(-1) - total[..., None]) / ranks
+    support = (values > levels).sum(-1, keepdim=True).clamp(min=1)
+    return values, indices, levels.gather(-1, support - 1), top
+
+
+def simplex_topk(x: Tensor, *, k: int, scale: float = 1.0) -> Tensor:
+    total = torch.full(x.shape[:-1], scale, dtype=x.dtype, device=x.device)
+    values, indices, level, top = project(x, total, k)
+    p = torch.zeros_like(x).scatter(-1, indices, (values - level).clamp(min=0))
+    return torch.where(top.isfinite() & ~x.isnan().any(-1, keepdim=True), p, torch.nan)
+
+
+def simplex_topk_backward(grad: Tensor, p: Tensor) -> Tensor:
+    support = p > 0
+    mean = torch.where(support, grad, 0).sum(-1, keepdim=True) / support.sum(-1, keepdim=True)
+    return torch.where(support, grad - mean, 0)
+
+
+def sparse_ot_columns(costs, alpha, level, *, k, gamma, dual=False):
+    """The entries of every column, beta, sums of rows, and s_[k] - s_[k+1] where the following would have had mass."""
+    s = alpha[:, None] - costs
+    kept, indices, below, top = project(s, gamma * level, k)
+    if dual:
+        below = -level[..., None] - top
+    tau = -level if dual else (top + below)[..., 0]
+    mass = (kept - below).clamp(min=0) / gamma
+    row_sums = torch.zeros_like(alpha).scatter_add(1, indices.flatten(1), mass.flatten(1))
+    margin = torch.full_like(level, torch.inf)
+    if k < s.shape[-1]:
+        last, following = s.topk(k + 1, -1).values[..., -2:].unbind(-1)
+        margin = torch.where(following > tau, last - following, margin)
+    used = mass > 0
+    order = torch.where(used, indices, s.shape[-1]).argsort(-1)
+    return mass.gather(-1, order), torch.where(used, indices, 0).gather(-1, order), -tau, row_sums, margin
+
+
+def adam(gradient, x, *, steps, lr):
+    """x after Adam's steps (Kingma and Ba, 2015) down a gradient."""
+    first, second = torch.zeros_like(x), torch.zeros_like(x)
+    for t in range(1, steps + 1):
+        g = gradient(x)
+        first, second = 0.9 * first + 0.1 * g, 0.999 * second + 0.001 * g * g
+        x = x - lr * (first / (1 - 0.9**t)) / ((second / (1 - 0.999**t)).sqrt() + 1e-8)
+    return x
+
+
+def relative_error(sums: Tensor, target: Tensor) -> Tensor:
+    mass = target.sum(-1)
+    return torch.where(mass > 0, (sums - target).abs().sum(-1) / mass, 0)
+
+
+def solve(evaluate, a, b, alpha=None, beta=None, *, gamma, method, max_iter, tol, lr=0.0):
+    """The plan after L-BFGS, or after max_iter steps of Adam (method "adam").
+
+    evaluate(alpha, level): what sparse_ot_columns gives for the problems, whatever computes it.
+    """
+    rows, dual = a.shape[1], method == "dual"
+    x = torch.zeros_like(a) if alpha is None else alpha
+    if dual:
+        x = torch.cat([x, torch.zeros_like(b) if beta is None else beta], 1)
+
+    def judged(x):
+        alpha, level = (x[:, :rows].contiguous(), x[:, rows:].contiguous()) if dual else (x, b)
+        values, indices, beta, row_sums, margin = evaluate(alpha, level)
+        mass = values.sum(2)
+        squares = (values.double() ** 2).sum((1, 2))
+        value = 0.5 * gamma * squares - (alpha * a).double().sum(1) - (beta * b).double().sum(1)
+        errors = relative_error(row_sums, a), relative_error(mass, b)
+        gradient = torch.cat([row_sums - a, mass - b], 1) if dual else row_sums - a
+        return value, gradient, errors, (values, indices, alpha, beta, margin)
+
+    # The dual is constant along this direction, if the sums of a and b are equal; rounding may make it a slope.
+    null = torch.cat([torch.ones_like(a), -torch.ones_like(b)], 1)[:, : x.shape[1]]
+
+    def function(x):
+        value, gradient, (row_error, column_error), _ = judged(x)
+        gradient = gradient - null * (gradient * null).mean(1, keepdim=True)
+        return value, gradient, torch.maximum(row_error, column_error) if dual else row_error
+
+    if method == "adam":
+        x = adam(lambda x: judged(x)[1], x, steps=max_iter, lr=lr)
+        n_iter = torch.full((len(x),), max_iter, dtype=torch.int64, device=x.device)
+    else:
+        x, n_iter = minimise(function, x, max_iter=max_iter, tol=tol)
+    value, _, errors, (values, indices, alpha, beta, margin) = judged(x)
+    return values, indices, alpha.clone(), beta.clone(), (-value).to(a.dtype), *errors, margin, n_iter
+
+
+def sparse_ot(costs, a, b, alpha=None, beta=None, *, k, gamma, **options):
+    def evaluate(alpha, level):
+        return sparse_ot_columns(costs, alpha, level, k=k, gamma=gamma, dual=options["method"] == "dual")
+
+    return solve(evaluate, a, b, alpha, beta, gamma=gamma, **options)
+
+
+OPS = {
+    "simplex_topk": simplex_topk,
+    "simplex_topk_backward": simplex_topk_backward,
+    "sparse_ot": sparse_ot,
+    "sparse_ot_columns": sparse_ot_columns,
+}

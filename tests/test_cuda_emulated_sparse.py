@@ -1,0 +1,112 @@
+"""The CUDA kernels of simplex_topk and sparse_ot, run by the CPU emulator, against the float64 reference."""
+
+import pytest
+import torch
+from cuda_emulator import emulated
+from cuda_emulator.emulated import Guards, SparseCall, checked, pointer
+
+from tilewise.reference.sparse_ot import OPS as REFERENCE
+
+pytestmark = pytest.mark.skipif(emulated.COMPILER is None, reason="needs a C++ compiler")
+METHODS = ("semi_dual", "dual", "adam")
+
+
+@pytest.fixture(scope="module")
+def library():
+    return emulated.build()
+
+
+@pytest.mark.parametrize("k", [1, 3, 40])
+@pytest.mark.parametrize("columns", [1, 7, 32, 200, 1500])
+def test_simplex_topk(library, columns, k):
+    torch.manual_seed(0)
+    k = min(k, columns)
+    guards, scale = Guards(), 0.7 * k
+    x, grad = torch.randn(9, columns), torch.randn(9, columns)
+    p, out = guards.empty(9, columns), guards.empty(9, columns)
+    checked(library.simplex_topk(pointer(guards.put(x)), None, pointer(p), 9, columns, k, scale))
+    expected = REFERENCE["simplex_topk"](x.double(), k=k, scale=scale)
+    torch.testing.assert_close(p.double(), expected, rtol=1e-5, atol=2e-6 * scale)
+    checked(library.simplex_topk(pointer(p), pointer(guards.put(grad)), pointer(out), 9, columns, k, scale))
+    expected = REFERENCE["simplex_topk_backward"](grad.double(), p.double())
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-6)
+    guards.check()
+
+
+def test_simplex_topk_of_equal_numbers_and_nan(library):
+    guards = Guards()
+    x = torch.zeros(3, 50)
+    x[1, 7], x[2, 3] = torch.inf, torch.nan
+    p = guards.empty(3, 50)
+    checked(library.simplex_topk(pointer(guards.put(x)), None, pointer(p), 3, 50, 4, 1.0))
+    torch.testing.assert_close(p[0], torch.cat([torch.full((4,), 0.25), torch.zeros(46)]))
+    assert p[1:].isnan().all()
+
+
+class Problem:
+    def __init__(self, batch, rows, columns, k, gamma=0.5):
+        torch.manual_seed(0)
+        self.sizes, self.k, self.gamma = (batch, rows, columns), k, gamma
+        self.guards = Guards()
+        self.costs = torch.rand(batch, columns, rows)
+        self.costs[:, 0, rows // 2] = torch.inf if rows > 2 else 0.5
+        a, b = torch.rand(batch, rows) + 0.2, torch.rand(batch, columns) + 0.2
+        self.a, self.b = (w / w.sum(1, keepdim=True) for w in (a, b))
+        self.call = SparseCall(batch=batch, rows=rows, columns=columns, k=k, gamma=gamma)
+        self.put("costs", self.costs)
+        empty = self.guards.empty
+        shapes = {"values": (batch, columns, k), "beta": (batch, columns), "margin": (batch, columns)}
+        shapes |= {"row_sums": (batch, rows), "value": (batch,), "row_error": (batch,), "column_error": (batch,)}
+        self.out = {name: empty(*shape) for name, shape in shapes.items()}
+        self.out |= {"indices": empty(batch, columns, k, dtype=torch.int64), "n_iter": empty(batch, dtype=torch.int64)}
+        for name, tensor in self.out.items():
+            setattr(self.call, name, pointer(tensor))
+
+    def put(self, name, tensor):
+        held = self.guards.put(tensor)
+        setattr(self.call, name, pointer(held))
+        return held
+
+
+@pytest.mark.parametrize("dual", [False, True])
+@pytest.mark.parametrize("sizes", [(2, 5, 3, 2), (1, 1, 1, 1), (3, 70, 20, 6), (1, 40, 33, 40), (1, 1200, 3, 500)])
+def test_columns(library, sizes, dual):
+    p = Problem(*sizes)
+    alpha = 0.3 * torch.randn_like(p.a)
+    level = -alpha.amax(1, keepdim=True) + 0.5 + 0.1 * torch.randn_like(p.b) if dual else p.b
+    p.put("alpha", alpha), p.put("level", level)
+    p.call.method = METHODS.index("dual" if dual else "semi_dual")
+    checked(library.sparse_transport(p.call))
+    p.guards.check()
+    options = {"k": p.k, "gamma": p.gamma, "dual": dual}
+    expected = REFERENCE["sparse_ot_columns"](p.costs.double(), alpha.double(), level.double(), **options)
+    for name, truth in zip(("values", "indices", "beta", "row_sums", "margin"), expected, strict=True):
+        found = p.out[name].to(truth.dtype)
+        torch.testing.assert_close(found, truth, rtol=1e-4, atol=2e-6 if found.is_floating_point() else 0, msg=name)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("sizes", [(2, 6, 4, 6), (2, 30, 20, 8)])
+def test_solve(library, sizes, method):
+    p = Problem(*sizes)
+    alpha = p.put("alpha", torch.zeros_like(p.a))
+    p.out["beta"].zero_()
+    p.put("a", p.a), p.put("b", p.b)
+    p.call.method, p.call.tol, p.call.rate = METHODS.index(method), 1e-4, 0.01
+    p.call.max_iter = 12 if method == "adam" else 300
+    checked(library.sparse_transport(p.call))
+    p.guards.check()
+    wide = [t.double() for t in (p.costs, p.a, p.b)]
+    tol = 0.0 if method == "adam" else 1e-9
+    options = {"k": p.k, "gamma": p.gamma, "method": method, "max_iter": 12 if method == "adam" else 500, "tol": tol}
+    expected = REFERENCE["sparse_ot"](*wide, **options, lr=0.01)
+    torch.testing.assert_close(p.out["value"].double(), expected[4], rtol=1e-5, atol=1e-6)
+    assert (p.out["n_iter"] <= p.call.max_iter).all() and (p.out["column_error"] < (2e-4)).all()
+    if method == "adam":
+        torch.testing.assert_close(alpha.double(), expected[2], rtol=1e-4, atol=2e-5)
+        torch.testing.assert_close(p.out["row_error"].double(), expected[5], rtol=1e-4, atol=1e-5)
+    else:
+        assert (p.out["row_error"] <= 1e-4).all() and (p.out["n_iter"] < 300).all()
+        plans = [torch.zeros(*p.costs.shape).scatter_add(2, i, v.float()) for v, i in
+                 ((p.out["values"], p.out["indices"]), expected[:2])]  # fmt: skip
+        torch.testing.assert_close(*plans, rtol=1e-2, atol=3e-4)
