@@ -1,4 +1,6 @@
-"""Pairwise losses over a process group: each rank has its own rows, and every row is compared with all ranks' columns.
+"""Losses and routing over a process group.
+
+Pairwise losses: each rank has its own rows, and every row is compared with all ranks' columns.
 
 A rank's loss is that of its own anchors. The mean of the ranks' losses is the loss of the concatenated batch, and so
 are the gradients that DistributedDataParallel averages: nothing has to be rescaled by the number of ranks. (Without
@@ -16,6 +18,9 @@ from torch import Tensor
 from tilewise.collectives import GatherRows, Group, MiningRingLoss, RingLoss
 from tilewise.ops import contrastive, pairwise
 from tilewise.ops.multi_similarity_loss import parameters_of
+from tilewise.ops.sparse_ot_router import Routing, check_arguments
+from tilewise.reference.rows import statistics_dtype
+from tilewise.reference.sparse_ot import adam, largest, project
 
 REDUCTIONS = ("none", "sum", "mean")
 
@@ -191,6 +196,67 @@ def multi_similarity_loss(
     return _loss(
         op, x, x, labels, labels, own, "multi_similarity", None, None, normalize, reduction, group, form, parameters
     )
+
+
+def sparse_ot_router(
+    logits: Tensor, capacity: int, *, gamma: float = 1.0, steps: int = 20, lr: float = 1e-2, group: Group = None
+) -> Routing:
+    """:func:`tilewise.sparse_ot_router` of all ranks' tokens together, of which each rank has its own.
+
+    A step gathers the `capacity` best scores of every expert and rank; potentials of tokens stay where the tokens are.
+
+    Args:
+        logits: (tokens, experts) of this rank; ranks may have different numbers of tokens.
+        capacity: places of each expert, for the tokens of all ranks, at most their number.
+        gamma, steps, lr: as in :func:`tilewise.sparse_ot_router`.
+        group: the process group; None is the whole world.
+
+    Returns:
+        This rank's part: indices (experts, capacity) of its own tokens, their weights, and its load (experts,).
+
+    Raises:
+        ValueError: a shape or an option is not as above.
+        TypeError: a dtype is not as above.
+    """
+    op = "distributed.sparse_ot_router"
+    check_arguments(op, logits, capacity, gamma, steps, lr)
+    if logits.dim() != 2:
+        raise ValueError(f"tilewise.{op}: expected logits to have shape (tokens, experts), got {tuple(logits.shape)}")
+    tokens, experts = logits.shape
+    total = torch.tensor([tokens], device=logits.device)
+    dist.all_reduce(total, group=group)
+    if capacity > (everything := int(total)):
+        raise ValueError(f"tilewise.{op}: expected capacity to be at most {everything}, all tokens, got {capacity}")
+    probabilities = torch.softmax(logits.to(statistics_dtype(logits)), -1).T
+    costs, own = -probabilities.detach(), min(capacity, tokens)
+    mass = costs.new_full((experts,), gamma * everything / experts)
+    rank, world = dist.get_rank(group), dist.get_world_size(group)
+
+    def entries(alpha: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the experts the entries (E, own) of this rank's best tokens, and which tokens they are."""
+        scores, indices = largest(alpha - costs, own)
+        padded = scores.new_full((experts, capacity), -torch.inf)
+        padded[:, :own] = scores
+        gathered = [torch.empty_like(padded) for _ in range(world)]
+        dist.all_gather(gathered, padded, group=group)
+        values, places, below, _ = project(torch.cat(gathered, 1), mass, capacity)
+        found = torch.zeros(experts, world * capacity, dtype=values.dtype, device=values.device)
+        found.scatter_(1, places, (values - below).clamp(min=0) / gamma)
+        return found[:, rank * capacity : rank * capacity + own], indices
+
+    def gradient(alpha: Tensor) -> Tensor:
+        values, indices = entries(alpha)
+        return torch.zeros_like(alpha).scatter_add(0, indices.flatten(), values.flatten()) - 1
+
+    alpha = adam(gradient, costs.new_zeros(tokens), steps=steps, lr=lr)
+    values, indices = entries(alpha)
+    used = values > 0
+    order = torch.where(used, indices, tokens).argsort(1)
+    used = used.gather(1, order)
+    result = torch.zeros(experts, capacity, dtype=torch.int64, device=logits.device)
+    result[:, :own] = torch.where(used, indices.gather(1, order), 0)
+    weights = torch.nn.functional.pad(used, (0, capacity - own)) * probabilities.gather(1, result)
+    return Routing(result, weights.to(logits.dtype), used.sum(1))
 
 
 def gather_rows(x: Tensor, group: Group = None) -> Tensor:

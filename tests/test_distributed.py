@@ -103,6 +103,27 @@ def assign(rank, world):
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
+def route(rank, world):
+    """The tokens of all ranks together fill the experts, as in one process; a rank may have few of them."""
+    torch.manual_seed(3)
+    logits = torch.randn(30, 5, dtype=torch.float64)
+    sizes = [4, 26] if world == 2 else [12, 1, 17] if world == 3 else [30]
+    for capacity in (2, 7, 30):
+        whole = tilewise.sparse_ot_router(logits, capacity, steps=9)
+        own = logits.split(sizes)[rank].clone().requires_grad_()
+        found = distributed.sparse_ot_router(own, capacity, steps=9)
+        dense = torch.zeros(5, sizes[rank], dtype=torch.float64).scatter_add(1, found.indices, found.weights)
+        expected = torch.zeros(5, 30, dtype=torch.float64).scatter_add(1, whole.indices, whole.weights)
+        torch.testing.assert_close(dense, expected.split(sizes, 1)[rank], rtol=1e-9, atol=1e-12)
+        load = found.load.clone()
+        dist.all_reduce(load)
+        assert torch.equal(load, whole.load) and torch.equal(found.load, (found.weights > 0).sum(1))
+        (gradient,) = torch.autograd.grad(found.weights.square().sum(), own)
+        assert gradient.abs().sum() > 0 or int(found.load.sum()) == 0
+    with pytest.raises(ValueError, match="capacity to be at most 30, all tokens, got 31"):
+        distributed.sparse_ot_router(own, 31)
+
+
 def worker(rank, function, world, folder):
     try:
         torch.set_num_threads(1)
@@ -115,7 +136,7 @@ def worker(rank, function, world, folder):
 
 
 @pytest.mark.parametrize("world", [2, 3])
-@pytest.mark.parametrize("function", [compare, train_with_ddp, refuse_uneven, assign], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("function", [compare, train_with_ddp, refuse_uneven, assign, route], ids=lambda f: f.__name__)
 def test_processes(function, world, tmp_path):
     context = mp.get_context("spawn")
     processes = [context.Process(target=worker, args=(rank, function, world, tmp_path)) for rank in range(world)]
@@ -133,5 +154,6 @@ def test_one_process(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         compare(0, 1)
+        route(0, 1)
     finally:
         dist.destroy_process_group()

@@ -1,9 +1,11 @@
 """simplex_topk against the reference in float64: any k, any size, ties, gradients."""
 
 import contract  # noqa: F401  (marks this module for every backend)
+import hypothesis
 import pytest
 import torch
 from contract import BACKEND, DEVICE, DTYPES, INTERPRETED, NATIVE_CPU
+from hypothesis import strategies
 
 import tilewise
 from tilewise.reference.sparse_ot import OPS as REFERENCE
@@ -50,6 +52,25 @@ def test_accuracy(size, share, dtype):
             assert_accurate(gradient.cpu(), truth, eager_gradient, dtype, "gradient", slack=1e-6)
         order = found.cpu().sort(-1).values.double() - p.detach().sort(-1).values
         assert order.abs().max() <= 2 * torch.finfo(dtype).eps * max(1.0, scale)
+
+
+@hypothesis.settings(deadline=None, max_examples=10 if INTERPRETED else 100)
+@hypothesis.given(
+    values=strategies.lists(strategies.floats(-100, 100, width=32), min_size=1, max_size=40),
+    share=strategies.floats(0, 1),
+    scale=strategies.floats(0.01, 50),
+)
+def test_properties(values, share, scale):
+    """On the simplex, at most k entries, the largest get the most, a shift of the row changes nothing."""
+    k = max(1, round(share * len(values)))
+    x = torch.tensor(values, device=DEVICE)
+    p = tilewise.simplex_topk(x, k, scale=scale)
+    assert (p >= 0).all() and int((p > 0).sum()) <= k
+    assert abs(float(p.double().sum()) - scale) <= 1e-5 * (scale + 1)
+    by_size = p[x.sort(descending=True, stable=True).indices]
+    assert (by_size.diff() <= 0).all()
+    shifted = tilewise.simplex_topk(x + 32, k, scale=scale)
+    assert (p.sort().values - shifted.sort().values).abs().max() <= 1e-4 * (scale + 1)
 
 
 @pytest.mark.parametrize("k", [1, 3, 7])

@@ -84,8 +84,8 @@ def test_a_router_of_another_size_is_refused():
 @pytest.mark.parametrize(
     ("capacity", "options", "message"),
     [
-        (0, {}, r"capacity to be an integer in \[1, 96\], the tokens, got 0"),
-        (97, {}, "got 97"),
+        (0, {}, "capacity to be an integer of at least 1, got 0"),
+        (97, {}, "capacity to be at most 96, the tokens, got 97"),
         (4, {"steps": 0}, "steps to be an integer of at least 1"),
         (4, {"lr": 0.0}, "lr to be a finite number above 0"),
         (4, {"gamma": -1.0}, "gamma to be a finite number above 0"),
@@ -93,7 +93,7 @@ def test_a_router_of_another_size_is_refused():
     ids=str,
 )
 def test_bad_arguments(capacity, options, message):
-    with pytest.raises(ValueError, match=f"tilewise.sparse_ot_router: expected {message}|{message}"):
+    with pytest.raises(ValueError, match=f"tilewise.sparse_ot_router: expected {message}"):
         tilewise.sparse_ot_router(logits_of(), capacity, **options)
 
 

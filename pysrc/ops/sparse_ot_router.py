@@ -59,14 +59,10 @@ def sparse_ot_router(
         >>> routing.indices.shape, routing.load
         (torch.Size([4, 20]), tensor([20, 20, 20, 20]))
     """
-    transport.check_tensor(OP, "logits", logits, "tokens, experts", 2)
+    check_arguments(OP, logits, capacity, gamma, steps, lr)
     *batch, tokens, experts = logits.shape
-    if not isinstance(capacity, int) or isinstance(capacity, bool) or not 1 <= capacity <= tokens:
-        raise ValueError(f"tilewise.{OP}: expected capacity to be an integer in [1, {tokens}], the tokens, "
-                         f"got {capacity!r}")  # fmt: skip
-    if not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"tilewise.{OP}: expected steps to be an integer of at least 1, got {steps!r}")
-    gamma, lr = rows.check_positive(OP, "gamma", gamma), rows.check_positive(OP, "lr", lr)
+    if capacity > tokens:
+        raise ValueError(f"tilewise.{OP}: expected capacity to be at most {tokens}, the tokens, got {capacity}")
     probabilities = torch.softmax(logits.to(statistics_dtype(logits)), -1).mT.reshape(-1, experts, tokens)
     costs = -probabilities.detach()
     a = costs.new_ones(costs.shape[0], tokens)
@@ -78,3 +74,12 @@ def sparse_ot_router(
     weights = torch.where(used, probabilities.gather(2, indices), 0).to(logits.dtype)
     shape = (*batch, experts, capacity)
     return Routing(indices.reshape(shape), weights.reshape(shape), used.sum(2).reshape(shape[:-1]))
+
+
+def check_arguments(op: str, logits: Tensor, capacity: int, gamma: float, steps: int, lr: float) -> None:
+    transport.check_tensor(op, "logits", logits, "tokens, experts", 2)
+    for name, number in (("capacity", capacity), ("steps", steps)):
+        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+            raise ValueError(f"tilewise.{op}: expected {name} to be an integer of at least 1, got {number!r}")
+    rows.check_positive(op, "gamma", gamma)
+    rows.check_positive(op, "lr", lr)
