@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 PHASES = ("forward", "backward", "both")
-SCALAR_ERROR = {torch.float32: 1e-5, torch.bfloat16: 5e-3}
-GRADIENT_ERROR = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+SCALAR_ERROR = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 5e-3}
+GRADIENT_ERROR = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 5e-2}
 ROWS, LAYERS, PAIRS, ATTENTION = "row losses", "output layers", "pairwise losses", "attention"
 TRANSPORT = "optimal transport"
 PAIR_LOSSES = ("multi_similarity_loss", "supcon", "siglip_loss")
@@ -26,7 +26,7 @@ def family(op: str) -> str:
     """Losses of rows of logits, and transport, are bound by memory; what forms logits or similarities, by products."""
     if op in PAIR_LOSSES:
         return PAIRS
-    if op.startswith("sinkhorn"):
+    if op.startswith(("sinkhorn", "sparse_ot")):
         return TRANSPORT
     if op == "mala":
         return ATTENTION

@@ -29,7 +29,7 @@ SHAPES = {
     LAYERS: "rows × features × classes",
     PAIRS: "embeddings",
     ATTENTION: "batch × heads × tokens × features",
-    TRANSPORT: "(batch ×) rows × columns (× features)",
+    TRANSPORT: "(batch ×) rows × columns (× features or k)",
 }
 METHOD = (
     "Medians of interleaved runs; whiskers are the quartiles. Every contender starts from the same restored inputs, "

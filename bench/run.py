@@ -36,6 +36,9 @@ OPERATORS = (
     "mala",
     "sinkhorn",
     "sinkhorn_points",
+    "simplex_topk",
+    "sparse_ot",
+    "sparse_ot_router",
 )
 TRAINING_SECONDS = 35.0  # what the language model may take of the budget
 

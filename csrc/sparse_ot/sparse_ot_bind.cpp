@@ -72,9 +72,12 @@ void run(const SparseOtCall<float>& call, const Problems& of) {
 
 #else
 
-// Workers of one problem: its own where problems lie beside each other.
+// Workers of one problem: one where problems lie beside each other, or where waking a thread takes longer.
 int64_t workers_of(const Problems& of) {
-  return of.batch >= static_cast<int64_t>(torch::stable::get_num_threads()) ? 1 : std::min(of.columns, kWorkers);
+  constexpr int64_t kLeast = 16384;  // costs
+  const bool alone = of.rows * of.columns < kLeast;
+  return alone || of.batch >= static_cast<int64_t>(torch::stable::get_num_threads()) ? 1
+                                                                                     : std::min(of.columns, kWorkers);
 }
 
 template <typename T>
