@@ -67,6 +67,7 @@ headlines: build ## the papers' claims on whole training steps (about 10 min), t
 	@$(PY) bench/headlines/multi_similarity.py
 	@$(PY) bench/headlines/mala.py
 	@$(PY) bench/headlines/monge_gap.py
+	@$(PY) bench/headlines/sparse_ot.py
 	@$(PY) bench/report.py
 
 bench-compare: build ## the CPU regression suite, against its last saved run

@@ -125,15 +125,15 @@ def test_bad_samples_loss():
 
 @pytest.mark.parametrize("gamma", [1.0, 0.1])
 def test_sparse_transport_of_pot(gamma, capsys):
-    """POT stops earlier: its dual value is at most ours, and its plan near."""
+    """All entries are quadratic transport, and few of them the same plan."""
     cost, a, b = problem(40, 50)
     arrays = [t.numpy() for t in (a, b, cost)]
     all_entries = tilewise.sparse_ot(cost, a, b, k=40, gamma=gamma, tol=1e-10, max_iter=5000)
-    options = {"stopThr": 1e-14, "numItermax": 20000}
+    options = {"stopThr": 1e-16, "numItermax": 50000}
     expected = torch.from_numpy(ot.smooth.smooth_ot_semi_dual(*arrays, gamma, reg_type="l2", **options))
-    torch.testing.assert_close(all_entries.plan(), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(all_entries.plan(), expected, rtol=0, atol=1e-6)
     value = (expected * cost).sum() + gamma / 2 * (expected**2).sum()
-    assert abs(value - all_entries.value) < 1e-6
+    assert abs(value - all_entries.value) < 1e-8
 
     few = tilewise.sparse_ot(cost, a, b, k=12, gamma=gamma, tol=1e-10, max_iter=5000)
     sparse = ot.smooth.smooth_ot_semi_dual(*arrays, gamma, reg_type="sparsity_constrained", max_nz=12, **options)
