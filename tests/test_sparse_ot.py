@@ -240,7 +240,7 @@ def test_compile_and_opcheck():
         return result.value + result.values.square().sum()
 
     cost.requires_grad_()
-    torch.testing.assert_close(torch.compile(step)(cost, a, b), step(cost, a, b))
+    torch.testing.assert_close(torch.compile(step, fullgraph=True)(cost, a, b), step(cost, a, b))
     costs = cost.detach().t()[None].contiguous().requires_grad_()
     options = {"k": 8, "gamma": 1.0, "method": "semi_dual", "max_iter": 20, "tol": 1e-6}
     torch.library.opcheck(torch.ops.tilewise.sparse_ot, (costs, a[None], b[None]), options)
@@ -251,7 +251,7 @@ def test_compile_and_opcheck():
     [
         ({"k": 0}, r"expected k to be an integer in \[1, 12\], the rows of cost, got 0"),
         ({"k": 13}, "got 13"),
-        ({"k": 1}, "k n to be at least 12, the number of rows with mass, got 1 x 9"),
+        ({"k": 1}, "k n to be at least 12, the rows with mass, got 1 x 9"),
         ({"k": 2, "gamma": 0.0}, "gamma to be a finite number above 0"),
         ({"k": 2, "method": "primal"}, "method to be 'semi_dual' or 'dual', got 'primal'"),
         ({"k": 2, "max_iter": 0}, "max_iter"),
@@ -281,3 +281,5 @@ def test_bad_values():
     ):
         with pytest.raises(RuntimeError, match=f"tilewise.sparse_ot: .*{message}"):
             tilewise.sparse_ot(*arguments, k=5)
+    with pytest.raises(RuntimeError, match="k n to be at least 12, the rows with mass, got 1 x 9"):
+        tilewise.sparse_ot(cost, a, b, k=1)

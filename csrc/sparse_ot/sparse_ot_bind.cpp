@@ -97,6 +97,12 @@ template <typename T>
 void run(const SparseOtCall<T>& call, const Problems& of) {
   const SparseColumns<T>& columns = call.columns;
   check_marginals<T>(of.op, of.batch, {call.a, of.rows}, {call.b, of.columns}, true);
+  for (int64_t index = 0; index < of.batch && call.method != SparseMethod::kAdam; ++index) {
+    const T* a = call.a + index * of.rows;
+    const int64_t filled = std::count_if(a, a + of.rows, [](T mass) { return mass > 0; });
+    require(filled <= of.k * of.columns, of.op, "expected k n to be at least ", filled, ", the rows with mass, got ",
+            of.k, " x ", of.columns);
+  }
   const auto usable = [&](int64_t column) {
     const T* costs = columns.costs + column * of.rows;
     int wrong = 0, forbidden = 1;

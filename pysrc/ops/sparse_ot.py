@@ -116,7 +116,8 @@ def sparse_ot(
     Raises:
         ValueError: a shape or an option is not as above.
         TypeError: a dtype is not as above.
-        RuntimeError: on a CPU: a NaN in the costs, a negative marginal, sums that differ, a column that is forbidden.
+        RuntimeError: on a CPU: a NaN in the costs, a negative marginal, sums that differ, a column that is forbidden,
+            more rows with mass than k n.
 
     Example:
         >>> import torch, tilewise
@@ -180,25 +181,16 @@ def check_problem(
     if not isinstance(max_iter, int) or max_iter < 1:
         raise ValueError(f"tilewise.{op}: expected max_iter to be an integer of at least 1, got {max_iter!r}")
     tol = rows.check_number(op, "tol", tol, low=0.0)
-    filled = m  # rows with mass; of marginals on a GPU they are not counted, for that would wait for it
-    if a is not None:
-        a_checked = transport.marginal(op, "a", a, like, batch, m)
-        filled = int((a_checked > 0).sum(1).max()) if a_checked.numel() and not a_checked.is_cuda else 0
-    else:
-        a_checked = transport.marginal(op, "a", a, like, batch, m)
-    b_checked = transport.marginal(op, "b", b, like, batch, n)
-    if k * n < filled:
-        raise ValueError(
-            f"tilewise.{op}: expected k n to be at least {filled}, the number of rows with mass, got {k} x {n}: "
-            "no plan has so few entries"
-        )
+    if a is None and k * n < m:  # the kernels count the rows of a given marginal
+        raise ValueError(f"tilewise.{op}: expected k n to be at least {m}, the rows with mass, got {k} x {n}")
+    a, b = transport.marginal(op, "a", a, like, batch, m), transport.marginal(op, "b", b, like, batch, n)
     start = (None, None)
     if init is not None:
         named = zip(("init[0]", "init[1]"), init, (m, n), strict=True)
         start = tuple(transport.check_like(op, name, p, like, (*batch, size)).detach().reshape(-1, size).contiguous()
                       for name, p, size in named)  # fmt: skip
     options = {"k": k, "gamma": gamma, "method": method, "max_iter": max_iter, "tol": tol}
-    return SparseProblem(batch, (a_checked, b_checked, *start), options)
+    return SparseProblem(batch, (a, b, *start), options)
 
 
 def solved_shapes(like: Tensor, m: int, n: int, k: int):
