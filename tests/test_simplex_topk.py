@@ -83,6 +83,12 @@ def test_of_equal_entries_the_first_count(k):
     torch.testing.assert_close(p.cpu(), expected)
 
 
+def test_a_tie_at_zero():
+    """The k-th entry is 0 between numbers of both signs: it is found among the smallest numbers there are."""
+    p = tilewise.simplex_topk(torch.tensor([0.0, 0.0, 35.359375], device=DEVICE), 2, scale=46.75)
+    torch.testing.assert_close(p.cpu(), torch.tensor([5.6953125, 0.0, 41.0546875]))
+
+
 def test_zeros_of_both_signs_are_equal():
     p = tilewise.simplex_topk(torch.tensor([-0.0, 0.0, -0.0, 0.0], device=DEVICE), 2)
     assert p.tolist() == [0.5, 0.5, 0, 0]

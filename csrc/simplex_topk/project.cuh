@@ -90,8 +90,7 @@ __device__ __forceinline__ Cut find_cut(const Team& team, const Scores& scores, 
     bool between = false;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      const float share = 0.2f * static_cast<float>(j + 1);
-      levels[j] = cut.level * (1.0f - share) + high * share;
+      levels[j] = level_between(cut.level, high, 0.2f * static_cast<float>(j + 1));
       between = between || (levels[j] > cut.level && levels[j] < high);
     }
     if (!between) {  // all in (level, high] are high

@@ -63,8 +63,7 @@ static void narrow(const T* s, int64_t size, int64_t k, int64_t limit, Bracket<T
   while (bracket.inside > limit) {
     T levels[kLevels];
     for (int j = 0; j < kLevels; ++j) {
-      const T share = static_cast<T>(j + 1) / (kLevels + 1);
-      levels[j] = bracket.low * (1 - share) + bracket.high * share;
+      levels[j] = level_between(bracket.low, bracket.high, static_cast<T>(j + 1) / (kLevels + 1));
     }
     if (!narrow_once<T, kLevels>(s, size, k, levels, bracket)) return;
   }

@@ -26,6 +26,14 @@ struct SimplexTopk {
   T* out = nullptr;
 };
 
+// Between low and high, and strictly so for some of the shares 1/5 .. 4/5 if there is a number strictly between, also
+// where these are the smallest there are.
+template <typename T>
+TILEWISE_FN T level_between(T low, T high, T share) {
+  const T width = high - low;
+  return width < infinity<T>() ? low + width * share : low * (1 - share) + high * share;
+}
+
 // Elements of the scratch of a thread that projects rows of `columns` numbers.
 TILEWISE_FN int64_t simplex_elements(int64_t columns) {
   constexpr int64_t kLongest = 16;  // a vector of any instruction set
