@@ -222,14 +222,15 @@ class Solver {
     return out > least && out < most;
   }
 
-  // s of kRows rows beside each other, which become their factors, and what they add to the columns.
+  // s of kRows rows beside each other, which become their factors, and what they add to the columns. That second loop
+  // finds its rows in the first-level cache, and meanwhile asks for the next ones: the first would wait for memory.
   template <int kRows>
   bool pass_rows(int64_t row, T damp, bool columns, T* sums) {
     const T* k = kernel_ + row * wide_;
     Vector<T> s[kRows] = {};
     for (int64_t j = 0; j < wide_; j += kLanes<T>) {
       const Vector<T> mass = load_vector(mass_ + j);
-#pragma GCC unroll 4
+#pragma GCC unroll 2
       for (int i = 0; i < kRows; ++i) s[i] += mass * load_vector(k + i * wide_ + j);
     }
     T weight[kRows];
@@ -245,8 +246,11 @@ class Solver {
     if (!fine || !columns) return fine;
     for (int64_t j = 0; j < wide_; j += kLanes<T>) {
       Vector<T> sum = load_vector(sums + j);
-#pragma GCC unroll 4
-      for (int i = 0; i < kRows; ++i) sum += weight[i] * load_vector(k + i * wide_ + j);
+#pragma GCC unroll 2
+      for (int i = 0; i < kRows; ++i) {
+        sum += weight[i] * load_vector(k + i * wide_ + j);
+        __builtin_prefetch(k + (kRows + i) * wide_ + j, 0, 2);
+      }
       store_vector(sum, sums + j);
     }
     return true;
@@ -264,7 +268,7 @@ class Solver {
         const int64_t last = n_ * (share + 1) / shares_;
         int64_t row = n_ * share / shares_;
         bool here = true;
-        for (; here && row + 4 <= last; row += 4) here = pass_rows<4>(row, damp, columns, sums);
+        for (; here && row + 2 <= last; row += 2) here = pass_rows<2>(row, damp, columns, sums);
         for (; here && row < last; ++row) here = pass_rows<1>(row, damp, columns, sums);
         if (!here) fine.store(false, std::memory_order_relaxed);
       }
