@@ -112,6 +112,10 @@ inline void* current_stream(const Tensor& tensor) {
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
   return stream;
 }
+
+inline void require_launched(const char* error, const char* op) {
+  require(error == nullptr, op, "the CUDA kernel could not be launched: ", error == nullptr ? "" : error);
+}
 #endif
 
 }  // namespace tilewise

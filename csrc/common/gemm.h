@@ -133,8 +133,7 @@ class ProductSum {
  private:
   void accumulate(const Accumulation& op) const {
 #if defined(TILEWISE_CUDA)
-    const char* error = accumulate_cuda(op, current_stream(out_));
-    require(error == nullptr, "accumulate", "the CUDA kernel could not be launched: ", error == nullptr ? "" : error);
+    require_launched(accumulate_cuda(op, current_stream(out_)), "accumulate");
 #else
     torch::stable::parallel_for(0, op.count, 32768, [&](int64_t begin, int64_t end) {
       selected_accumulate_kernels().accumulate(op, begin, end);

@@ -13,6 +13,8 @@
 
 namespace tilewise {
 
+inline constexpr int kWarp = 32;
+
 #if defined(__CUDACC__)
 
 // Asynchronous on `stream`; returns a CUDA error string, or null.

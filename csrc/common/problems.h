@@ -49,7 +49,17 @@ struct Shape {
   }
 };
 
-#if !defined(TILEWISE_CUDA)
+#if defined(TILEWISE_CUDA)
+
+// Calls f with the launches of a call that needs as many bytes between them.
+template <typename Launches, typename Function>
+void launch_with(const Shape& shape, int64_t bytes, const Function& f) {
+  const Tensor scratch = torch::stable::new_empty(shape.first, {bytes}, ScalarType::Byte);
+  Launches launches(scratch.data_ptr(), current_stream(shape.first));
+  require_launched(f(launches), shape.op);
+}
+
+#else
 
 // Values are looked at where that does not mean waiting for a device.
 template <typename Value>

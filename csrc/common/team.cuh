@@ -1,4 +1,5 @@
-// The threads along x of a block as a team: a warp (blockDim.x = 32, no barrier: blocks may hold several) or a block.
+// The threads along x of a block as a team: a warp (blockDim.x = kWarp, no barrier: blocks may hold several) or a
+// block.
 #pragma once
 
 #include "common/launch.cuh"
@@ -27,13 +28,14 @@ class Team {
   template <typename T, typename Combine>
   __device__ __forceinline__ T all(T value, const Combine& combine) const {
 #pragma unroll
-    for (int lanes = 16; lanes > 0; lanes /= 2) value = combine(value, __shfl_xor_sync(0xffffffffu, value, lanes));
-    if (blockDim.x == 32) return value;
+    for (int lanes = kWarp / 2; lanes > 0; lanes /= 2)
+      value = combine(value, __shfl_xor_sync(0xffffffffu, value, lanes));
+    if (blockDim.x == kWarp) return value;
     T* of_warps = static_cast<T*>(shared_);
-    if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = value;
+    if (threadIdx.x % kWarp == 0) of_warps[threadIdx.x / kWarp] = value;
     __syncthreads();
     T total = of_warps[0];
-    for (unsigned warp = 1; warp < blockDim.x / 32; ++warp) total = combine(total, of_warps[warp]);
+    for (unsigned warp = 1; warp < blockDim.x / kWarp; ++warp) total = combine(total, of_warps[warp]);
     __syncthreads();
     return total;
   }
@@ -52,7 +54,7 @@ class Team {
 
  private:
   __device__ __forceinline__ void wait() const {
-    if (blockDim.x == 32) {
+    if (blockDim.x == kWarp) {
       __syncwarp();
     } else {
       __syncthreads();

@@ -50,10 +50,6 @@ MalaSums<float> pointers(const Sums& sums) {
           static_cast<float*>(sums.u.data_ptr())};
 }
 
-void require_launched(const char* error) {
-  require(error == nullptr, kOp, "the CUDA kernel could not be launched: ", error == nullptr ? "" : error);
-}
-
 Tensor scratch_of(const Attention& attention, const MalaCall& call, bool backward) {
   return torch::stable::new_empty(attention.q, {MalaLaunches::scratch_floats(call, backward)}, ScalarType::Float);
 }
@@ -64,7 +60,7 @@ void run_forward(const Attention& attention, const Sums& start, const Sums& tota
   call.out = tokens_of(out);
   const Tensor scratch = scratch_of(attention, call, false);
   MalaLaunches launches(call, static_cast<float*>(scratch.data_ptr()), current_stream(attention.q));
-  require_launched(launches.forward(pointers(start), pointers(total)));
+  require_launched(launches.forward(pointers(start), pointers(total)), kOp);
 }
 
 void run_backward(const Attention& attention, const Tensor& grad_out, const Sums& sums, const Tensor& grad_q,
@@ -76,7 +72,7 @@ void run_backward(const Attention& attention, const Tensor& grad_out, const Sums
   call.grad_v = tokens_of(grad_v);
   const Tensor scratch = scratch_of(attention, call, true);
   MalaLaunches launches(call, static_cast<float*>(scratch.data_ptr()), current_stream(attention.q));
-  require_launched(launches.backward(pointers(sums)));
+  require_launched(launches.backward(pointers(sums)), kOp);
 }
 
 #else

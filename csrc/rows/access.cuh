@@ -7,7 +7,6 @@
 
 namespace tilewise {
 
-inline constexpr int kWarp = 32;
 inline constexpr int kMostThreads = 256;  // of a block
 inline constexpr float kLog2E = 1.44269504088896341f;
 

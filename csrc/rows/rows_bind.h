@@ -127,10 +127,6 @@ auto with_statistics([[maybe_unused]] const Tensor& logits, Function f) {
   return f(float{});
 }
 
-inline void require_launched(const char* error, const char* op) {
-  require(error == nullptr, op, "the CUDA kernel could not be launched: ", error == nullptr ? "" : error);
-}
-
 #if !defined(TILEWISE_CUDA)
 
 // Sums in double and in row order, whatever the number of threads.

@@ -29,14 +29,10 @@ Tensor output_like(const Tensor& x) {
 
 #if defined(TILEWISE_CUDA)
 
-void finish(const char* error, const char* op) {
-  require(error == nullptr, op, "the CUDA kernel could not be launched: ", error == nullptr ? "" : error);
-}
-
 void run(const SimplexTopk<float>& call, const Tensor& x, bool backward) {
   void* stream = current_stream(x);
-  if (backward) return finish(simplex_topk_backward_cuda(call, stream), "simplex_topk_backward");
-  finish(simplex_topk_cuda(call, stream), "simplex_topk");
+  require_launched(backward ? simplex_topk_backward_cuda(call, stream) : simplex_topk_cuda(call, stream),
+                   "simplex_topk");
 }
 
 #else

@@ -56,26 +56,20 @@ T penalty(const std::optional<double>& rho, const char* op, const char* name) {
 
 #if defined(TILEWISE_CUDA)
 
-// Calls f with the launches of a call that needs as many floats between them.
-template <typename Function>
-void launch_with(const Shape& shape, int64_t floats, Function f) {
-  const Tensor scratch = torch::stable::new_empty(shape.first, {floats}, ScalarType::Float);
-  SinkhornLaunches launches(static_cast<float*>(scratch.data_ptr()), current_stream(shape.first));
-  const char* error = f(launches);
-  require(error == nullptr, shape.op, "the CUDA kernel could not be launched: ", error == nullptr ? "" : error);
-}
-
 void run_solve(const SinkhornCall<float>& call, const Shape& shape) {
-  launch_with(shape, SinkhornLaunches::solve_floats(call), [&](auto& launches) { return launches.solve(call); });
+  launch_with<SinkhornLaunches>(shape, SinkhornLaunches::solve_bytes(call),
+                                [&](auto& launches) { return launches.solve(call); });
 }
 
 void run_apply(const SinkhornApply<float>& call, const Shape& shape, bool plan) {
-  if (plan) return launch_with(shape, 0, [&](auto& launches) { return launches.plan(call); });
-  launch_with(shape, SinkhornLaunches::apply_floats(call), [&](auto& launches) { return launches.apply(call); });
+  if (plan) return launch_with<SinkhornLaunches>(shape, 0, [&](auto& launches) { return launches.plan(call); });
+  launch_with<SinkhornLaunches>(shape, SinkhornLaunches::apply_bytes(call),
+                                [&](auto& launches) { return launches.apply(call); });
 }
 
 void run_unrolled(const SinkhornUnrolled<float>& call, const Shape& shape) {
-  launch_with(shape, SinkhornLaunches::unrolled_floats(call), [&](auto& launches) { return launches.unrolled(call); });
+  launch_with<SinkhornLaunches>(shape, SinkhornLaunches::unrolled_bytes(call),
+                                [&](auto& launches) { return launches.unrolled(call); });
 }
 
 #else

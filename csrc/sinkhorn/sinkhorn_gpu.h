@@ -79,17 +79,15 @@ inline Pairs<float> swapped(const Pairs<float>& pairs) {
 
 class SinkhornLaunches {
  public:
-  SinkhornLaunches(float* scratch, void* stream) : next_(scratch), stream_(stream) {}
+  SinkhornLaunches(void* scratch, void* stream) : next_(static_cast<float*>(scratch)), stream_(stream) {}
 
-  static int64_t solve_floats(const SinkhornCall<float>& call) {
+  static int64_t solve_bytes(const SinkhornCall<float>& call) {
     const Pairs<float>& pairs = call.pairs;
     if (is_small(pairs)) return 0;
-    return pairs.batch * (pairs.rows + row_tiles(pairs.rows) + 1) + squares_floats(pairs);
+    return bytes(pairs.batch * (pairs.rows + row_tiles(pairs.rows) + 1) + squares_floats(pairs));
   }
-  static int64_t apply_floats(const SinkhornApply<float>& call) { return squares_floats(call.pairs); }
-  static int64_t unrolled_floats(const SinkhornUnrolled<float>& call) {
-    return call.pairs.batch * call.max_iter * (call.pairs.rows + call.pairs.columns);
-  }
+  static int64_t apply_bytes(const SinkhornApply<float>& call) { return bytes(squares_floats(call.pairs)); }
+  static int64_t unrolled_bytes(const SinkhornUnrolled<float>& call) { return bytes(unrolled_floats(call)); }
 
   const char* solve(const SinkhornCall<float>& call) {
     const Pairs<float>& pairs = call.pairs;
@@ -157,6 +155,11 @@ class SinkhornLaunches {
   }
 
  private:
+  static int64_t bytes(int64_t floats) { return floats * static_cast<int64_t>(sizeof(float)); }
+  static int64_t unrolled_floats(const SinkhornUnrolled<float>& call) {
+    return call.pairs.batch * call.max_iter * (call.pairs.rows + call.pairs.columns);
+  }
+
   struct Squares {
     const float* x = nullptr;
     const float* y = nullptr;

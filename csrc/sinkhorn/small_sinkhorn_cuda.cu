@@ -4,7 +4,6 @@
 // the lines (a row and a column) l and l + 32. Costs lie in shared memory with a pitch of K + 1, so that rows and
 // columns are both read without conflicts; a lane reads its row, then its column, and the other side's potentials.
 #include "common/launch.cuh"
-#include "rows/rows.cuh"
 #include "sinkhorn/sinkhorn_gpu.h"
 
 namespace tilewise {

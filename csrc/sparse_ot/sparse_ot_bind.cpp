@@ -54,20 +54,14 @@ struct Lists {
 
 #if defined(TILEWISE_CUDA)
 
-template <typename Function>
-void launch_with(const Problems& of, int64_t bytes, Function f) {
-  const Tensor scratch = of.empty({bytes}, ScalarType::Byte);
-  SparseOtLaunches launches(scratch.data_ptr(), current_stream(of.first));
-  const char* error = f(launches);
-  require(error == nullptr, of.op, "the CUDA kernel could not be launched: ", error == nullptr ? "" : error);
-}
-
 void run(const SparseColumns<float>& call, const Problems& of) {
-  launch_with(of, SparseOtLaunches::columns_bytes(call), [&](auto& launches) { return launches.columns(call); });
+  launch_with<SparseOtLaunches>(of, SparseOtLaunches::columns_bytes(call),
+                                [&](auto& launches) { return launches.columns(call); });
 }
 
 void run(const SparseOtCall<float>& call, const Problems& of) {
-  launch_with(of, SparseOtLaunches::solve_bytes(call), [&](auto& launches) { return launches.solve(call); });
+  launch_with<SparseOtLaunches>(of, SparseOtLaunches::solve_bytes(call),
+                                [&](auto& launches) { return launches.solve(call); });
 }
 
 #else

@@ -6,7 +6,7 @@
 namespace tilewise {
 namespace {
 
-constexpr int kRows = 32;     // of a block that sums rows
+constexpr int kRows = kWarp;  // of a block that sums rows
 constexpr int kParts = 8;     // its warps, each with every eighth column
 constexpr int kSearch = 256;  // threads that take a step of a problem
 
@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(256) sparse_lists_kernel(const __grid_constant
   int64_t* indices = call.indices + at * call.k;
   int64_t count = 0, kept = 0;
   float last = infinity<float>(), following = -infinity<float>();
-  for (int64_t begin = 0; begin < call.rows; begin += 32) {
+  for (int64_t begin = 0; begin < call.rows; begin += kWarp) {
     const int64_t i = begin + team.rank();
     const float s = i < call.rows ? scores(i) : -infinity<float>();
     const bool keeps = i < call.rows && cut.keeps(s, i);
@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(256) sparse_lists_kernel(const __grid_constant
     }
     for (unsigned bits = used; bits != 0; bits &= bits - 1) ++count;
   }
-  for (int64_t i = count + team.rank(); i < call.k; i += 32) values[i] = 0.0f, indices[i] = 0;
+  for (int64_t i = count + team.rank(); i < call.k; i += kWarp) values[i] = 0.0f, indices[i] = 0;
   if (call.margin == nullptr) return;
   last = team.all(last, [](float a, float b) { return fminf(a, b); });
   following = team.all(following, [](float a, float b) { return fmaxf(a, b); });
@@ -244,7 +244,7 @@ const char* sparse_rows_cuda(const SparseSearch& search, void* stream) {
 }
 
 const char* sparse_lists_cuda(const SparseSearch& search, void* stream) {
-  return launch_columns(sparse_lists_kernel, search, dim3(32, 8), stream);
+  return launch_columns(sparse_lists_kernel, search, dim3(kWarp, 8), stream);
 }
 
 const char* sparse_begin_cuda(const SparseSearch& search, void* stream) {

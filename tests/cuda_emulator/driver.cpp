@@ -108,10 +108,10 @@ tilewise::Pairs<float> pairs_of(const TransportCall& call) {
 float penalty_of(double rho) { return rho > 0 ? static_cast<float>(rho) : tilewise::infinity<float>(); }
 
 // Calls f with launches over poisoned scratch memory.
-template <typename Function>
-const char* with_launches(int64_t floats, Function f) {
-  std::vector<float> scratch(static_cast<size_t>(floats), tilewise::quiet_nan<float>());
-  tilewise::SinkhornLaunches launches(scratch.data(), nullptr);
+template <typename Launches, typename Function>
+const char* with_launches(int64_t bytes, Function f) {
+  std::vector<float> scratch(static_cast<size_t>(bytes / 4), tilewise::quiet_nan<float>());
+  Launches launches(scratch.data(), nullptr);
   return f(launches);
 }
 
@@ -306,7 +306,8 @@ extern "C" const char* transport_solve(const TransportCall& call) {
   op.value = call.value;
   op.error = call.error;
   op.n_iter = call.n_iter;
-  return with_launches(tilewise::SinkhornLaunches::solve_floats(op), [&](auto& l) { return l.solve(op); });
+  return with_launches<tilewise::SinkhornLaunches>(tilewise::SinkhornLaunches::solve_bytes(op),
+                                                   [&](auto& l) { return l.solve(op); });
 }
 
 extern "C" const char* transport_apply(const TransportCall& call, int plan) {
@@ -323,8 +324,8 @@ extern "C" const char* transport_apply(const TransportCall& call, int plan) {
   op.weights = call.weights;
   op.over_distance = call.over_distance != 0;
   op.out = call.out;
-  return with_launches(tilewise::SinkhornLaunches::apply_floats(op),
-                       [&](auto& l) { return plan != 0 ? l.plan(op) : l.apply(op); });
+  return with_launches<tilewise::SinkhornLaunches>(tilewise::SinkhornLaunches::apply_bytes(op),
+                                                   [&](auto& l) { return plan != 0 ? l.plan(op) : l.apply(op); });
 }
 
 extern "C" const char* transport_unrolled(const TransportCall& call) {
@@ -341,7 +342,8 @@ extern "C" const char* transport_unrolled(const TransportCall& call) {
   op.grad_a = call.grad_a;
   op.grad_b = call.grad_b;
   op.grad_epsilon = call.grad_epsilon;
-  return with_launches(tilewise::SinkhornLaunches::unrolled_floats(op), [&](auto& l) { return l.unrolled(op); });
+  return with_launches<tilewise::SinkhornLaunches>(tilewise::SinkhornLaunches::unrolled_bytes(op),
+                                                   [&](auto& l) { return l.unrolled(op); });
 }
 
 extern "C" const char* simplex_topk(const float* x, const float* grad, float* out, int64_t rows, int64_t columns,
@@ -364,19 +366,14 @@ extern "C" const char* sparse_transport(const SparseCall& call) {
   columns.indices = call.indices;
   columns.beta = call.beta;
   columns.margin = call.margin;
-  const auto with_scratch = [](int64_t bytes, auto f) {
-    std::vector<float> scratch(static_cast<size_t>(bytes / 4), tilewise::quiet_nan<float>());
-    tilewise::SparseOtLaunches launches(scratch.data(), nullptr);
-    return f(launches);
-  };
+  using Launches = tilewise::SparseOtLaunches;
   if (call.a == nullptr) {
     columns.alpha = call.alpha;
     columns.level = call.level;
     columns.row_sums = call.row_sums;
     columns.alpha_stride = columns.row_stride = call.rows;
     columns.level_stride = call.columns;
-    return with_scratch(tilewise::SparseOtLaunches::columns_bytes(columns),
-                        [&](auto& l) { return l.columns(columns); });
+    return with_launches<Launches>(Launches::columns_bytes(columns), [&](auto& l) { return l.columns(columns); });
   }
   tilewise::SparseOtCall<float> op{.columns = columns, .method = static_cast<tilewise::SparseMethod>(call.method)};
   op.a = call.a;
@@ -389,7 +386,7 @@ extern "C" const char* sparse_transport(const SparseCall& call) {
   op.row_error = call.row_error;
   op.column_error = call.column_error;
   op.n_iter = call.n_iter;
-  return with_scratch(tilewise::SparseOtLaunches::solve_bytes(op), [&](auto& l) { return l.solve(op); });
+  return with_launches<Launches>(Launches::solve_bytes(op), [&](auto& l) { return l.solve(op); });
 }
 
 extern "C" const char* z_loss_forward(const Call& call) {

@@ -1,0 +1,157 @@
+// Tiles of 64 x 64 pairs on CUDA. A thread of a block of 256 has 4 x 4 pairs: rows 4 (t / 16) + r, columns 4 (t % 16) +
+// c. Scores are factor z + hat_i + hat_j with hat = (potential - s) / epsilon + log marginal.
+#pragma once
+
+#include <type_traits>
+
+#include "common/launch.cuh"
+#include "sinkhorn/sinkhorn_gpu.h"
+
+namespace tilewise {
+
+constexpr int kThreads = 256;
+constexpr int kTile = kTileRows;
+constexpr int kPitch = kTile + 4;  // of shared tiles: keeps groups of 4 on 16-byte boundaries
+constexpr int kDepth = 32;         // features at a time
+
+struct Quad {
+  float value[4];
+};
+
+__device__ __forceinline__ Quad load_quad(const float* address) {
+  const uint4 piece = *reinterpret_cast<const uint4*>(address);
+  Quad quad;
+  memcpy(&quad, &piece, sizeof(quad));
+  return quad;
+}
+
+__device__ __forceinline__ int own_row() { return static_cast<int>(threadIdx.x) / 16 * 4; }
+__device__ __forceinline__ int own_column() { return static_cast<int>(threadIdx.x) % 16 * 4; }
+
+// The first `kDepth` features of up to 64 points from `first` on, by feature; 0 where there are none.
+__device__ __forceinline__ void stage_points(const float* points, int64_t left, int64_t features, int64_t feature,
+                                             float* out) {
+  for (int i = threadIdx.x; i < kTile * kDepth; i += kThreads) {
+    const int k = i % kDepth, point = i / kDepth;
+    const bool inside = point < left && feature + k < features;
+    out[k * kPitch + point] = inside ? points[point * features + feature + k] : 0.0f;
+  }
+}
+
+// z += <x, y>, or |x - y|^2, over all features of a tile of points. shared: 2 kDepth kPitch.
+template <bool kDifferences>
+__device__ __forceinline__ void add_products(const float* x, const float* y, int64_t rows_left, int64_t columns_left,
+                                             int64_t features, float* shared, float (&z)[4][4]) {
+  float* of_x = shared;
+  float* of_y = shared + kDepth * kPitch;
+  for (int64_t feature = 0; feature < features; feature += kDepth) {
+    stage_points(x, rows_left, features, feature, of_x);
+    stage_points(y, columns_left, features, feature, of_y);
+    __syncthreads();
+#pragma unroll 8
+    for (int k = 0; k < kDepth; ++k) {
+      const Quad a = load_quad(of_x + k * kPitch + own_row()), b = load_quad(of_y + k * kPitch + own_column());
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          if constexpr (kDifferences) {
+            const float difference = a.value[r] - b.value[c];
+            z[r][c] = fmaf(difference, difference, z[r][c]);
+          } else {
+            z[r][c] = fmaf(a.value[r], b.value[c], z[r][c]);
+          }
+        }
+      }
+    }
+    __syncthreads();
+  }
+}
+
+// z of the tile at (row, column) of a problem; beyond a matrix it is infinite. shared: kTile kPitch.
+template <PairCost kCost>
+__device__ __forceinline__ void load_pairs(const Pairs<float>& pairs, int64_t problem, int64_t row, int64_t column,
+                                           float* shared, float (&z)[4][4]) {
+  const int64_t rows_left = pairs.rows - row, columns_left = pairs.columns - column;
+#pragma unroll
+  for (int r = 0; r < 4; ++r) {
+#pragma unroll
+    for (int c = 0; c < 4; ++c) z[r][c] = 0.0f;
+  }
+  if constexpr (kCost == PairCost::kMatrix) {
+    const float* matrix =
+        pairs.matrix + problem * pairs.batch_stride + row * pairs.row_stride + column * pairs.column_stride;
+    const bool by_rows = pairs.column_stride <= pairs.row_stride;  // neighbours in memory go to neighbouring threads
+    for (int i = threadIdx.x; i < kTile * kTile; i += kThreads) {
+      const int r = by_rows ? i / kTile : i % kTile, c = by_rows ? i % kTile : i / kTile;
+      const bool inside = r < rows_left && c < columns_left;
+      shared[r * kPitch + c] = inside ? matrix[r * pairs.row_stride + c * pairs.column_stride] : infinity<float>();
+    }
+    __syncthreads();
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      const Quad quad = load_quad(shared + (own_row() + r) * kPitch + own_column());
+#pragma unroll
+      for (int c = 0; c < 4; ++c) z[r][c] = quad.value[c];
+    }
+    __syncthreads();
+  } else {
+    const int64_t features = pairs.features;
+    const float* x = pairs.x + (problem * pairs.rows + row) * features;
+    const float* y = pairs.y + (problem * pairs.columns + column) * features;
+    constexpr bool kDistances = kCost == PairCost::kEuclidean;
+    add_products<kDistances>(x, y, rows_left, columns_left, features, shared, z);
+    if constexpr (kDistances) {
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) z[r][c] = sqrtf(z[r][c]);
+      }
+    }
+  }
+}
+
+template <PairCost kCost>
+__device__ __forceinline__ float factor_of(float inverse) {
+  return kCost == PairCost::kSquaredEuclidean ? 2.0f * inverse : -inverse;
+}
+
+// Of one side: potentials, squares or null, marginal or null (ones).
+struct Side {
+  const float* potential;
+  const float* squares;
+  const float* marginal;
+
+  __device__ __forceinline__ float hat(int64_t at, float inverse) const {
+    const float s = squares != nullptr ? squares[at] : 0.0f;
+    return (potential[at] - s) * inverse + (marginal != nullptr ? ::logf(marginal[at]) : 0.0f);
+  }
+};
+
+// hat of up to 64 columns, -inf beyond.
+__device__ __forceinline__ void stage_hats(const Side& side, int64_t first, int64_t left, float inverse, float* out) {
+  if (threadIdx.x < kTile)
+    out[threadIdx.x] = threadIdx.x < left ? side.hat(first + threadIdx.x, inverse) : -infinity<float>();
+}
+
+// Over the 16 threads of a row.
+template <typename Function>
+__device__ __forceinline__ void over_row_threads(Function f) {
+#pragma unroll
+  for (int lanes = 8; lanes > 0; lanes /= 2) f(lanes);
+}
+
+// Calls f with a kind of cost as a constant.
+template <typename Function>
+const char* with_cost(PairCost cost, Function f) {
+  switch (cost) {
+    case PairCost::kMatrix:
+      return f(std::integral_constant<PairCost, PairCost::kMatrix>{});
+    case PairCost::kSquaredEuclidean:
+      return f(std::integral_constant<PairCost, PairCost::kSquaredEuclidean>{});
+    default:
+      return f(std::integral_constant<PairCost, PairCost::kEuclidean>{});
+  }
+}
+
+}  // namespace tilewise
