@@ -111,7 +111,9 @@ def run_mala(dtype, *, D, DV, causal, rope, packed):
 
 def run_sinkhorn():
     """Matrices and points of few and of many features, all at once and one tile each, with and without penalties."""
-    from tilewise.triton_kernels.sinkhorn import OPS
+    from tilewise.triton_kernels import sinkhorn, small_sinkhorn
+
+    OPS = sinkhorn.OPS | small_sinkhorn.OPS
 
     def empty(*shape):
         return torch.empty(*shape, device="meta")

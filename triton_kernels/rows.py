@@ -25,6 +25,11 @@ def check_logits(op: str, logits: torch.Tensor) -> None:
         )
 
 
+def check_float32(op: str, tensor: torch.Tensor) -> None:
+    if tensor.dtype != torch.float32:
+        raise TypeError(f"tilewise.{op}: the Triton backend takes float32, got {tensor.dtype}")
+
+
 def tile_shape(logits: torch.Tensor, elements_per_thread: int, max_warps: int) -> dict[str, int]:
     """Launch constants for the rows of `logits`, in few buckets so that a new V rarely compiles a new kernel.
 

@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .rows import check_float32
+
 MOST = 2048  # numbers of a block
 
 
@@ -64,8 +66,8 @@ def find_cut(x_ptr, minus_ptr, size, k, total, tau, FIXED: tl.constexpr, BLOCK: 
     top = tl.where(numbers, top, float("nan"))
     # A little below where the largest would have the total alone: what is too low gets nothing in the end.
     level = tau if FIXED else top - total - tl.abs(top) * 1.1920929e-7
-    equal = tl.where(numbers, float("nan"), float("nan"))
-    last = size * 0 - 1
+    equal = tl.full([], float("nan"), tl.float32)
+    last = tl.full([], -1, tl.int32)
     low, high = key_of(level).to(tl.int64), key_of(top).to(tl.int64)
     if numbers & (count_above(x_ptr, minus_ptr, size, low.to(tl.int32), BLOCK) > k):
         while high - low > 1:  # the k-th largest is in (low, high]
@@ -77,7 +79,7 @@ def find_cut(x_ptr, minus_ptr, size, k, total, tau, FIXED: tl.constexpr, BLOCK: 
         quota = k - count_above(x_ptr, minus_ptr, size, kth, BLOCK)
         level = ordered(kth).to(tl.float32, bitcast=True)
         equal = level
-        seen = quota * 0
+        seen = tl.full([], 0, tl.int32)
         for begin in range(0, size, BLOCK):
             i = begin + tl.arange(0, BLOCK)
             same = (load_scores(x_ptr, minus_ptr, i, size) == equal).to(tl.int32)
@@ -86,8 +88,8 @@ def find_cut(x_ptr, minus_ptr, size, k, total, tau, FIXED: tl.constexpr, BLOCK: 
             seen += tl.sum(same, 0)
     below = tau - top
     if not FIXED:  # Newton's steps from below, where all that is kept counts
-        below = top - float("inf")
-        active, going = size * 0, size > 0
+        below = tl.full([], float("-inf"), tl.float32)
+        active, going = tl.full([], 0, tl.int32), size > 0
         while going:
             sums, counts = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.int32)
             for begin in range(0, size, BLOCK):
@@ -137,10 +139,12 @@ def block_of(size: int) -> dict[str, int]:
 
 
 def simplex_topk(x, *, k, scale=1.0):
+    check_float32("simplex_topk", x)
     p = torch.empty_like(x)
     N = x.shape[-1]
     if x.numel():
-        simplex_topk_kernel[(x.numel() // N,)](x, p, N, k, scale, **block_of(N))
+        with torch.cuda.device_of(x):
+            simplex_topk_kernel[(x.numel() // N,)](x, p, N, k, scale, **block_of(N))
     return p
 
 
@@ -148,7 +152,8 @@ def simplex_topk_backward(grad, p):
     out = torch.empty_like(grad)
     N = p.shape[-1]
     if p.numel():
-        simplex_topk_backward_kernel[(p.numel() // N,)](grad, p, out, N, **block_of(N))
+        with torch.cuda.device_of(p):
+            simplex_topk_backward_kernel[(p.numel() // N,)](grad, p, out, N, **block_of(N))
     return out
 
 

@@ -1,17 +1,8 @@
-"""Entropic optimal transport in the log domain; csrc/sinkhorn/sinkhorn.h has the formulas.
-
-Tiles are (BLOCK_N, BLOCK_M) pairs of one problem, scores are factor z + hat_i + hat_j, and a side's hat is
-(potential - s) / epsilon + log marginal. Points with few features give z as squares or distances from differences,
-which cancel nothing; squares of many features come from products:
-
-    matrix  z = C    squares  z = |x - y|^2    distances  z = |x - y|       factor = -1/epsilon, s = 0
-    products  z = <x, y>                                                    factor = 2/epsilon, s = |x|^2
+"""Entropic optimal transport in the log domain; csrc/sinkhorn/sinkhorn.h has the formulas, pairs.py the tiles.
 
 Potentials in memory are in units of the cost, so that they stay what they are while epsilon falls. Problems stop on the
 device: n_iter counts the iterations of each, and one that it leaves behind has stopped.
 """
-
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -19,98 +10,22 @@ import triton.language as tl
 
 from tilewise.reference.sinkhorn import value_of
 
-from .rows import finite_max, softmax_merge
+from .pairs import (
+    damping,
+    factor_of,
+    load_columns,
+    load_hat,
+    pairs_of_matrix,
+    pairs_of_points,
+    pairs_of_tile,
+    products,
+    row_errors,
+    updated,
+)
+from .rows import softmax_merge
+from .small_sinkhorn import solve_small
 
-SMALL = 64  # rows and columns of a problem that one program solves in its registers
-FEWEST_PRODUCTS = 16  # features from which products are worth their cancellation
 CHECK_EVERY = 16  # iterations after which the host asks whether all problems have stopped
-FULL_GRID = 264  # programs: two for every multiprocessor of a large GPU
-
-
-@triton.jit
-def load_columns(x_ptr, at, d, inside, D):
-    """Features d of points that begin at `at`; both broadcast."""
-    return tl.load(x_ptr + at + d, mask=inside & (d < D), other=0.0)
-
-
-@triton.jit
-def products(x_ptr, y_ptr, x_at, y_at, in_rows, in_columns, D, BLOCK_D: tl.constexpr):
-    """<x_i, y_j> of points that begin at x_at and y_at."""
-    z = tl.zeros([x_at.shape[0], y_at.shape[0]], tl.float32)
-    for begin in range(0, D, BLOCK_D):
-        d = begin + tl.arange(0, BLOCK_D)
-        x = load_columns(x_ptr, x_at[:, None], d[None, :], in_rows[:, None], D)
-        y = load_columns(y_ptr, y_at[None, :], d[:, None], in_columns[None, :], D)
-        z = tl.dot(x, y, z, input_precision="ieee")
-    return z
-
-
-@triton.jit
-def pairs_of_tile(
-    x_ptr, y_ptr, problem, i, j, N, M, x_batch, y_batch, row_stride, column_stride, D, KIND: tl.constexpr,
-    BLOCK_D: tl.constexpr
-):  # fmt: skip
-    """z of rows i and columns j; beyond the last of a matrix it is infinite, a pair that is forbidden."""
-    in_rows, in_columns = i < N, j < M
-    x_at = problem * x_batch + i.to(tl.int64) * row_stride
-    y_at = problem * y_batch + j.to(tl.int64) * column_stride
-    if KIND == "matrix":
-        inside = in_rows[:, None] & in_columns[None, :]
-        z = tl.load(x_ptr + x_at[:, None] + y_at[None, :], mask=inside, other=float("inf"))
-    elif KIND == "products":
-        z = products(x_ptr, y_ptr, x_at, y_at, in_rows, in_columns, D, BLOCK_D)
-    else:
-        z = tl.zeros([i.shape[0], j.shape[0]], tl.float32)
-        for d in range(0, D):
-            x = load_columns(x_ptr, x_at, d, in_rows, D)
-            y = load_columns(y_ptr, y_at, d, in_columns, D)
-            difference = x[:, None] - y[None, :]
-            z += difference * difference
-        if KIND == "distances":
-            z = tl.sqrt(z)
-    return z
-
-
-@triton.jit
-def load_hat(potential_ptr, squares_ptr, log_ptr, at, inside, inverse):
-    """(potential - s) / epsilon + log marginal of one side, -inf beyond its last."""
-    hat = tl.load(potential_ptr + at, mask=inside, other=0.0)
-    if squares_ptr is not None:
-        hat -= tl.load(squares_ptr + at, mask=inside, other=0.0)
-    hat *= inverse
-    if log_ptr is not None:
-        hat += tl.load(log_ptr + at, mask=inside, other=0.0)
-    return tl.where(inside, hat, float("-inf"))
-
-
-@triton.jit
-def factor_of(inverse, KIND: tl.constexpr):
-    return 2.0 * inverse if KIND == "products" else -inverse
-
-
-@triton.jit
-def damping(epsilon, rho):
-    return 1.0 if rho is None else rho / (rho + epsilon)
-
-
-@triton.jit
-def updated(lse, damp):
-    """-d lse, 0 where every pair of a row is forbidden."""
-    return tl.where(lse == float("-inf"), 0.0, -damp * lse)
-
-
-@triton.jit
-def row_errors(a, f, lse, inverse, rho):
-    """|a_i exp(f_i / epsilon + lse_i) - t_i|; where a_i is 0 the exponential may be too large."""
-    ratio = 1.0 if rho is None else tl.exp(-f / rho)
-    return tl.where(a > 0, a * tl.abs(tl.exp(f * inverse + lse) - ratio), 0.0)
-
-
-@triton.jit
-def log_sum_exp(scores, AXIS: tl.constexpr):
-    top = tl.max(scores, AXIS)
-    total = tl.sum(tl.exp(scores - tl.expand_dims(finite_max(top), AXIS)), AXIS)
-    return top + tl.log(total)  # without a pair both are -inf
 
 
 @triton.jit(do_not_specialize=["t", "max_iter"])
@@ -193,75 +108,6 @@ def sinkhorn_half_step_kernel(
             stops = (t > 0) & (now == epsilon) & (error <= tol)
             tl.store(n_iter_ptr + problem, tl.where(stops, t, tl.minimum(t + 1, max_iter)).to(tl.int64))
     tl.store(new_f_ptr + rows, new_f, mask=in_rows)
-
-
-@triton.jit(do_not_specialize=["max_iter"])
-def sinkhorn_small_kernel(
-    x_ptr,
-    y_ptr,
-    f_ptr,
-    g_ptr,
-    a_ptr,
-    b_ptr,
-    log_a_ptr,
-    log_b_ptr,
-    start_ptr,
-    epsilon_ptr,
-    error_ptr,
-    n_iter_ptr,
-    max_iter,
-    scaling,
-    tol,
-    rho_a,
-    rho_b,
-    N,
-    M,
-    x_batch,
-    y_batch,
-    row_stride,
-    column_stride,
-    D,
-    SYMMETRIC: tl.constexpr,
-    KIND: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):
-    """All iterations of a problem whose pairs are one tile. What comes after the last is for its error alone."""
-    problem = tl.program_id(0).to(tl.int64)
-    i, j = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
-    rows, columns = problem * N + i, problem * M + j
-    f = tl.load(f_ptr + rows, mask=i < N, other=0.0)
-    g = tl.load(g_ptr + columns, mask=j < M, other=0.0)
-    a = tl.load(a_ptr + rows, mask=i < N, other=0.0)
-    log_a = tl.load(log_a_ptr + rows, mask=i < N, other=float("-inf"))
-    log_b = tl.load(log_b_ptr + columns, mask=j < M, other=float("-inf"))
-    costs = pairs_of_tile(x_ptr, y_ptr, problem, i, j, N, M, x_batch, y_batch, row_stride, column_stride, D, KIND, 1)
-    mass = tl.sum(a)
-    start, epsilon = tl.load(start_ptr + problem), tl.load(epsilon_ptr + problem)
-    decay, error, t = mass * 0.0 + 1.0, mass * 0.0, max_iter * 0
-    going = t < max_iter
-    while going:
-        now = tl.maximum(start * decay, epsilon)
-        inverse = 1.0 / now
-        scores = costs * -inverse
-        lse = log_sum_exp(scores + (g * inverse + log_b)[None, :], 1)
-        error = tl.where(mass > 0, tl.sum(row_errors(a, f, lse, inverse, rho_a)) / mass, 0.0)
-        going = (t < max_iter) & ((t == 0) | (now > epsilon) | (error > tol))
-        new_f = now * updated(lse, damping(now, rho_a))
-        if SYMMETRIC:
-            new_f = (f + new_f) * 0.5
-            new_g = new_f
-        else:
-            lse = log_sum_exp(scores + (new_f * inverse + log_a)[:, None], 0)
-            new_g = now * updated(lse, damping(now, rho_b))
-        f = tl.where(going, new_f, f)
-        g = tl.where(going, new_g, g)
-        t += going.to(tl.int32)
-        decay = tl.where(t < max_iter, decay * scaling, decay)
-    tl.store(f_ptr + rows, f, mask=i < N)
-    tl.store(g_ptr + columns, g, mask=j < M)
-    tl.store(error_ptr + problem, error)
-    tl.store(n_iter_ptr + problem, t.to(tl.int64))
 
 
 @triton.jit
@@ -360,172 +206,11 @@ def sinkhorn_apply_kernel(
     tl.store(out_ptr + rows[:, None] * V + v[None, :], out, mask=(i < N)[:, None] & (v < V)[None, :])
 
 
-@triton.jit
-def pulled(scores, marginal, log_marginal, upstream, AXIS: tl.constexpr):
-    """Along AXIS softmax(scores + log marginal) / marginal times the upstream gradient of the log of its sum."""
-    top = finite_max(tl.max(scores + tl.expand_dims(log_marginal, 1 - AXIS), AXIS))
-    # Without its marginal, which may be 0, a term may be too large; a finite one times 0 is 0.
-    terms = tl.exp(tl.minimum(scores - tl.expand_dims(top, AXIS), 80.0))
-    total = tl.sum(tl.expand_dims(marginal, 1 - AXIS) * terms, AXIS)
-    return terms * tl.expand_dims(tl.where(total > 0, upstream / tl.maximum(total, 1e-30), 0.0), AXIS)
-
-
-@triton.jit(do_not_specialize=["max_iter"])
-def sinkhorn_unrolled_backward_kernel(
-    x_ptr,
-    a_ptr,
-    b_ptr,
-    log_a_ptr,
-    log_b_ptr,
-    epsilon_ptr,
-    grad_f_ptr,
-    grad_g_ptr,
-    history_ptr,
-    grad_cost_ptr,
-    grad_a_ptr,
-    grad_b_ptr,
-    grad_epsilon_ptr,
-    max_iter,
-    rho_a,
-    rho_b,
-    N,
-    M,
-    x_batch,
-    y_batch,
-    row_stride,
-    column_stride,
-    D,
-    BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):
-    """The iterations of a problem again, their potentials kept in history (max_iter, N + M), and the way back. Inside,
-    potentials and their gradients are in units of epsilon, and W are the gradients of the scores that a step leaves:
-
-        g_j = -d log sum_i a_i exp(S_ij + f_i):   W_ij = -d g_bar_j a_i exp(S_ij + f_i) / sum   f_bar_i += sum_j W_ij
-    """
-    problem = tl.program_id(0).to(tl.int64)
-    i, j = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
-    rows, columns = problem * N + i, problem * M + j
-    a = tl.load(a_ptr + rows, mask=i < N, other=0.0)
-    b = tl.load(b_ptr + columns, mask=j < M, other=0.0)
-    log_a = tl.load(log_a_ptr + rows, mask=i < N, other=float("-inf"))
-    log_b = tl.load(log_b_ptr + columns, mask=j < M, other=float("-inf"))
-    epsilon = tl.load(epsilon_ptr + problem)
-    damp_a, damp_b = damping(epsilon, rho_a), damping(epsilon, rho_b)
-    costs = pairs_of_tile(
-        x_ptr, None, problem, i, j, N, M, x_batch, y_batch, row_stride, column_stride, D, "matrix", 1
-    )  # fmt: skip
-    scores = costs / -epsilon
-    f = tl.zeros([BLOCK_N], tl.float32)
-    g = tl.zeros([BLOCK_M], tl.float32)
-    history = history_ptr + problem * max_iter * (N + M)
-    for t in range(max_iter):
-        f = updated(log_sum_exp(scores + (g + log_b)[None, :], 1), damp_a)
-        g = updated(log_sum_exp(scores + (f + log_a)[:, None], 0), damp_b)
-        tl.store(history + t * (N + M) + i, f, mask=i < N)
-        tl.store(history + t * (N + M) + N + j, g, mask=j < M)
-    tl.debug_barrier()  # other threads will read what these wrote
-
-    f_bar = tl.load(grad_f_ptr + rows, mask=i < N, other=0.0)
-    g_bar = tl.load(grad_g_ptr + columns, mask=j < M, other=0.0)
-    epsilon_bar = tl.sum(f_bar * f) + tl.sum(g_bar * g)
-    f_bar *= epsilon
-    g_bar *= epsilon
-    scores_bar = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    a_bar = tl.zeros([BLOCK_N], tl.float32)
-    b_bar = tl.zeros([BLOCK_M], tl.float32)
-    for step in range(max_iter):
-        t = max_iter - 1 - step
-        f = tl.load(history + t * (N + M) + i, mask=i < N, other=0.0)
-        if rho_b is not None:  # d log d = -1 / (rho + epsilon)
-            epsilon_bar -= tl.sum(g_bar * g) / (rho_b + epsilon)
-        without = pulled(scores + f[:, None], a, log_a, -damp_b * g_bar, 0)
-        scores_bar += a[:, None] * without
-        a_bar += tl.sum(without, 1)
-        f_bar += a * tl.sum(without, 1)
-        if rho_a is not None:
-            epsilon_bar -= tl.sum(f_bar * f) / (rho_a + epsilon)
-        g = tl.load(history + (t - 1) * (N + M) + N + j, mask=(j < M) & (t > 0), other=0.0)
-        without = pulled(scores + g[None, :], b, log_b, -damp_a * f_bar, 1)
-        scores_bar += b[None, :] * without
-        b_bar += tl.sum(without, 0)
-        g_bar = b * tl.sum(without, 0)
-        f_bar = tl.zeros([BLOCK_N], tl.float32)
-    epsilon_bar -= tl.sum(tl.where(scores == float("-inf"), 0.0, scores_bar * scores)) / epsilon
-    at = rows[:, None] * M + j[None, :]
-    tl.store(grad_cost_ptr + at, scores_bar / -epsilon, mask=(i < N)[:, None] & (j < M)[None, :])
-    tl.store(grad_a_ptr + rows, a_bar, mask=i < N)
-    tl.store(grad_b_ptr + columns, b_bar, mask=j < M)
-    tl.store(grad_epsilon_ptr + problem, epsilon_bar)
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """A matrix of costs, or two sets of points, in the order in which the kernels take them."""
-
-    kind: str
-    batch: int
-    tensors: tuple[torch.Tensor | None, ...]  # x, y and their squares
-    sizes: tuple[int, ...]  # N, M, x_batch, y_batch, row_stride, column_stride, D
-
-    @property
-    def small(self):
-        return max(self.sizes[:2]) <= SMALL
-
-    def small_constants(self):
-        """One tile of the whole problem, with 16 pairs a thread."""
-        blocks = [max(16, triton.next_power_of_2(size)) for size in self.sizes[:2]]
-        return {"BLOCK_N": blocks[0], "BLOCK_M": blocks[1], "num_warps": max(1, blocks[0] * blocks[1] // 512)}
-
-    def constants(self, most_rows=64):
-        """As many rows a program as leave every multiprocessor two programs."""
-        fits = (n for n in (64, 32) if n <= most_rows and self.batch * triton.cdiv(self.sizes[0], n) >= FULL_GRID)
-        features = 32 if self.sizes[6] > 16 else 16
-        return {
-            "KIND": self.kind, "BLOCK_N": next(fits, 16), "BLOCK_M": 64, "BLOCK_D": features, "num_stages": 1
-        }  # fmt: skip
-
-    def row_programs(self, constants):
-        return self.batch * triton.cdiv(self.sizes[0], constants["BLOCK_N"])
-
-
-def check(op, tensor):
-    if tensor.dtype != torch.float32:
-        raise TypeError(f"tilewise.{op}: the Triton backend takes float32, got {tensor.dtype}")
-
-
-def pairs_of_matrix(op, cost):
-    check(op, cost)
-    return Pairs(
-        "matrix", len(cost), (cost, None, None, None), (*cost.shape[1:], cost.stride(0), 0, *cost.stride()[1:], 0)
-    )
-
-
-def pairs_of_points(op, x, y, cost):
-    check(op, x)
-    if cost not in ("sqeuclidean", "euclidean"):
-        raise ValueError(f"tilewise.{op}: expected cost to be 'sqeuclidean' or 'euclidean', got {cost!r}")
-    batch, n, D = x.shape
-    m = y.shape[1]
-    kind = "distances" if cost == "euclidean" else "squares"
-    squares = None, None
-    if kind == "squares" and D >= FEWEST_PRODUCTS and max(n, m) > SMALL:
-        kind, squares = "products", [(p * p).sum(2) for p in (x, y)]
-    return Pairs(kind, batch, (x, y, *squares), (n, m, n * D, m * D, D, D, D))
-
-
 def all_stopped(n_iter, t):
     """Asks the device, where that is possible."""
     if n_iter.is_meta or (n_iter.is_cuda and torch.cuda.is_current_stream_capturing()):
         return False
     return bool((n_iter < t).all())
-
-
-def solve_small(pairs, f, g, a, b, start, epsilon, error, n_iter, *, max_iter, tol, rho_a, rho_b, scaling, symmetric):
-    sinkhorn_small_kernel[(pairs.batch,)](
-        *pairs.tensors[:2], f, g, a, b, a.log(), b.log(), start, epsilon, error, n_iter, max_iter, scaling, tol,
-        rho_a, rho_b, *pairs.sizes, SYMMETRIC=symmetric, KIND=pairs.kind, **pairs.small_constants(),
-    )  # fmt: skip
 
 
 def solve_large(
@@ -645,25 +330,6 @@ def sinkhorn_unrolled(cost, a, b, epsilon, **options):
     return sinkhorn(cost, a, b, epsilon, tol=-1.0, **options)[:2]
 
 
-def sinkhorn_unrolled_backward(grad_f, grad_g, cost, a, b, epsilon, *, max_iter, rho_a=None, rho_b=None):
-    """Gradients of cost, a, b and epsilon."""
-    pairs = pairs_of_matrix("sinkhorn_unrolled_backward", cost)
-    if not pairs.small:
-        raise ValueError(
-            f"tilewise.sinkhorn_unrolled_backward: expected cost to have at most {SMALL} rows and columns, "
-            f"got shape {tuple(cost.shape)}"
-        )
-    gradients = [t.new_empty(t.shape) for t in (cost, a, b, epsilon)]
-    history = a.new_empty(pairs.batch, max_iter, sum(cost.shape[1:]))
-    if pairs.batch > 0:
-        with torch.cuda.device_of(cost):
-            sinkhorn_unrolled_backward_kernel[(pairs.batch,)](
-                cost, a, b, a.log(), b.log(), epsilon, grad_f, grad_g, history, *gradients, max_iter, rho_a, rho_b,
-                *pairs.sizes, **pairs.small_constants(),
-            )  # fmt: skip
-    return tuple(gradients)
-
-
 OPS = {
     "sinkhorn": sinkhorn,
     "sinkhorn_points": sinkhorn_points,
@@ -671,5 +337,4 @@ OPS = {
     "sinkhorn_apply": sinkhorn_apply,
     "sinkhorn_points_apply": sinkhorn_points_apply,
     "sinkhorn_unrolled": sinkhorn_unrolled,
-    "sinkhorn_unrolled_backward": sinkhorn_unrolled_backward,
 }

@@ -10,6 +10,7 @@ import triton.language as tl
 
 from tilewise.reference.sparse_ot import solve
 
+from .rows import check_float32
 from .simplex_topk import block_of, find_cut, keeps, load_scores
 
 ROWS = 128  # of a program that sums rows
@@ -69,7 +70,7 @@ def sparse_lists_kernel(
     """The entries of a column in the order of their rows, and its margin."""
     at = tl.program_id(0).to(tl.int64)
     x_ptr, minus_ptr = alpha_ptr + at // N * M, costs_ptr + at * M
-    count, kept_count = M * 0, M * 0
+    count, kept_count = tl.full([], 0, tl.int32), tl.full([], 0, tl.int32)
     lowest = tl.full([BLOCK], float("inf"), tl.float32)
     following = tl.full([BLOCK], float("-inf"), tl.float32)
     for begin in range(0, M, BLOCK):
@@ -95,20 +96,22 @@ def sparse_lists_kernel(
 
 
 def sparse_ot_columns(costs, alpha, level, *, k, gamma, dual=False):
+    check_float32("sparse_ot", costs)
     B, N, M = costs.shape
     values, row_sums = costs.new_empty(B, N, k), torch.empty_like(alpha)
     beta, margin = torch.empty_like(level), torch.empty_like(level)
     indices, last = torch.empty_like(values, dtype=torch.int64), torch.empty_like(level, dtype=torch.int32)
     numbers = costs.new_empty(B, N, 4)
     if B:
-        block = block_of(M)
-        sparse_cut_kernel[(B * N,)](costs, alpha, level, beta, numbers, last, N, M, k, gamma, dual, **block)
-        sparse_rows_kernel[(triton.cdiv(M, ROWS), B)](
-            costs, alpha, numbers, last, row_sums, N, M, gamma, BLOCK=ROWS, num_warps=4
-        )
-        sparse_lists_kernel[(B * N,)](
-            costs, alpha, beta, numbers, last, values, indices, margin, N, M, k, gamma, **block
-        )
+        with torch.cuda.device_of(costs):
+            block = block_of(M)
+            sparse_cut_kernel[(B * N,)](costs, alpha, level, beta, numbers, last, N, M, k, gamma, dual, **block)
+            sparse_rows_kernel[(triton.cdiv(M, ROWS), B)](
+                costs, alpha, numbers, last, row_sums, N, M, gamma, BLOCK=ROWS, num_warps=4
+            )
+            sparse_lists_kernel[(B * N,)](
+                costs, alpha, beta, numbers, last, values, indices, margin, N, M, k, gamma, **block
+            )
     return values, indices, beta, row_sums, margin
 
 
