@@ -35,6 +35,10 @@ def test_simplex_topk(library, columns, k):
 
 def test_simplex_topk_of_equal_numbers_and_nan(library):
     guards = Guards()
+    p, scale = guards.empty(1, 2), 3.073333501815796
+    edge = guards.put(torch.tensor([[0.0, -3.073333263397217]]))  # the threshold is where the last entry is
+    checked(library.simplex_topk(pointer(edge), None, pointer(p), 1, 2, 2, scale))
+    torch.testing.assert_close(p, torch.tensor([[scale, 0.0]]), rtol=0, atol=1e-6)
     p = guards.empty(1, 3)
     tie = guards.put(torch.tensor([[0.0, 0.0, 35.359375]]))
     checked(library.simplex_topk(pointer(tie), None, pointer(p), 1, 3, 2, 46.74778377369581))
@@ -87,6 +91,18 @@ def test_columns(library, sizes, dual):
     for name, truth in zip(("values", "indices", "beta", "row_sums", "margin"), expected, strict=True):
         found = p.out[name].to(truth.dtype)
         torch.testing.assert_close(found, truth, rtol=1e-4, atol=2e-6 if found.is_floating_point() else 0, msg=name)
+
+
+@pytest.mark.parametrize("dual", [False, True])
+def test_a_column_with_nan_is_nan(library, dual):
+    p = Problem(1, 20, 4, 3)
+    p.costs[0, 2, 5] = torch.nan
+    p.put("costs", p.costs), p.put("alpha", torch.zeros_like(p.a)), p.put("level", p.b)
+    p.call.method = METHODS.index("dual" if dual else "semi_dual")
+    checked(library.sparse_transport(p.call))
+    p.guards.check()
+    assert p.out["beta"][0].isnan().tolist() == [False, False, True, False]
+    assert (p.out["values"][0, 2] == 0).all() and p.out["row_sums"].isfinite().all()
 
 
 @pytest.mark.parametrize("method", METHODS)

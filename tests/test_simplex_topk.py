@@ -83,6 +83,23 @@ def test_of_equal_entries_the_first_count(k):
     torch.testing.assert_close(p.cpu(), expected)
 
 
+@pytest.mark.parametrize(
+    ("values", "scale"),
+    [
+        ([0.0, -3.073333263397217], 3.073333501815796),
+        ([0.0, -0.3120002746582031, -6.312000274658203, -6.680000305175781], 0.3120003044605255),
+        ([0.0, -0.6065988540649414, -1.342639684677124, -3.340101718902588, -4.733502388000488], 13.644670486450195),
+    ],
+    ids=str,
+)
+def test_a_threshold_at_an_entry(values, scale):
+    """Rounding decides whether the last entry counts, and must not decide again and again."""
+    x = torch.tensor(values, device=DEVICE)
+    p = tilewise.simplex_topk(x, len(values), scale=scale)
+    expected = REFERENCE["simplex_topk"](x.cpu().double(), k=len(values), scale=scale)
+    torch.testing.assert_close(p.cpu().double(), expected, rtol=0, atol=1e-6 * scale)
+
+
 def test_a_tie_at_zero():
     """The k-th entry is 0 between numbers of both signs: it is found among the smallest numbers there are."""
     p = tilewise.simplex_topk(torch.tensor([0.0, 0.0, 35.359375], device=DEVICE), 2, scale=46.74778377369581)

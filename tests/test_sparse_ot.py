@@ -199,6 +199,44 @@ def test_points(kind, monkeypatch):
         torch.testing.assert_close(torch.autograd.grad(loss(result), (x, y)), truth, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dual", [False, True])
+@pytest.mark.parametrize("wrong", ["NaN", "all forbidden"])
+def test_a_column_that_cannot_be_solved_is_nan(wrong, dual):
+    """In its potential, and so in the value; the other columns do not know of it."""
+    cost, a, b = problem(20, 4, (1,))
+    costs = cost.mT.contiguous()
+    costs[0, 2] = torch.nan if wrong == "NaN" else torch.inf
+    if wrong == "NaN":
+        costs[0, 2, :-1] = 0.5
+    values, _, beta, row_sums, _ = torch.ops.tilewise.sparse_ot_columns(costs, 0 * a, b, k=3, gamma=0.5, dual=dual)
+    assert beta[0].isnan().tolist() == [False, False, True, False]
+    assert (values[0, 2] == 0).all() and row_sums.isfinite().all()
+
+
+@pytest.mark.skipif(BACKEND != "cpu", reason="values are looked at by the CPU kernels")
+@pytest.mark.parametrize("chunk", [1 << 20, 2 * 12 * 8])
+def test_bad_values_of_points(chunk, monkeypatch):
+    monkeypatch.setattr(tilewise.ops.sparse_ot_points, "CHUNK_BYTES", chunk)
+    x, y = torch.randn(12, 2), torch.randn(9, 2)
+    nan, (_, a, b) = x.clone(), problem(dtype=torch.float32)
+    nan[3, 1] = torch.nan
+    for arguments, message in (
+        ((nan, y), "expected x to hold finite numbers"),
+        ((y, nan), "expected y to hold finite numbers"),
+        ((x, y, -a, b), "expected a to hold finite numbers >= 0"),
+        ((x, y, a, 2 * b), "expected a and b to have equal sums"),
+    ):
+        with pytest.raises(RuntimeError, match=f"tilewise.sparse_ot_points: {message}"):
+            tilewise.sparse_ot_points(*arguments, k=5)
+
+
+@pytest.mark.skipif(BACKEND != "triton", reason="the other backends of a CPU take float64")
+def test_triton_refuses_float64():
+    costs = torch.rand(1, 3, 4, dtype=torch.float64, device=DEVICE)
+    with pytest.raises(TypeError, match=r"tilewise.sparse_ot: the Triton backend takes float32, got torch.float64"):
+        torch.ops.tilewise.sparse_ot_columns(costs, costs[:, 0], costs[:, :, 0].contiguous(), k=2, gamma=1.0)
+
+
 @pytest.mark.skipif(INTERPRETED, reason="hundreds of evaluations in the interpreter")
 def test_warm_start():
     cost, a, b = problem(20, 15)

@@ -87,7 +87,9 @@ def find_cut(x_ptr, minus_ptr, size, k, total, tau, FIXED: tl.constexpr, BLOCK: 
             last = tl.maximum(last, tl.max(tl.where((same != 0) & (rank <= quota), i, -1), 0))
             seen += tl.sum(same, 0)
     below = tau - top
-    if not FIXED:  # Newton's steps from below, where all that is kept counts
+    # Newton's steps from below, where all that is kept counts. Fewer do at every step; where rounding takes one back,
+    # one has arrived.
+    if not FIXED:
         below = tl.full([], float("-inf"), tl.float32)
         active, going = tl.full([], 0, tl.int32), size > 0
         while going:
@@ -99,7 +101,7 @@ def find_cut(x_ptr, minus_ptr, size, k, total, tau, FIXED: tl.constexpr, BLOCK: 
                 sums += tl.where(counted, s - top, 0.0)
                 counts += counted.to(tl.int32)
             count = tl.sum(counts, 0)
-            going = (count != active) & (count > 0)
+            going = (count > 0) & ((active == 0) | (count < active))
             active = count
             below = tl.where(going, (tl.sum(sums, 0) - total) / count, below)
     return level, equal, last, top, below

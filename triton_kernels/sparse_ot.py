@@ -28,7 +28,7 @@ def sparse_cut_kernel(
     level, equal, last, top, below = find_cut(
         x_ptr, costs_ptr + at * M, M, k, gamma * given, -given, DUAL, BLOCK
     )  # fmt: skip
-    tl.store(beta_ptr + at, given if DUAL else -(top + below))
+    tl.store(beta_ptr + at, tl.where(top == top, given, top) if DUAL else -(top + below))
     tl.store(numbers_ptr + at * 4, level)
     tl.store(numbers_ptr + at * 4 + 1, equal)
     tl.store(numbers_ptr + at * 4 + 2, top)

@@ -116,7 +116,8 @@ __device__ __forceinline__ Cut find_cut(const Team& team, const Scores& scores, 
     cut.below = tau - top;
     return cut;
   }
-  // Newton's steps from below, where all that is kept counts.
+  // Newton's steps from below, where all that is kept counts. Fewer do at every step; where rounding takes one back,
+  // one has arrived.
   cut.below = -infinity<float>();
   for (int64_t active = 0;;) {
     float sum = 0.0f;
@@ -129,7 +130,7 @@ __device__ __forceinline__ Cut find_cut(const Team& team, const Scores& scores, 
     }
     sum = team.all_sum(sum);
     count = team.all_sum(count);
-    if (count == active || count == 0) return cut;
+    if (count == 0 || (active > 0 && count >= active)) return cut;
     active = count;
     cut.below = (sum - total) / static_cast<float>(count);
   }

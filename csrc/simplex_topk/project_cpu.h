@@ -120,6 +120,12 @@ struct Range {
   bool numbers;  // none is NaN
 };
 
+// Whether the largest can be projected from: without, all there is to say is NaN.
+template <typename T>
+static bool is_usable(const Range<T>& range) {
+  return range.numbers && infinity<T>() > range.top && -infinity<T>() < range.top;
+}
+
 // Scores x - minus (x if null), and their range.
 template <typename T>
 static Range<T> stage(int64_t size, const T* x, const T* minus, T* scores) {
@@ -187,7 +193,8 @@ static T lowest(T top, T total) {
   return top - total - (top < 0 ? -top : top) * std::numeric_limits<T>::epsilon();
 }
 
-// tau - top, with sum [v - tau]_+ = total, by Newton's steps from below, where all are above it.
+// tau - top, with sum [v - tau]_+ = total, by Newton's steps from below, where all are above it. Fewer count at every
+// step; where rounding takes one back, one has arrived.
 template <typename T>
 static T threshold(const T* values, int64_t count, T total, T top) {
   T below = -infinity<T>();
@@ -200,7 +207,7 @@ static T threshold(const T* values, int64_t count, T total, T top) {
       sum += static_cast<double>(value > below ? value : T(0));
       above += value > below ? 1 : 0;
     }
-    if (above == active || above == 0) return below;
+    if (above == 0 || (active > 0 && above >= active)) return below;
     active = above;
     below = static_cast<T>((sum - static_cast<double>(total)) / static_cast<double>(above));
   }

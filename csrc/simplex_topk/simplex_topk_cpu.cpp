@@ -12,7 +12,7 @@ void forward(const SimplexTopk<T>& call, const ProjectScratch<T>& scratch, int64
     const T* x = call.x + row * call.columns;
     T* out = call.out + row * call.columns;
     const Range<T> range = stage<T>(call.columns, x, nullptr, scratch.scores);
-    if (!range.numbers || !(infinity<T>() > range.top && -infinity<T>() < range.top)) {
+    if (!is_usable(range)) {
       for (int64_t i = 0; i < call.columns; ++i) out[i] = quiet_nan<T>();
       continue;
     }

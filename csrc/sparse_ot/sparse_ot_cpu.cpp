@@ -28,18 +28,23 @@ SparseColumns<T> problem_of(SparseColumns<T> call, int64_t index) {
 template <typename T>
 int64_t solve_column(const SparseColumns<T>& call, int64_t column, const ProjectScratch<T>& scratch, T& hint) {
   const Range<T> range = stage(call.rows, call.alpha, call.costs + column * call.rows, scratch.scores);
+  if (!is_usable(range)) {
+    call.beta[column] = quiet_nan<T>();
+    if (call.margin != nullptr) call.margin[column] = infinity<T>();
+    return 0;
+  }
   const T total = call.gamma * call.level[column];
   const T low = call.dual ? -call.level[column] : lowest(range.top, total);
   const int64_t kept = keep_largest(scratch, call.rows, call.k, low, range, hint);
   const T below = call.dual ? low - range.top : threshold(scratch.values, kept, total, range.top);
   call.beta[column] = call.dual ? call.level[column] : -(range.top + below);
   if (call.margin != nullptr) {
-    T last = infinity<T>(), following = -infinity<T>();
+    T last = infinity<T>();
     for (int64_t i = 0; i < kept; ++i) {
       last = scratch.values[i] < last ? scratch.values[i] : last;
       scratch.scores[scratch.where[i]] = -infinity<T>();
     }
-    for (int64_t i = 0; i < call.rows; ++i) following = scratch.scores[i] > following ? scratch.scores[i] : following;
+    const T following = stage<T>(call.rows, scratch.scores, nullptr, scratch.scores).top;
     call.margin[column] = kept == call.k && following > -call.beta[column] ? last - following : infinity<T>();
   }
   T* values = call.values + column * call.k;
@@ -124,13 +129,16 @@ struct Evaluation {
   double value;  // -D
   double row_error;
   double column_error;
+
+  double error(bool dual) const { return dual && column_error > row_error ? column_error : row_error; }
 };
 
 double relative(double error, double mass) { return mass > 0 ? error / mass : 0.0; }
 
-// At the potentials that `problem` points to. `a` and `b` are the problem's.
+// At the potentials that `problem` points to. `a` and `b` are the problem's; `off`, if wanted, the columns' sums less
+// b.
 template <typename T>
-Evaluation judge(const SparseColumns<T>& problem, const int64_t* counts, const T* a, const T* b) {
+Evaluation judge(const SparseColumns<T>& problem, const int64_t* counts, const T* a, const T* b, T* off) {
   const Alone alone;
   double squares = 0.0, column_error = 0.0;
   for (int64_t j = 0; j < problem.columns; ++j) {
@@ -138,6 +146,7 @@ Evaluation judge(const SparseColumns<T>& problem, const int64_t* counts, const T
     squares += alone.sum(counts[j], [&](int64_t i) { return static_cast<double>(values[i]) * values[i]; });
     const double mass = alone.sum(counts[j], [&](int64_t i) { return static_cast<double>(values[i]); });
     column_error += mass > b[j] ? mass - b[j] : b[j] - mass;
+    if (off != nullptr) off[j] = static_cast<T>(mass - b[j]);
   }
   const double of_a = lbfgs_dot(alone, problem.rows, problem.alpha, a);
   const double of_b = lbfgs_dot(alone, problem.columns, problem.beta, b);
@@ -206,20 +215,10 @@ void solve_kernel(const SparseOtCall<T>& call, int64_t index, T* scratch, int64_
     if (dual) problem.level = search.trial + rows;
     while (numbers.going && numbers.n_iter < call.max_iter) {
       solve_columns(problem, known, scratch, workers, parallel);
-      const Evaluation found = judge(problem, counts, a, b);
+      const Evaluation found = judge(problem, counts, a, b, dual ? there + rows : nullptr);
       for (int64_t i = 0; i < rows; ++i) there[i] -= a[i];
-      double error = found.row_error;
-      if (dual) {
-        error = found.column_error > error ? found.column_error : error;
-        for (int64_t j = 0; j < columns; ++j) {
-          const T* values = problem.values + j * problem.k;
-          T mass = 0;
-          for (int64_t i = 0; i < counts[j]; ++i) mass += values[i];
-          there[rows + j] = mass - b[j];
-        }
-      }
       without_null(Alone{}, there, rows, size);
-      lbfgs_step(Alone{}, search, found.value, error, static_cast<double>(call.tol));
+      lbfgs_step(Alone{}, search, found.value, found.error(dual), static_cast<double>(call.tol));
     }
     n_iter = numbers.n_iter;
     if (dual) problem.level = x + rows;
@@ -230,7 +229,7 @@ void solve_kernel(const SparseOtCall<T>& call, int64_t index, T* scratch, int64_
   problem.margin = call.columns.margin + index * columns;
   solve_columns(problem, known, scratch, workers, parallel);
   fill_up(problem, counts);
-  const Evaluation found = judge(problem, counts, a, b);
+  const Evaluation found = judge(problem, counts, a, b, static_cast<T*>(nullptr));
   call.value[index] = static_cast<T>(-found.value);
   call.row_error[index] = static_cast<T>(found.row_error);
   call.column_error[index] = static_cast<T>(found.column_error);

@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(256) sparse_cut_kernel(const __grid_constant__
   mass = team.all_sum(mass);
   if (!team.first()) return;
   search.cuts[at] = {cut.level, cut.equal, cut.top, cut.below, cut.last, squares, mass};
-  call.beta[at] = call.dual ? level : -(cut.top + cut.below);
+  call.beta[at] = call.dual && cut.top == cut.top ? level : -(cut.top + cut.below);
 }
 
 // With a step of Adam, where one is taken: only the block that sums a row reads its alpha.

@@ -104,6 +104,15 @@ def check_number(op: str, name: str, value: float, *, low: float = -math.inf, hi
     return float(value)
 
 
+def check_integer(op: str, name: str, value: int, *, low: int = 1, high: int | None = None, of: str = "") -> int:
+    """An integer of at least `low` and, if there is one, at most `high`, which is what `of` says."""
+    fits = isinstance(value, int) and not isinstance(value, bool) and low <= value and (high is None or value <= high)
+    if not fits:
+        bounds = f"of at least {low}" if high is None else f"in [{low}, {high}], {of}"
+        raise ValueError(f"tilewise.{op}: expected {name} to be an integer {bounds}, got {value!r}")
+    return value
+
+
 def check_positive(op: str, name: str, value: float) -> float:
     if isinstance(value, Tensor) or not 0 < value < math.inf:
         raise ValueError(f"tilewise.{op}: expected {name} to be a finite number above 0, got {value!r}")

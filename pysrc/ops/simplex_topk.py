@@ -40,8 +40,7 @@ def simplex_topk(x: Tensor, k: int, *, scale: float = 1.0) -> Tensor:
     """
     transport.check_tensor(OP, "x", x, "n", 1)
     size = x.shape[-1]
-    if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= size:
-        raise ValueError(f"tilewise.{OP}: expected k to be an integer in [1, {size}], the size of x, got {k!r}")
+    rows.check_integer(OP, "k", k, high=size, of="the size of x")
     scale = rows.check_positive(OP, "scale", scale)
     wide = x.to(statistics_dtype(x)).contiguous()
     return torch.ops.tilewise.simplex_topk(wide, k=k, scale=scale).to(x.dtype)

@@ -45,8 +45,7 @@ def sinkhorn_knopp(
     if 0 in logits.shape and (process_group is None or logits.shape[1] == 0):
         raise ValueError(f"tilewise.{OP}: expected logits to have rows and columns, got shape {tuple(logits.shape)}")
     epsilon = rows.check_positive(OP, "epsilon", epsilon)
-    if not isinstance(n_iter, int) or n_iter < 1:
-        raise ValueError(f"tilewise.{OP}: expected n_iter to be an integer of at least 1, got {n_iter!r}")
+    rows.check_integer(OP, "n_iter", n_iter)
     logits = logits.to(statistics_dtype(logits))
     if process_group is not None:
         return _over_ranks(logits, n_iter, epsilon, process_group)

@@ -166,20 +166,14 @@ class SparseProblem:
         )
 
 
-def check_k(op: str, k: int, rows_name: str, m: int) -> None:
-    if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= m:
-        raise ValueError(f"tilewise.{op}: expected k to be an integer in [1, {m}], {rows_name}, got {k!r}")
-
-
 def check_problem(
     op: str, like: Tensor, batch: torch.Size, m: int, n: int, a, b, *, k, gamma, method, max_iter, tol, init
 ) -> SparseProblem:
-    check_k(op, k, "the rows of cost", m)
+    rows.check_integer(op, "k", k, high=m, of="the rows of cost")
     gamma = rows.check_positive(op, "gamma", gamma)
     if method not in METHODS:
         raise ValueError(f"tilewise.{op}: expected method to be 'semi_dual' or 'dual', got {method!r}")
-    if not isinstance(max_iter, int) or max_iter < 1:
-        raise ValueError(f"tilewise.{op}: expected max_iter to be an integer of at least 1, got {max_iter!r}")
+    rows.check_integer(op, "max_iter", max_iter)
     tol = rows.check_number(op, "tol", tol, low=0.0)
     if a is None and k * n < m:  # the kernels count the rows of a given marginal
         raise ValueError(f"tilewise.{op}: expected k n to be at least {m}, the rows with mass, got {k} x {n}")

@@ -84,8 +84,23 @@ def _costs(x: Tensor, y: Tensor, cost: str) -> Tensor:
     return torch.baddbmm(squares, y, x.mT, alpha=-2).clamp_(min=0)
 
 
+def _check_values(x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> None:
+    """Of tensors on a CPU, where looking at them waits for nothing; blocks of columns are not looked at again."""
+    for name, points in (("x", x), ("y", y)):
+        if not bool(points.isfinite().all()):
+            raise RuntimeError(f"tilewise.{OP}: expected {name} to hold finite numbers, got NaN or another")
+    for name, weights in (("a", a), ("b", b)):
+        if not bool(((weights >= 0) & weights.isfinite()).all()):
+            raise RuntimeError(f"tilewise.{OP}: expected {name} to hold finite numbers >= 0")
+    sums = [weights.double().sum(1) for weights in (a, b)]
+    if not torch.allclose(*sums, rtol=1e-4, atol=0.0):
+        raise RuntimeError(f"tilewise.{OP}: expected a and b to have equal sums, got {sums[0]} and {sums[1]}")
+
+
 def _points(x, y, a, b, alpha=None, beta=None, *, cost, k, gamma, chunk_bytes=0, **options):
     """The costs of all columns at once where they are few, else block by block, anew at every evaluation."""
+    if not x.is_cuda:
+        _check_values(x, y, a, b)
     centre = x.mean(1, keepdim=True)  # products of points far from 0 would cancel
     x, y = x - centre, y - centre
     count = max(1, (chunk_bytes or CHUNK_BYTES) // (x.element_size() * x.shape[0] * x.shape[1]))

@@ -64,11 +64,11 @@ def sparse_ot_router(
     if capacity > tokens:
         raise ValueError(f"tilewise.{OP}: expected capacity to be at most {tokens}, the tokens, got {capacity}")
     probabilities = torch.softmax(logits.to(statistics_dtype(logits)), -1).mT.reshape(-1, experts, tokens)
-    costs = -probabilities.detach()
+    costs = probabilities.detach().clone(memory_format=torch.contiguous_format).neg_()
     a = costs.new_ones(costs.shape[0], tokens)
     b = costs.new_full(costs.shape[:2], tokens / experts)
     values, indices, *_ = torch.ops.tilewise.sparse_ot(
-        costs.contiguous(), a, b, k=capacity, gamma=gamma, method="adam", max_iter=steps, tol=0.0, lr=lr
+        costs, a, b, k=capacity, gamma=gamma, method="adam", max_iter=steps, tol=0.0, lr=lr
     )
     used = values > 0
     weights = torch.where(used, probabilities.gather(2, indices), 0).to(logits.dtype)
@@ -78,8 +78,7 @@ def sparse_ot_router(
 
 def check_arguments(op: str, logits: Tensor, capacity: int, gamma: float, steps: int, lr: float) -> None:
     transport.check_tensor(op, "logits", logits, "tokens, experts", 2)
-    for name, number in (("capacity", capacity), ("steps", steps)):
-        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-            raise ValueError(f"tilewise.{op}: expected {name} to be an integer of at least 1, got {number!r}")
+    rows.check_integer(op, "capacity", capacity)
+    rows.check_integer(op, "steps", steps)
     rows.check_positive(op, "gamma", gamma)
     rows.check_positive(op, "lr", lr)

@@ -84,8 +84,7 @@ def check_problem(
     else:
         number = rows.check_positive(op, "epsilon", epsilon)
         epsilon = torch.full((size,), number, dtype=wide, device=like.device)
-    if not isinstance(max_iter, int) or max_iter < 1:
-        raise ValueError(f"tilewise.{op}: expected max_iter to be an integer of at least 1, got {max_iter!r}")
+    rows.check_integer(op, "max_iter", max_iter)
     tol = rows.check_number(op, "tol", tol, low=0.0)
     if not isinstance(reg_marginal, tuple):
         reg_marginal = (reg_marginal, reg_marginal)

@@ -31,7 +31,12 @@ def simplex_topk(x: Tensor, *, k: int, scale: float = 1.0) -> Tensor:
     total = torch.full(x.shape[:-1], scale, dtype=x.dtype, device=x.device)
     values, indices, level, top = project(x, total, k)
     p = torch.zeros_like(x).scatter(-1, indices, (values - level).clamp(min=0))
-    return torch.where(top.isfinite() & ~x.isnan().any(-1, keepdim=True), p, torch.nan)
+    return torch.where(usable(x, top), p, torch.nan)
+
+
+def usable(s: Tensor, top: Tensor) -> Tensor:
+    """Whether the largest can be projected from: without, all there is to say is NaN."""
+    return top.isfinite() & ~s.isnan().any(-1, keepdim=True)
 
 
 def simplex_topk_backward(grad: Tensor, p: Tensor) -> Tensor:
@@ -46,8 +51,9 @@ def sparse_ot_columns(costs, alpha, level, *, k, gamma, dual=False):
     kept, indices, below, top = project(s, gamma * level, k)
     if dual:
         below = -level[..., None] - top
-    tau = -level if dual else (top + below)[..., 0]
-    mass = (kept - below).clamp(min=0) / gamma
+    solvable = usable(s, top)
+    tau = torch.where(solvable[..., 0], -level if dual else (top + below)[..., 0], torch.nan)
+    mass = torch.where(solvable, (kept - below).clamp(min=0) / gamma, 0)
     row_sums = torch.zeros_like(alpha).scatter_add(1, indices.flatten(1), mass.flatten(1))
     margin = torch.full_like(level, torch.inf)
     if k < s.shape[-1]:
