@@ -1,6 +1,7 @@
 // The k largest numbers of a row, and the threshold at which they sum to a total (CPU).
 #pragma once
 
+#include <bit>
 #include <limits>
 
 #if defined(__AVX__)
@@ -91,17 +92,26 @@ static uint32_t lanes_above(const T* s, T level) {
 #endif
 }
 
-// What is above `level`, in order, and where.
+// What is above `level`, in order, and where. Of 64 lanes few are: the first of them are written without a branch.
 template <typename T>
 static int64_t gather_above(const T* s, int64_t size, T level, T* values, int64_t* where) {
+  constexpr int64_t kWord = 64, kFew = 4;
   int64_t count = 0;
-  for (int64_t i = 0; i < size; i += kLanes<T>) {
-    for (uint32_t bits = lanes_above(s + i, level); bits != 0; bits &= bits - 1) {
-      const int64_t at = i + __builtin_ctz(bits);
-      values[count] = s[at];
-      where[count++] = at;
-    }
+  for (int64_t i = 0; i < size; i += kWord) {
+    const int64_t lanes = size - i < kWord ? size - i : kWord;
+    uint64_t bits = 0;
+    for (int64_t lane = 0; lane < lanes; lane += kLanes<T>)
+      bits |= static_cast<uint64_t>(lanes_above(s + i + lane, level)) << lane;
+    const int64_t end = count + std::popcount(bits);
+    const auto take = [&](int64_t place) {
+      where[place] = i + std::countr_zero(bits);
+      bits &= bits - 1;
+    };
+    for (int64_t place = count; place < count + kFew; ++place) take(place);
+    for (int64_t place = count + kFew; place < end; ++place) take(place);
+    count = end;
   }
+  for (int64_t i = 0; i < count; ++i) values[i] = s[where[i]];
   return count;
 }
 
@@ -161,7 +171,7 @@ static int64_t keep_largest(const ProjectScratch<T>& scratch, int64_t size, int6
   const int64_t padded = pad(scratch.scores, size);
   Bracket<T> bracket{low, range.top, size, 0};
   if (!(range.bottom > low)) count_above<T, 1>(scratch.scores, padded, &low, &bracket.inside);
-  const int64_t limit = k + (k > 256 ? k / 4 : 64);
+  const int64_t limit = k + (k > 128 ? k / 2 : 64);
   if (bracket.inside > limit) {
     if (hint == hint) {
       const T width = (range.top - (range.bottom > low ? range.bottom : low)) / 128;
