@@ -86,6 +86,11 @@ STABLE_TORCH_LIBRARY(tilewise, m) {
       "-> (Tensor values, Tensor indices, Tensor beta, Tensor row_sums, Tensor margin)");
   m.def("simplex_topk(Tensor x, *, int k, float scale=1.0) -> Tensor");
   m.def("simplex_topk_backward(Tensor grad, Tensor p) -> Tensor");
+  m.def("wta_crs_norms(Tensor x) -> Tensor");
+  m.def(
+      "wta_crs_sample(Tensor x_norms, Tensor? norms, Tensor seed, *, int k, str method=\"systematic\", "
+      "float mix=0.05) -> (Tensor indices, Tensor scales)");
+  m.def("wta_crs_gather(Tensor x, Tensor indices, Tensor? scales=None) -> Tensor");
   m.def(
       "z_loss(Tensor logits, Tensor target, *, float a, float b, int ignore_index=-100, str reduction=\"mean\") "
       "-> (Tensor loss, Tensor row_state, Tensor total)");
@@ -132,6 +137,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tilewise, m) {
   m.def(
       "sparse_ot_backward(Tensor? grad_value, Tensor? grad_values, Tensor values, Tensor indices, Tensor alpha, "
       "Tensor beta, *, float gamma) -> (Tensor grad_entries, Tensor grad_a, Tensor grad_b)");
+  m.def(
+      "wta_crs_linear(Tensor x, Tensor weight, Tensor? bias=None, *, int? k=None, float? ratio=None, "
+      "Tensor? norms=None, Tensor? seed=None, str method=\"systematic\", float mix=0.05) -> Tensor");
+  m.def(
+      "wta_crs_matmul(Tensor a, Tensor b, *, int k, Tensor? seed=None, str method=\"systematic\", float mix=0.05) "
+      "-> Tensor");
   m.def(
       "linear_spherical_backward(Tensor grad_loss, Tensor hidden, Tensor weight, Tensor target, Tensor? bias, "
       "Tensor row_state, Tensor gram, Tensor mean, Tensor total, *, int ignore_index, str reduction, "

@@ -41,6 +41,9 @@ for dtype in (torch.float64, torch.float32):
         for cost in ("sqeuclidean", "euclidean")
     ]
     results += [tilewise.simplex_topk(x.detach(), 7), tilewise.sparse_ot(cost[:2], k=60, tol=0.0, max_iter=4).alpha]
+    sample = tilewise.wta_crs_sample(w, k=30, norms=w.detach().norm(dim=1), seed=7)
+    results += [sample.rows, sample.scales.to(dtype), sample.indices.to(dtype)]
+    losses += [tilewise.wta_crs_linear(x[:, :9], w[:20, :9], k=11, seed=7).square().sum()]
     losses += [tilewise.sinkhorn(w[:9, :9], epsilon=1.0, gradient="unrolled", max_iter=5).plan()[0].sum()]
     results += [loss.detach() for loss in losses]
     results += torch.autograd.grad(sum(losses), (x, y, w))

@@ -34,6 +34,7 @@ STACK_LIMIT = {
 SPARSE = ["simplex_topk_kernel", "simplex_topk_backward_kernel"] + [
     f"sparse_{part}_kernel" for part in ("cut", "rows", "lists")
 ]
+WTA_CRS = [f"wta_crs_{part}_kernel" for part in ("norms", "sample", "gather")]
 SINKHORN = [f"sinkhorn_{part}_kernel" for part in ("apply", "half_step", "plan", "small", "unrolled_backward")]
 ALL_OPTIONS = {"label_smoothing": 0.1, "lse_square_scale": 1e-4, "softcap": 30.0, "logit_scale": 0.5}
 PLAIN = {"label_smoothing": 0.0, "lse_square_scale": 0.0, "softcap": None, "logit_scale": 1.0}
@@ -157,6 +158,22 @@ def run_sparse():
             sparse_ot_columns(empty(batch, n, m), empty(batch, m), empty(batch, n), k=4, gamma=1.0, dual=dual)
 
 
+def run_wta_crs(dtype):
+    """Long and short rows, one place and many, every method, with and without norms of the gradients."""
+    from tilewise.triton_kernels.wta_crs import OPS
+
+    seed = torch.empty(1, dtype=torch.int64, device="meta")
+    for shape, k in (((1, 16384, 4096), 1639), ((8, 512, 33), 1)):
+        x = torch.empty(shape, dtype=dtype, device="meta")
+        norms = OPS["wta_crs_norms"](x)
+        OPS["wta_crs_norms"](x.mT)
+        for method in ("systematic", "wta", "crs"):
+            indices, scales = OPS["wta_crs_sample"](norms, norms, seed, k=k, method=method)
+        OPS["wta_crs_sample"](norms, None, seed, k=k, mix=0.0)
+        OPS["wta_crs_gather"](x, indices, scales)
+        OPS["wta_crs_gather"](x, indices)
+
+
 def run_operators(dtype):
     """Long rows with 16-byte accesses, long rows without, short rows that share a program, V = 1, transposed rows."""
 
@@ -176,6 +193,7 @@ def run_operators(dtype):
     run_linear_cross_entropy(dtype, D=512, V=50257, options=ALL_OPTIONS, everything=True)
     run_linear_cross_entropy(dtype, D=512, V=50257, options=ALL_OPTIONS, probabilities=True)
     run_pairwise(dtype)
+    run_wta_crs(dtype)
     if dtype == torch.float32:
         run_sinkhorn()
         run_sparse()
@@ -267,6 +285,7 @@ def test_kernels_fit(reports, arch, dtype):
         "spherical_family_forward_kernel",
         "spherical_family_backward_kernel",
         "reduce_rows_kernel",
+        *WTA_CRS,
         *(SINKHORN + SPARSE if dtype == "float32" else ()),
     }
     assert [r for r in compiled if r["local"] or r["shared"] > SHARED_MEMORY_LIMIT] == []

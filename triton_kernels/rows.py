@@ -17,11 +17,11 @@ REDUCE_BLOCK = 4096
 FULL_GRID = 8192
 
 
-def check_logits(op: str, logits: torch.Tensor) -> None:
+def check_logits(op: str, logits: torch.Tensor, name: str = "logits") -> None:
     """Refuses the dtypes whose statistics float32 cannot hold."""
     if logits.dtype not in DTYPES:
         raise TypeError(
-            f"tilewise.{op}: the Triton backend takes float32, bfloat16 or float16 logits, got {logits.dtype}"
+            f"tilewise.{op}: the Triton backend takes float32, bfloat16 or float16 {name}, got {logits.dtype}"
         )
 
 

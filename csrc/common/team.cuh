@@ -45,6 +45,27 @@ class Team {
     return all(value, [](T a, T b) { return a + b; });
   }
 
+  // The sum over the threads before this one; `total` becomes that of all.
+  template <typename T>
+  __device__ __forceinline__ T sum_before(T value, T& total) const {
+    T sum = value;
+#pragma unroll
+    for (int lanes = 1; lanes < kWarp; lanes *= 2) {
+      const T other = __shfl_up_sync(0xffffffffu, sum, lanes);
+      if (threadIdx.x % kWarp >= lanes) sum += other;
+    }
+    T* of_warps = static_cast<T*>(shared_);
+    if (threadIdx.x % kWarp == kWarp - 1) of_warps[threadIdx.x / kWarp] = sum;
+    __syncthreads();
+    total = T(0);
+    for (unsigned warp = 0; warp < blockDim.x / kWarp; ++warp) {
+      if (warp == threadIdx.x / kWarp) sum += total;
+      total += of_warps[warp];
+    }
+    __syncthreads();
+    return sum - value;
+  }
+
   template <typename Function>
   __device__ __forceinline__ double sum(int64_t n, const Function& f) const {
     double total = 0.0;
@@ -63,5 +84,10 @@ class Team {
 
   void* shared_;
 };
+
+// (threads of a row, rows of a block)
+inline dim3 team_block(int64_t size) { return size <= 1024 ? dim3(kWarp, 8) : dim3(256, 1); }
+inline int64_t team_blocks(int64_t rows, dim3 block) { return (rows + block.y - 1) / block.y; }
+constexpr size_t kTeamBytes = Team::kMostWarps * 8;
 
 }  // namespace tilewise

@@ -136,9 +136,4 @@ __device__ __forceinline__ Cut find_cut(const Team& team, const Scores& scores, 
   }
 }
 
-// (threads of a row, rows of a block)
-inline dim3 team_block(int64_t size) { return size <= 1024 ? dim3(kWarp, 8) : dim3(256, 1); }
-inline int64_t team_blocks(int64_t rows, dim3 block) { return (rows + block.y - 1) / block.y; }
-constexpr size_t kTeamBytes = Team::kMostWarps * 8;
-
 }  // namespace tilewise

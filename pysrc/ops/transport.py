@@ -190,6 +190,12 @@ def register_composite(op: str, function) -> None:
     COMPOSITE.add(op)
 
 
+def register_implicit(op: str, function) -> None:
+    """A public function whose autograd is that of the operators in it."""
+    _library.impl(op, function, "CompositeImplicitAutograd")
+    COMPOSITE.add(op)
+
+
 COMPOSITE: set[str] = set()  # operators that need no reference, for they are PyTorch's and others of tilewise's
 _library = torch.library.Library("tilewise", "IMPL")
 

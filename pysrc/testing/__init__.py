@@ -2,7 +2,7 @@
 
 from tilewise.testing.accuracy import assert_accurate, floor, relative_error
 from tilewise.testing.inputs import class_targets, confident_logits, masked_logits
-from tilewise.testing.memory import allocated_bytes
+from tilewise.testing.memory import allocated_bytes, saved_bytes
 
 __all__ = [
     "allocated_bytes",
@@ -12,4 +12,5 @@ __all__ = [
     "floor",
     "masked_logits",
     "relative_error",
+    "saved_bytes",
 ]

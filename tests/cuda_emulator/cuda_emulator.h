@@ -180,6 +180,12 @@ T __shfl_down_sync(unsigned mask, T value, int lanes) {
   return emulator::shuffle(mask, value, emulator::machine.current % emulator::kWarp + lanes);
 }
 
+template <typename T>
+T __shfl_up_sync(unsigned mask, T value, int lanes) {
+  const int lane = emulator::machine.current % emulator::kWarp;
+  return emulator::shuffle(mask, value, lane >= lanes ? lane - lanes : lane);
+}
+
 inline void __syncwarp() { emulator::shuffle(0xffffffffu, 0, 0); }
 
 inline bool __any_sync(unsigned mask, bool value) {

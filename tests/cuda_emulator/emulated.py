@@ -24,6 +24,7 @@ FLAGS = ["-std=c++20", "-O1", "-fPIC", "-Wno-unknown-pragmas", "-Wno-pragmas", f
 
 GUARD = 64  # elements around every tensor
 SENTINEL = -(2**62) + 12345
+SENTINEL_32 = -(2**30) + 12345
 DTYPES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 KINDS = {"z": 0, "taylor": 1, "spherical": 2}
@@ -120,6 +121,17 @@ class SparseCall(ctypes.Structure):
     ]
 
 
+class RowsCall(ctypes.Structure):
+    """Mirrors `RowsCall` of driver.cpp."""
+
+    _fields_ = [
+        *[(name, c_int64) for name in ("batch", "rows", "columns", "k", "dtype")],
+        ("data", c_void_p),
+        *[(name, c_int64) for name in ("batch_stride", "row_stride", "column_stride")],
+        *[(name, c_void_p) for name in ("indices", "scales", "out")],
+    ]
+
+
 def build() -> ctypes.CDLL:
     """Compiles once per content of the sources, into build/cuda_emulator."""
     digest = hashlib.sha256(" ".join([str(COMPILER), *FLAGS]).encode())
@@ -152,6 +164,9 @@ def build() -> ctypes.CDLL:
     loaded.simplex_topk.argtypes = [c_void_p] * 3 + [c_int64] * 3 + [c_double]
     loaded.sparse_transport.argtypes = [ctypes.POINTER(SparseCall)]
     loaded.simplex_topk.restype = loaded.sparse_transport.restype = c_char_p
+    for function in (loaded.wta_crs_norms, loaded.wta_crs_gather, loaded.wta_crs_sample):
+        function.argtypes, function.restype = [ctypes.POINTER(RowsCall)], c_char_p
+    loaded.wta_crs_sample.argtypes += [c_void_p] * 4 + [c_int64] * 2
     loaded.pairwise.argtypes = [ctypes.POINTER(PairCall)]
     loaded.pairwise.restype = c_char_p
     loaded.accumulate.argtypes = [c_int64, c_void_p, c_void_p, c_void_p, c_int64, c_int, c_int]
@@ -171,7 +186,7 @@ class Guards:
         if strides is None:
             strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
         extent = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if math.prod(shape) else 0
-        poison = math.nan if dtype.is_floating_point else SENTINEL
+        poison = math.nan if dtype.is_floating_point else SENTINEL_32 if dtype == torch.int32 else SENTINEL
         buffer = torch.full((extent + 3 * GUARD + offset,), poison, dtype=dtype)
         first = (-buffer.data_ptr() % 64) // buffer.element_size() + GUARD + offset
         inside = torch.zeros_like(buffer, dtype=torch.bool)

@@ -1,0 +1,356 @@
+"""Sampled matrix products: fakes, autograd, and the public functions."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from tilewise.ops import rows, transport
+
+METHODS = ("systematic", "wta", "crs")
+
+
+class RowSample(NamedTuple):
+    """What :func:`tilewise.wta_crs_sample` returns: the rows of x from which weight gradients are estimated.
+
+    Attributes:
+        rows: (k, d_in), unscaled, of the dtype in which the layers compute.
+        indices: (k,) int32, or None: all rows are there, and nothing is sampled.
+        scales: (k,) float32, or None.
+    """
+
+    rows: Tensor
+    indices: Tensor | None
+    scales: Tensor | None
+
+
+def wta_crs_sample(
+    x: Tensor,
+    *,
+    k: int | None = None,
+    ratio: float | None = None,
+    norms: Tensor | None = None,
+    seed: int | Tensor | None = None,
+    method: str = "systematic",
+    mix: float = 0.05,
+) -> RowSample:
+    r"""Chooses k rows of the input of a linear layer, of all its batch dimensions jointly.
+
+    Row i counts by its share of the sizes of its summand, :math:`p_i \propto |x_i| |y_i|` with y the gradient of the
+    output, mixed with a little uniform share. The largest are kept for certain, as long as
+    :math:`p_i \ge (1 - P_C) / (k - |C|)`; the other places are drawn from the rest, and scaled so that the estimate is
+    unbiased, whatever the norms were. Layers with one input (q, k and v, or gate and up) should share one sample:
+    three samples are three times the memory.
+
+    From "Winner-Take-All Column Row Sampling for Memory Efficient Adaptation of Language Model" (Liu et al., 2023).
+
+    Args:
+        x: (..., d_in), float64 (on a CPU), float32, bfloat16 or float16; n rows.
+        k: in [1, 2^31), how many; with k >= n nothing is sampled and the gradient is exact.
+        ratio: in (0, 1], instead of k: of ceil(ratio n) rows.
+        norms: (n,) or x.shape[:-1], >= 0, any floating dtype: an estimate of :math:`|y_i|`, such as that of the last
+            visit; None: all equal.
+        seed: an integer in [0, 2^63), or an int64 tensor of one element on the device of x. The same seed means the
+            same rows on every backend, which is why a gradient may be recomputed. None: drawn from torch's generator.
+        method: "systematic": at equal distances along the running sums of p, without replacement; "wta": with
+            replacement, as in the paper; "crs": with replacement from all rows, none for certain.
+        mix: in [0, 1], the uniform share; it bounds the scales by n / (k mix).
+
+    Returns:
+        A :class:`~tilewise.RowSample`, to be given to :func:`tilewise.wta_crs_linear`. On a GPU a negative or NaN norm
+        makes the scales NaN.
+
+    Raises:
+        ValueError: a shape, a device or an option is not as above, or not one of k and ratio is given.
+        TypeError: a dtype is not as above.
+        RuntimeError: on a CPU: a norm is negative, infinite or NaN.
+
+    Example:
+        >>> import torch, tilewise
+        >>> x, wq, wk = torch.randn(2, 50, 8), torch.randn(8, 8), torch.randn(8, 8)
+        >>> sample = tilewise.wta_crs_sample(x, ratio=0.1)
+        >>> sample.rows.shape
+        torch.Size([10, 8])
+        >>> q, k = (tilewise.wta_crs_linear(x, w, sample=sample) for w in (wq.requires_grad_(), wk.requires_grad_()))
+    """
+    op = "wta_crs_sample"
+    transport.check_tensor(op, "x", x, "d_in", 1)
+    x = x.detach()
+    x = x.reshape(-1, x.shape[-1])
+    n, k = len(x), check_count(op, len(x), k, ratio)
+    norms = check_norms(op, norms, x, n)
+    check_options(op, method, mix)
+    seed = seed_tensor(op, seed, x)
+    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    if k >= n:
+        return RowSample(x.to(dtype), None, None)
+    x_norms = torch.ops.tilewise.wta_crs_norms(x[None])
+    options = {"k": k, "method": method, "mix": float(mix)}
+    indices, scales = torch.ops.tilewise.wta_crs_sample(x_norms, norms, seed, **options)
+    return RowSample(torch.ops.tilewise.wta_crs_gather(x[None], indices)[0].to(dtype), indices[0], scales[0])
+
+
+def wta_crs_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    k: int | None = None,
+    ratio: float | None = None,
+    norms: Tensor | None = None,
+    seed: int | Tensor | None = None,
+    method: str = "systematic",
+    mix: float = 0.05,
+    sample: RowSample | None = None,
+    record: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    r"""torch.nn.functional.linear that keeps k of the n rows of x for the backward.
+
+    The result, and the gradients of x and of the bias, are those of torch, bit by bit. The gradient of the weight,
+    :math:`\sum_i y_i x_i^T` with y the gradient of the result, is estimated without bias from a sample of the rows
+    (:func:`tilewise.wta_crs_sample`): the backward needs k (d_in e + 8) bytes instead of n d_in e, e bytes an element,
+    and one of the three matrix products of a step shrinks to k/n, so that a step takes at least (2 + k/n) / 3 of the
+    time. Where the weight needs no gradient nothing is sampled. It can be differentiated once.
+
+    From "Winner-Take-All Column Row Sampling for Memory Efficient Adaptation of Language Model" (Liu et al., 2023).
+
+    Args:
+        x: (..., d_in), float64 (on a CPU), float32, bfloat16 or float16. Of float16 the gradient's rows are scaled by
+            about n/k: a gradient scaler settles lower.
+        weight: (d_out, d_in).
+        bias: (d_out,).
+        k, ratio, norms, seed, method, mix: as for :func:`tilewise.wta_crs_sample`.
+        sample: of this x, instead of all these.
+        record: (table, ids), a floating table (samples, tokens) and int64 ids (b,), where x has b times t rows, t at
+            most tokens: the backward writes the norms :math:`|y_i|` of the j-th t rows to table[ids[j], :t]. Of equal
+            ids one counts.
+
+    Returns:
+        (..., d_out).
+
+    Raises:
+        ValueError: a shape, a device or an option is not as above.
+        TypeError: a dtype is not as above.
+        RuntimeError: on a CPU: a norm is negative, infinite or NaN; or the gradient is differentiated again.
+
+    Example:
+        >>> import torch, tilewise
+        >>> x, weight = torch.randn(2, 50, 8), torch.randn(4, 8, requires_grad=True)
+        >>> tilewise.wta_crs_linear(x, weight, ratio=0.1).square().sum().backward()
+        >>> weight.grad.shape
+        torch.Size([4, 8])
+    """
+    op = "wta_crs_linear"
+    transport.check_tensor(op, "x", x, "d_in", 1)
+    if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
+        got = tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
+        raise ValueError(f"tilewise.{op}: expected weight to have shape (d_out, {x.shape[-1]}), got {got}")
+    n = math.prod(x.shape[:-1])
+    if sample is None:
+        # Before anything is skipped, so that what is wrong is wrong in evaluation too.
+        check_count(op, n, k, ratio)
+        check_options(op, method, mix)
+        check_norms(op, norms, x, n)
+    elif k is not None or ratio is not None:
+        raise ValueError(f"tilewise.{op}: expected k, ratio or sample, got more than one")
+    if record is not None:
+        check_record(op, record, x, n)
+    if not (weight.requires_grad and torch.is_grad_enabled()):
+        return functional.linear(x, weight, bias)
+    if sample is None:
+        sample = wta_crs_sample(x, k=k, ratio=ratio, norms=norms, seed=seed, method=method, mix=mix)
+    if sample.rows.shape[-1] != x.shape[-1]:
+        raise ValueError(
+            f"tilewise.{op}: expected the sample to have rows of {x.shape[-1]}, got {sample.rows.shape[-1]}"
+        )
+    if sample.indices is None and record is None:
+        return functional.linear(x, weight, bias)
+    y = _linear_of_constant(x, weight.detach(), bias)
+    return _SampledWeightGradient.apply(y, weight, *sample, *(record or (None, None)))
+
+
+def _linear_of_constant(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The product that torch takes for a weight with a gradient: of strided x of three dimensions it takes another for
+    a constant, with other rounding."""
+    if x.dim() < 3 or x.is_contiguous():
+        return functional.linear(x, weight, bias)
+    y = functional.linear(x.reshape(-1, x.shape[-1]), weight).reshape(*x.shape[:-1], weight.shape[0])
+    return y if bias is None else y + bias
+
+
+class _SampledWeightGradient(torch.autograd.Function):
+    """y as it is; on its way back its gradient leaves an estimate of that of the weight, and its norms in a table."""
+
+    @staticmethod
+    def forward(ctx, y, weight, sampled, indices, scales, table, ids):
+        ctx.save_for_backward(sampled, indices, scales, ids)
+        ctx.dtype, ctx.table = weight.dtype, table
+        # Not a view to autograd, which would refuse the relu_ that often follows. Nothing else holds y.
+        return torch.ops.aten._unsafe_view(y, y.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        sampled, indices, scales, ids = ctx.saved_tensors
+        by_rows = grad.reshape(-1, grad.shape[-1])[None]
+        if ctx.table is not None:
+            norms = torch.ops.tilewise.wta_crs_norms(by_rows).reshape(len(ids), -1)
+            ctx.table[ids, : norms.shape[1]] = norms.to(ctx.table.dtype)
+        chosen = by_rows if indices is None else torch.ops.tilewise.wta_crs_gather(by_rows, indices[None], scales[None])
+        of_weight = chosen[0].t() @ sampled.to(grad.dtype)
+        return grad, of_weight.to(ctx.dtype), None, None, None, None, None
+
+
+def wta_crs_matmul(
+    a: Tensor, b: Tensor, *, k: int, seed: int | Tensor | None = None, method: str = "systematic", mix: float = 0.05
+) -> Tensor:
+    r"""An unbiased estimate of a @ b from k of its n column-row pairs, chosen for every product of a batch.
+
+    Pair i counts by :math:`p_i \propto |a_{:i}| |b_i|`; else as :func:`tilewise.wta_crs_sample`. With p so, the
+    variance of "crs" is :math:`(\Lambda^2 - |ab|^2) / k`, :math:`\Lambda = \sum |a_{:i}| |b_i|`, and that of "wta"
+    :math:`(\Lambda^2 (1 - P_C)^2 - |\mathrm{rest}|^2) / (k - |C|)`. The gradients are those of the estimate, unbiased
+    estimates of a product's: only the k pairs are kept for them, and only their entries get any.
+
+    From "Winner-Take-All Column Row Sampling for Memory Efficient Adaptation of Language Model" (Liu et al., 2023).
+
+    Args:
+        a: (..., m, n), float64 (on a CPU), float32, bfloat16 or float16.
+        b: (..., n, p) of the same dtype and batch.
+        k: in [1, 2^31), pairs of each product; with k >= n the result is exact.
+        seed, method, mix: as for :func:`tilewise.wta_crs_sample`.
+
+    Returns:
+        (..., m, p).
+
+    Raises:
+        ValueError: a shape or an option is not as above.
+        TypeError: a dtype is not as above.
+
+    Example:
+        >>> import torch, tilewise
+        >>> a, b = torch.randn(4, 16, 100), torch.randn(4, 100, 8)
+        >>> tilewise.wta_crs_matmul(a, b, k=20).shape
+        torch.Size([4, 16, 8])
+    """
+    op = "wta_crs_matmul"
+    transport.check_tensor(op, "a", a, "m, n", 2)
+    transport.check_tensor(op, "b", b, "n, p", 2)
+    n = a.shape[-1]
+    if b.shape[:-1] != (*a.shape[:-2], n) or b.dtype != a.dtype:
+        expected = ", ".join(map(str, (*a.shape[:-2], n)))
+        raise ValueError(
+            f"tilewise.{op}: expected b to be {a.dtype} of shape ({expected}, p), got {b.dtype} {tuple(b.shape)}"
+        )
+    rows.check_device(op, "b", b, a, "a")
+    k = check_count(op, n, k, None)
+    check_options(op, method, mix)
+    seed = seed_tensor(op, seed, a)
+    if k >= n:
+        return a @ b
+    columns, pairs = a.mT.flatten(0, -3) if a.dim() > 2 else a.mT[None], b.reshape(-1, *b.shape[-2:])
+    a_norms, b_norms = (torch.ops.tilewise.wta_crs_norms(t.detach()) for t in (columns, pairs))
+    indices, scales = torch.ops.tilewise.wta_crs_sample(a_norms, b_norms, seed, k=k, method=method, mix=float(mix))
+    left = torch.ops.tilewise.wta_crs_gather(columns, indices, scales)
+    product = left.mT @ torch.ops.tilewise.wta_crs_gather(pairs, indices)
+    return product.reshape(*a.shape[:-1], b.shape[-1])
+
+
+def check_count(op: str, n: int, k: int | None, ratio: float | None) -> int:
+    if (k is None) == (ratio is None):
+        raise ValueError(f"tilewise.{op}: expected either k or ratio, got k={k!r} and ratio={ratio!r}")
+    if k is not None:
+        return rows.check_integer(op, "k", k, high=2**31 - 1, of="rows")
+    return max(1, math.ceil(check_ratio(op, ratio) * n))
+
+
+def check_ratio(op: str, ratio: float) -> float:
+    if isinstance(ratio, Tensor) or not 0 < ratio <= 1:
+        raise ValueError(f"tilewise.{op}: expected ratio to be a number in (0, 1], got {ratio!r}")
+    return float(ratio)
+
+
+def check_options(op: str, method: str, mix: float) -> None:
+    if method not in METHODS:
+        raise ValueError(f"tilewise.{op}: expected method to be one of {', '.join(METHODS)}, got {method!r}")
+    if isinstance(mix, Tensor) or not 0 <= mix <= 1:
+        raise ValueError(f"tilewise.{op}: expected mix to be a number in [0, 1], got {mix!r}")
+
+
+def check_norms(op: str, norms: Tensor | None, x: Tensor, n: int) -> Tensor | None:
+    if norms is None:
+        return None
+    if not isinstance(norms, Tensor) or not norms.is_floating_point():
+        got = norms.dtype if isinstance(norms, Tensor) else type(norms).__name__
+        raise TypeError(f"tilewise.{op}: expected norms to be a floating tensor or None, got {got}")
+    if norms.numel() != n:
+        raise ValueError(f"tilewise.{op}: expected norms to have {n} elements, one for a row, got {tuple(norms.shape)}")
+    rows.check_device(op, "norms", norms, x, "x")
+    return norms.detach().to(torch.float32).reshape(1, n).contiguous()
+
+
+def check_record(op: str, record: tuple[Tensor, Tensor], x: Tensor, n: int) -> None:
+    table, ids = record
+    if table.dim() != 2 or not table.is_floating_point() or ids.dim() != 1 or ids.dtype != torch.int64:
+        raise ValueError(
+            f"tilewise.{op}: expected record to be a floating table (samples, tokens) and int64 ids (b,), "
+            f"got {table.dtype} {tuple(table.shape)} and {ids.dtype} {tuple(ids.shape)}"
+        )
+    if len(ids) == 0 or n % len(ids) or n // len(ids) > table.shape[1]:
+        raise ValueError(
+            f"tilewise.{op}: expected {n} rows to be those of {len(ids)} samples with at most {table.shape[1]} tokens"
+        )
+    for name, tensor in (("the table of record", table), ("the ids of record", ids)):
+        rows.check_device(op, name, tensor, x, "x")
+
+
+def seed_tensor(op: str, seed: int | Tensor | None, like: Tensor) -> Tensor:
+    """On the device, without waiting for it."""
+    if seed is None:
+        return torch.randint(2**63 - 1, (1,), device=like.device)
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.numel() != 1:
+            raise ValueError(
+                f"tilewise.{op}: expected seed to be int64 with one element, got {seed.dtype} {tuple(seed.shape)}"
+            )
+        rows.check_device(op, "seed", seed, like, "x")
+        return seed.reshape(1)
+    rows.check_integer(op, "seed", seed, low=0, high=2**63 - 1, of="int64")
+    return torch.full((1,), seed, dtype=torch.int64, device=like.device)
+
+
+@torch.library.register_fake("tilewise::wta_crs_norms")
+def _norms_fake(x):
+    return x.new_empty(x.shape[:2], dtype=torch.float32)
+
+
+@torch.library.register_fake("tilewise::wta_crs_sample")
+def _sample_fake(x_norms, norms, seed, *, k, method="systematic", mix=0.05):
+    places = x_norms.shape[0], k
+    return x_norms.new_empty(places, dtype=torch.int32), x_norms.new_empty(places)
+
+
+@torch.library.register_fake("tilewise::wta_crs_gather")
+def _gather_fake(x, indices, scales=None):
+    return x.new_empty(x.shape[0], indices.shape[1], x.shape[2])
+
+
+def _keep_places(ctx, inputs, output):
+    x, indices, scales = inputs
+    ctx.save_for_backward(indices, scales)
+    ctx.rows = x.shape[1]
+
+
+def _scatter(ctx, grad):
+    indices, scales = ctx.saved_tensors
+    if scales is not None:
+        grad = (grad * scales[:, :, None]).to(grad.dtype)
+    zeros = grad.new_zeros(grad.shape[0], ctx.rows, grad.shape[2])
+    return zeros.scatter_add(1, indices.long()[:, :, None].expand_as(grad), grad), None, None
+
+
+torch.library.register_autograd("tilewise::wta_crs_gather", _scatter, setup_context=_keep_places)
+transport.register_implicit("wta_crs_linear", wta_crs_linear)
+transport.register_implicit("wta_crs_matmul", wta_crs_matmul)
