@@ -38,6 +38,9 @@ DOCUMENTED = (
     "spherical_softmax_loss",
     "supcon",
     "taylor_softmax_loss",
+    "wta_crs_linear",
+    "wta_crs_matmul",
+    "wta_crs_sample",
     "z_loss",
 )
 
@@ -49,13 +52,14 @@ def test_docstring_example(name):
     assert doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(test).failed == 0
 
 
-def test_docstring_example_of_the_output_layer():
-    test = doctest.DocTestFinder(recurse=False).find(tilewise.nn.FactoredSphericalOutput, "layer", globs={})[0]
-    assert test.examples and doctest.DocTestRunner().run(test).failed == 0
+@pytest.mark.parametrize("name", ["FactoredSphericalOutput", "SampledGroup", "WTACRSLinear", "convert_linear"])
+def test_docstring_example_of_a_module(name):
+    test = doctest.DocTestFinder(recurse=False).find(getattr(tilewise.nn, name), name, globs={})[0]
+    assert test.examples and doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(test).failed == 0
 
 
 def test_every_public_function_is_documented():
-    results = {"CrossEntropyStats", "Routing", "SinkhornResult", "SparseOTResult"}
+    results = {"CrossEntropyStats", "Routing", "RowSample", "SinkhornResult", "SparseOTResult"}
     functions = {name for name in tilewise.__all__ if callable(getattr(tilewise, name))} - results
     assert functions == set(DOCUMENTED)
 

@@ -15,6 +15,7 @@ from tilewise.nn.pairwise import (
 )
 from tilewise.nn.sparse_transport import MixtureOfExperts, SparseOTRouter
 from tilewise.nn.transport import MongeGap, SamplesLoss, SinkhornDivergence
+from tilewise.nn.wta_crs import NormCache, SampledGroup, WTACRSLinear, convert_linear, restore_linear, set_sample_ids
 
 __all__ = [
     "MALA",
@@ -28,7 +29,9 @@ __all__ = [
     "MultiSimilarityLoss",
     "MultiSimilarityMiner",
     "NTXentLoss",
+    "NormCache",
     "PairWeightedLoss",
+    "SampledGroup",
     "SamplesLoss",
     "SigLipLoss",
     "SinkhornDivergence",
@@ -36,6 +39,10 @@ __all__ = [
     "SphericalSoftmaxLoss",
     "SupConLoss",
     "TaylorSoftmaxLoss",
+    "WTACRSLinear",
     "ZLoss",
+    "convert_linear",
+    "restore_linear",
     "rotation_2d",
+    "set_sample_ids",
 ]
