@@ -62,12 +62,13 @@ test: build native lint ## lint and run every test that needs no GPU
 bench: build ## benchmarks on this machine, and the language model trained both ways
 	@$(PY) bench/run.py
 
-headlines: build ## the papers' claims on whole training steps (about 10 min), then the report with them
+headlines: build ## the papers' claims on whole training steps (about 15 min), then the report with them
 	@$(PY) bench/headlines/z_loss.py
 	@$(PY) bench/headlines/multi_similarity.py
 	@$(PY) bench/headlines/mala.py
 	@$(PY) bench/headlines/monge_gap.py
 	@$(PY) bench/headlines/sparse_ot.py
+	@$(PY) bench/headlines/wta_crs.py
 	@$(PY) bench/report.py
 
 bench-compare: build ## the CPU regression suite, against its last saved run

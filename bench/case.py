@@ -16,7 +16,7 @@ PHASES = ("forward", "backward", "both")
 SCALAR_ERROR = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 5e-3}
 GRADIENT_ERROR = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 5e-2}
 ROWS, LAYERS, PAIRS, ATTENTION = "row losses", "output layers", "pairwise losses", "attention"
-TRANSPORT = "optimal transport"
+TRANSPORT, SAMPLED = "optimal transport", "sampled products"
 PAIR_LOSSES = ("multi_similarity_loss", "supcon", "siglip_loss")
 
 Reference = tuple[float, list[tuple[Tensor, Tensor]]]  # float64 loss; per leaf some row indices, gradient of those rows
@@ -30,6 +30,8 @@ def family(op: str) -> str:
         return TRANSPORT
     if op == "mala":
         return ATTENTION
+    if op.startswith("wta_crs"):
+        return SAMPLED
     return LAYERS if op.startswith("linear_") else ROWS
 
 

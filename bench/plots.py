@@ -97,10 +97,22 @@ def bars(title: str, unit: str, items: Sequence[Bar], width: int = 860, marker: 
     return svg(width, bottom + 22, title, parts)
 
 
-def curves(title: str, across: str, series: dict[str, Sequence[float]], kinds: dict[str, str], width: int = 860) -> str:
-    """Lines over steps 1, 2, ...; the first series is drawn widest, so that lines which coincide both stay visible."""
+def curves(
+    title: str,
+    across: str,
+    series: dict[str, Sequence[float]],
+    kinds: dict[str, str],
+    width: int = 860,
+    bands: dict[str, tuple[Sequence[float], Sequence[float]]] | None = None,
+) -> str:
+    """Lines over steps 1, 2, ...; the first series is drawn widest, so that lines which coincide both stay visible.
+
+    `bands` shades what lies between the lower and the upper line of a series.
+    """
     height, left, right, top, bottom = 300, 48, 12, 12, 40
-    values = [value for line in series.values() for value in line]
+    bands = bands or {}
+    edges = [edge for band in bands.values() for edge in band]
+    values = [value for line in (*series.values(), *edges) for value in line]
     low, high = min(values), max(values)
     steps = max(len(line) for line in series.values())
 
@@ -122,9 +134,16 @@ def curves(title: str, across: str, series: dict[str, Sequence[float]], kinds: d
             element("text", f"{tick:g}", class_="tick", x=x(tick), y=height - bottom + 18, text_anchor="middle")
         )
     parts.append(element("text", across, class_="tick", x=width - right, y=height - 4, text_anchor="end"))
-    for order, (name, line) in enumerate(series.items()):
-        points = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in enumerate(line, 1))
-        parts.append(element("polyline", class_=f"curve c{order} {kinds[name]}", points=points))
+
+    def points(line: Sequence[float]) -> list[str]:
+        return [f"{x(step):.1f},{y(value):.1f}" for step, value in enumerate(line, 1)]
+
+    orders = {name: order for order, name in enumerate(series)}
+    for name, (lower, upper) in bands.items():
+        outline = " ".join(points(upper) + points(lower)[::-1])
+        parts.append(element("polygon", class_=f"band c{orders[name]}", points=outline))
+    for name, line in series.items():
+        parts.append(element("polyline", class_=f"curve c{orders[name]} {kinds[name]}", points=" ".join(points(line))))
     return svg(width, height, title, parts)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import plots
 import results
-from case import ATTENTION, LAYERS, PAIRS, ROWS, TRANSPORT, family, forms_products
+from case import ATTENTION, LAYERS, PAIRS, ROWS, SAMPLED, TRANSPORT, family, forms_products
 from plots import Bar, number
 from results import COPY, EAGER, ROOT
 
@@ -29,6 +29,7 @@ SHAPES = {
     LAYERS: "rows × features × classes",
     PAIRS: "embeddings",
     ATTENTION: "batch × heads × tokens × features",
+    SAMPLED: "rows × width × layers",
     TRANSPORT: "(batch ×) rows × columns (× features or k)",
 }
 METHOD = (
@@ -41,7 +42,8 @@ METHOD = (
     "rows of features and a weight per class. Their GFLOP/s count one number of operations for all, that of the matrix "
     "products any exact implementation needs; errors are the worst among rows of both gradients, confident targets "
     "have p near 0.9; and peak memory is what every contender takes beyond the inputs and the gradients it returns. "
-    "Transport counts one pass over its pairs for every iteration, whether an implementation makes it or not."
+    "Transport counts one pass over its pairs for every iteration, whether an implementation makes it or not. Sampled "
+    "products are judged by their exact parts, the results and the gradient of x; all three products count as work."
 )
 
 

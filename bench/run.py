@@ -39,6 +39,7 @@ OPERATORS = (
     "simplex_topk",
     "sparse_ot",
     "sparse_ot_router",
+    "wta_crs_linear",
 )
 TRAINING_SECONDS = 35.0  # what the language model may take of the budget
 

@@ -149,6 +149,23 @@ def sparse(n: int, m: int, features: int, device: str):
         check("sparse_ot_router", tilewise.sparse_ot_router(leaf, k, steps=3).weights, leaf)
 
 
+def sampled(n: int, m: int, features: int, dtype: torch.dtype, device: str):
+    """Every method, one place to all, dense and strided rows; norms given and recorded; products in batches."""
+    table, ids = torch.zeros(3, n, device=device), torch.arange(2, device=device)
+    for strided in (False, True):
+        x = torch.randn(2, *((features, n) if strided else (n, features)), device=device).to(dtype)
+        x = x.mT if strided else x
+        pairs = torch.randn(2, features, m, device=device).to(dtype)
+        for k in {1, n, max(1, 2 * n // 3)}:
+            for method in ("systematic", "wta", "crs"):
+                options = {"k": k, "norms": torch.rand(2, n, device=device), "method": method, "record": (table, ids)}
+                weight = torch.randn(m, features, device=device).to(dtype).requires_grad_()
+                check("wta_crs_linear", tilewise.wta_crs_linear(x, weight, **options), weight)
+                leaf = pairs.detach().requires_grad_()
+                product = tilewise.wta_crs_matmul(x, leaf, k=min(k, features), method=method)
+                check("wta_crs_matmul", product, leaf)
+
+
 def out_of_range(device: str):
     """Labels far outside the classes: NaN for their rows, no access, the other rows untouched."""
     target = torch.tensor([0, 10**9, -7], device=device)
@@ -175,6 +192,9 @@ def main():
             pairwise(5, 1500, dtype, device)
             attention(70, 16, dtype, device)
             attention(35, 96, dtype, device)
+            sampled(1, 1, 1, dtype, device)
+            sampled(70, 40, 33, dtype, device)
+            sampled(1500, 8, 16, dtype, device)
         for sizes in ((1, 1, 1), (3, 4, 2), (9, 17, 3), (33, 64, 3), (70, 130, 40)):
             transport(*sizes, device)
             sparse(*sizes, device)
