@@ -1,5 +1,7 @@
 """Losses and assignments over 2 and 3 real processes (gloo) against one process with the whole batch, in float64."""
 
+import copy
+import inspect
 import os
 import traceback
 
@@ -7,6 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel as DDP
 
 import tilewise
 from tilewise import distributed
@@ -76,10 +80,36 @@ def train_with_ddp(rank, world):
     tilewise.supcon(module(x), labels).backward()
     expected = [p.grad.clone() for p in module.parameters()]
     module.zero_grad()
-    wrapped = torch.nn.parallel.DistributedDataParallel(module)
+    wrapped = DDP(module)
     own = slice(rank * ROWS, (rank + 1) * ROWS)
     distributed.supcon(wrapped(x[own]), labels[own]).backward()
     torch.testing.assert_close([p.grad for p in module.parameters()], expected, rtol=1e-9, atol=1e-12)
+
+
+def train_with_sampled_gradients(rank, world):
+    """Ranks draw for their own rows: averaged gradients are the means of theirs, and caches stay apart."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(inplace=True), nn.Linear(16, 4))
+    tilewise.nn.convert_linear(model, ratio=0.3, samples=4 * world)
+    x = torch.randn(world, 4, 8)
+    alone = copy.deepcopy(model)
+    means = {}
+    for other in range(world):
+        torch.manual_seed(10 + other)
+        tilewise.nn.set_sample_ids(alone, torch.arange(4 * other, 4 * other + 4))
+        alone.zero_grad()
+        alone(x[other]).square().mean().backward()
+        for name, p in alone.named_parameters():
+            means[name] = means.get(name, 0) + p.grad / world
+    known = inspect.signature(DDP).parameters
+    wrapped = DDP(model, **{next(n for n in ("forward_sync_buffers", "broadcast_buffers") if n in known): False})
+    tilewise.nn.set_sample_ids(model, torch.arange(4 * rank, 4 * rank + 4))
+    torch.manual_seed(10 + rank)
+    wrapped(x[rank]).square().mean().backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, means[name])
+    seen = (model[0].cache.norms[:, 0] >= 0).nonzero()[:, 0]
+    assert seen.tolist() == list(range(4 * rank, 4 * rank + 4))
 
 
 def refuse_uneven(rank, world):
@@ -135,8 +165,11 @@ def worker(rank, function, world, folder):
         os._exit(1)
 
 
+FUNCTIONS = (compare, train_with_ddp, train_with_sampled_gradients, refuse_uneven, assign, route)
+
+
 @pytest.mark.parametrize("world", [2, 3])
-@pytest.mark.parametrize("function", [compare, train_with_ddp, refuse_uneven, assign, route], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
 def test_processes(function, world, tmp_path):
     context = mp.get_context("spawn")
     processes = [context.Process(target=worker, args=(rank, function, world, tmp_path)) for rank in range(world)]

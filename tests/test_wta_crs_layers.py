@@ -1,19 +1,13 @@
-"""Layers with sampled weight gradients: drop-in, converted, grouped, cached, checkpointed, distributed, with LoRA."""
+"""Layers with sampled weight gradients: drop-in, converted, grouped, cached, checkpointed, with LoRA."""
 
 import copy
-import inspect
-import os
-import traceback
 
 import contract  # noqa: F401  (marks this module for every backend)
 import pytest
 import torch
 from contract import BACKEND, DEVICE, INTERPRETED, NATIVE_CPU
-from torch import distributed as dist
-from torch import multiprocessing as mp
 from torch import nn
 from torch.nn import functional
-from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.checkpoint import checkpoint
 
 import tilewise
@@ -307,54 +301,6 @@ def test_lora():
     assert found.keys() == exact.keys()
     for name, gradient in exact.items():
         assert torch.equal(found[name], gradient) == ("lora_A" not in name), name
-
-
-def train_with_ddp(rank, world):
-    """Ranks draw for their own rows: averaged gradients are the means of theirs, and caches stay apart."""
-    torch.manual_seed(1)
-    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(inplace=True), nn.Linear(16, 4))
-    convert_linear(model, ratio=0.3, samples=8)
-    x = torch.randn(world, 4, 8)
-    alone = copy.deepcopy(model)
-    means = {}
-    for other in range(world):
-        torch.manual_seed(10 + other)
-        set_sample_ids(alone, torch.arange(4 * other, 4 * other + 4))
-        for name, gradient in gradients(alone, x[other]).items():
-            means[name] = means.get(name, 0) + gradient / world
-    known = inspect.signature(DDP).parameters
-    wrapped = DDP(model, **{next(n for n in ("forward_sync_buffers", "broadcast_buffers") if n in known): False})
-    set_sample_ids(model, torch.arange(4 * rank, 4 * rank + 4))
-    torch.manual_seed(10 + rank)
-    found = gradients(wrapped, x[rank])
-    for name, mean in means.items():
-        torch.testing.assert_close(found[f"module.{name}"], mean)
-    seen = (model[0].cache.norms[:, 0] >= 0).nonzero()[:, 0]
-    assert seen.tolist() == list(range(4 * rank, 4 * rank + 4))
-
-
-def worker(rank, function, world, folder):
-    try:
-        torch.set_num_threads(1)
-        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
-        function(rank, world)
-        dist.destroy_process_group()
-    except BaseException:
-        (folder / f"{rank}.txt").write_text(traceback.format_exc())
-        os._exit(1)
-
-
-@pytest.mark.skipif(not NATIVE_CPU, reason="processes of this machine's CPU")
-def test_distributed_data_parallel(tmp_path):
-    context = mp.get_context("spawn")
-    processes = [context.Process(target=worker, args=(rank, train_with_ddp, 2, tmp_path)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-    failures = [file.read_text() for file in sorted(tmp_path.glob("*.txt"))]
-    assert not failures, "\n".join(failures)
-    assert [process.exitcode for process in processes] == [0, 0]
 
 
 @pytest.mark.parametrize(
