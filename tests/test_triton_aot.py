@@ -99,8 +99,9 @@ def run_pairwise(dtype):
 
 
 def run_mala(dtype, *, D, DV, causal, rope, packed):
-    from tilewise.triton_kernels.mala import OPS
+    from tilewise.triton_kernels import mala, mala_backward
 
+    OPS = mala.OPS | mala_backward.OPS
     q, k = (torch.empty(1 if packed else 4, h, 4096, D, dtype=dtype, device="meta") for h in (16, 8))
     v = torch.empty(*k.shape[:3], DV, dtype=dtype, device="meta")
     angles = (torch.empty(4096, D // 2, device="meta"),) * 2 if rope else (None, None)

@@ -228,8 +228,8 @@ def convert_linear(
 ) -> nn.Module:
     """Turns the nn.Linear of a model into :class:`WTACRSLinear` with the same parameters, in place.
 
-    An optimizer that has the parameters, a compiled or distributed wrapper around the model: convert before. With
-    LoRA, whose frozen weights keep nothing, ``include="*lora_A*"`` samples the input that lora_A keeps.
+    Parameters stay what they are, also to an optimizer; compile or wrap the model afterwards. With LoRA, whose frozen
+    weights keep nothing, ``include="*lora_A*"`` samples the input that lora_A keeps.
 
     Args:
         model: is not one nn.Linear itself.
