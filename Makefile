@@ -13,7 +13,7 @@ NATIVE_SOURCES := $(wildcard tests/native/* csrc/common/*)
 PY_FILES := setup.py pysrc triton_kernels tests bench
 
 .DELETE_ON_ERROR:
-.PHONY: help venv build native lint format test bench headlines bench-compare readme inplace gpu check-cuda wheel check-wheel clean
+.PHONY: help venv build native lint format test test-cpu test-triton bench headlines bench-compare readme inplace gpu check-cuda wheel check-wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,9 +53,15 @@ format: venv ## let ruff and clang-format change the files
 	@$(VENV)/bin/clang-format -i $(CXX_FILES)
 
 test: build native lint ## lint and run every test that needs no GPU
+	@$(MAKE) --no-print-directory --jobs 2 test-triton test-cpu
+
+# Side by side: the interpreter, and most other tests, keep one core busy.
+test-cpu:
 	@$(PY) -m pytest -x -q tests
 	@echo "the contract again, on the PyTorch reference"
 	@TILEWISE_BACKEND=reference $(PY) -m pytest -x -q -m contract tests
+
+test-triton:
 	@echo "the contract again, on the Triton kernels in their interpreter"
 	@TILEWISE_BACKEND=triton TRITON_INTERPRET=1 $(PY) -m pytest -x -q -m contract tests
 
