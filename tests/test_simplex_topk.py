@@ -148,7 +148,7 @@ def test_compile_and_opcheck():
 @pytest.mark.skipif(BACKEND == "reference", reason="the reference sorts")
 def test_memory():
     """The result, and on a CPU 20 bytes per number of a row and thread."""
-    x = torch.randn(512, 256, device=DEVICE)
+    x = torch.randn(32 if INTERPRETED else 512, 256, device=DEVICE)
     spare = 20 * 256 * torch.get_num_threads() if DEVICE == "cpu" else 1024
     assert allocated_bytes(lambda: tilewise.simplex_topk(x, 8), DEVICE) <= x.nbytes + spare
 
