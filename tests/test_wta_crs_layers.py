@@ -89,7 +89,7 @@ def test_convert_and_restore():
 
 
 def test_converting_keeps_what_is_not_a_plain_layer():
-    """A layer of another class may mean another thing; a layer with two names stays one."""
+    """A layer of another class may mean another thing; a layer with two names stays one, a hook where it was."""
 
     class Scaled(nn.Linear):
         pass
@@ -98,7 +98,13 @@ def test_converting_keeps_what_is_not_a_plain_layer():
     model = nn.ModuleDict({"a": Scaled(4, 4), "b": shared, "c": nn.ModuleList([shared])})
     convert_linear(model, ratio=0.5)
     assert type(model["a"]) is Scaled and type(model["b"]) is WTACRSLinear
-    assert model["b"].weight is model["c"][0].weight is shared.weight
+    assert model["b"] is model["c"][0] is shared
+    seen = []
+    layer = nn.Linear(4, 4).to(DEVICE)
+    layer.register_forward_hook(lambda module, args, out: seen.append(type(module)))
+    x = torch.randn(9, 4, device=DEVICE)
+    assert type(convert_linear(layer, ratio=0.5)) is WTACRSLinear and torch.equal(layer(x), restore_linear(layer)(x))
+    assert seen == [WTACRSLinear, nn.Linear] and vars(layer).keys() == vars(nn.Linear(4, 4)).keys()
 
 
 def kept_bytes(model, x) -> int:
@@ -194,7 +200,7 @@ def test_cache_of_norms(grouped):
 def test_a_cache_lowers_the_variance():
     """Tokens whose gradient is small, as padding, are drawn rarely once their norms are known."""
     layer = WTACRSLinear(16, 8, ratio=0.1, cache=NormCache(4, 100))
-    plain = WTACRSLinear.from_linear(layer, ratio=0.1)
+    plain = WTACRSLinear(16, 8, ratio=0.1)
     x, grad = torch.randn(4, 100, 16), torch.randn(4, 100, 8) * (torch.rand(4, 100, 1) < 0.2)
     exact = grad.reshape(-1, 8).T @ x.reshape(-1, 16)
     layer.sample_ids = torch.arange(4)
@@ -311,8 +317,7 @@ def test_lora():
         (lambda: SampledGroup([nn.Linear(4, 4), nn.Linear(5, 4)], ratio=0.5), r"equal in_features, got \[4, 5\]"),
         (lambda: SampledGroup([], ratio=0.5), r"got \[\]"),
         (lambda: SampledGroup([nn.Linear(4, 4)], ratio=0.5, caches=[]), "expected 1 caches, got 0"),
-        (lambda: convert_linear(nn.Linear(4, 4), ratio=0.5), "an nn.Linear inside the model"),
-        (lambda: convert_linear(nn.Sequential(nn.ReLU()), ratio=0.5), "an nn.Linear inside the model"),
+        (lambda: convert_linear(nn.Sequential(nn.ReLU()), ratio=0.5), "the model to have an nn.Linear that"),
         (lambda: convert_linear(Block(), ratio=0.5, include="x"), r"\('x',\)"),
         (lambda: convert_linear(Block(), ratio=0.5, groups=[("up", "down")]), "to have equal in_features"),
         (lambda: convert_linear(Block(), ratio=0.5, groups=[("a", "b")]), r"names \('a', 'b'\)"),
@@ -321,3 +326,13 @@ def test_lora():
 def test_bad_arguments(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_refused_option_leaves_a_layer_alone():
+    layer = nn.Linear(4, 4)
+    for function in (convert_linear, lambda layer, **options: SampledGroup([layer], **options)):
+        with pytest.raises(ValueError, match="got 'top'"):
+            function(layer, ratio=0.5, method="top")
+    assert type(layer) is nn.Linear and vars(layer).keys() == vars(nn.Linear(4, 4)).keys()
+    with pytest.raises(TypeError, match=r"expected layers to be nn\.Linear, got Identity, WTACRSLinear"):
+        SampledGroup([WTACRSLinear(4, 4, ratio=0.5), nn.Identity()], ratio=0.5)

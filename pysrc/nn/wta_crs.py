@@ -83,6 +83,9 @@ class WTACRSLinear(nn.Linear):
         dtype=None,
     ):
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        self._sample_by(ratio, method, mix, cache)
+
+    def _sample_by(self, ratio: float, method: str, mix: float, cache: NormCache | None) -> None:
         wta_crs.check_ratio("nn.WTACRSLinear", ratio)
         wta_crs.check_options("nn.WTACRSLinear", method, mix)
         self.ratio, self.method, self.mix, self.cache = ratio, method, mix, cache
@@ -90,18 +93,20 @@ class WTACRSLinear(nn.Linear):
         self.shared: _Shared | None = None
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, **options) -> "WTACRSLinear":
-        """With the parameters of a layer, which both hold from then on."""
-        layer = cls(linear.in_features, linear.out_features, False, device="meta", **options)
-        layer.weight, layer.bias = linear.weight, linear.bias
-        layer.train(linear.training)
+    def of_linear(
+        cls, layer: nn.Linear, ratio: float, method: str, mix: float, cache: NormCache | None
+    ) -> "WTACRSLinear":
+        """The layer itself, which becomes one of these: parameters, hooks and whoever holds it stay."""
+        cls._sample_by(layer, ratio, method, mix, cache)  # first, as it may refuse an option
+        layer.__class__ = cls
         return layer
 
     def to_linear(self) -> nn.Linear:
-        """A plain layer with the same parameters."""
-        linear = nn.Linear(self.in_features, self.out_features, False, device="meta")
-        linear.weight, linear.bias = self.weight, self.bias
-        return linear.train(self.training)
+        """The layer itself, which becomes a plain one."""
+        for name in ("ratio", "method", "mix", "cache", "sample_ids", "shared"):
+            delattr(self, name)
+        self.__class__ = nn.Linear
+        return self
 
     @property
     def is_sampling(self) -> bool:
@@ -177,7 +182,7 @@ class SampledGroup(nn.Module):
     itself, ``convert_linear(model, groups=...)`` does the same in place.
 
     Args:
-        layers: nn.Linear of equal in_features; their parameters are kept.
+        layers: nn.Linear of equal in_features, which become :class:`WTACRSLinear`.
         ratio, method, mix: as for :class:`WTACRSLinear`.
         caches: a :class:`NormCache` for each, or None.
 
@@ -198,6 +203,8 @@ class SampledGroup(nn.Module):
     ):
         super().__init__()
         layers = list(layers)
+        if kinds := sorted({type(layer).__name__ for layer in layers if type(layer) is not nn.Linear}):
+            raise TypeError(f"tilewise.nn.SampledGroup: expected layers to be nn.Linear, got {', '.join(kinds)}")
         if not layers or len({layer.in_features for layer in layers}) != 1:
             sizes = [layer.in_features for layer in layers]
             raise ValueError(f"tilewise.nn.SampledGroup: expected layers of equal in_features, got {sizes}")
@@ -205,7 +212,7 @@ class SampledGroup(nn.Module):
         if len(caches) != len(layers):
             raise ValueError(f"tilewise.nn.SampledGroup: expected {len(layers)} caches, got {len(caches)}")
         self.layers = nn.ModuleList(
-            WTACRSLinear.from_linear(layer, ratio=ratio, method=method, mix=mix, cache=cache)
+            WTACRSLinear.of_linear(layer, ratio, method, mix, cache)
             for layer, cache in zip(layers, caches, strict=True)
         )
         _share(list(self.layers))
@@ -228,11 +235,12 @@ def convert_linear(
 ) -> nn.Module:
     """Turns the nn.Linear of a model into :class:`WTACRSLinear` with the same parameters, in place.
 
-    Parameters stay what they are, also to an optimizer; compile or wrap the model afterwards. With LoRA, whose frozen
-    weights keep nothing, ``include="*lora_A*"`` samples the input that lora_A keeps.
+    Layers, parameters and hooks stay the same objects, also to an optimizer; compile the model afterwards. With LoRA,
+    whose frozen weights keep nothing, ``include="*lora_A*"`` samples the input that lora_A keeps. Layers of a subclass
+    stay as they are.
 
     Args:
-        model: is not one nn.Linear itself.
+        model: any module.
         ratio, method, mix: as for :class:`WTACRSLinear`.
         include, exclude: shell patterns (``"layers.*.q_proj"``) for names in model.named_modules(): which layers are
             converted (None: all), and which of these are not.
@@ -258,15 +266,17 @@ def convert_linear(
     """
     include, exclude = (_patterns(names, default) for names, default in ((include, ("*",)), (exclude, ())))
     converted: dict[str, WTACRSLinear] = {}
-    for name, layer in list(model.named_modules(remove_duplicate=False)):
-        inside = name != "" and type(layer) is nn.Linear
-        if not inside or not _matches(name, include) or _matches(name, exclude):
+    for name, layer in model.named_modules(remove_duplicate=False):
+        if not _matches(name, include) or _matches(name, exclude):
             continue
-        cache = None if samples is None else NormCache(samples, tokens).to(layer.weight.device)
-        converted[name] = WTACRSLinear.from_linear(layer, ratio=ratio, method=method, mix=mix, cache=cache)
-        model.set_submodule(name, converted[name])
+        if type(layer) is nn.Linear:
+            cache = None if samples is None else NormCache(samples, tokens).to(layer.weight.device)
+            WTACRSLinear.of_linear(layer, ratio, method, mix, cache)
+            converted[name] = layer
+        elif layer in converted.values():  # under another name
+            converted[name] = layer
     if not converted:
-        raise ValueError(f"tilewise.nn.convert_linear: expected an nn.Linear inside the model that {include} names")
+        raise ValueError(f"tilewise.nn.convert_linear: expected the model to have an nn.Linear that {include} names")
     for names in groups:
         _group(converted, names)
     return model
@@ -290,9 +300,9 @@ def _group(converted: dict[str, WTACRSLinear], names: Sequence[str]) -> None:
 
 def restore_linear(model: nn.Module) -> nn.Module:
     """Turns every :class:`WTACRSLinear` of a model back into nn.Linear, in place; caches are dropped."""
-    for name, layer in list(model.named_modules(remove_duplicate=False)):
+    for layer in list(model.modules()):
         if isinstance(layer, WTACRSLinear):
-            model.set_submodule(name, layer.to_linear())
+            layer.to_linear()
     return model
 
 
