@@ -42,7 +42,8 @@ def chained(layer, x, *weights):
     """The mean square of a row."""
     for weight in weights:
         x = layer(x, weight)
-    return torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32)).square() / len(x)
+    norms = torch.linalg.vector_norm(x, dim=1, dtype=torch.promote_types(x.dtype, torch.float32))
+    return norms.square().mean()
 
 
 def checkpointed(x, weight):
