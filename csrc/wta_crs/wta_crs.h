@@ -161,6 +161,43 @@ TILEWISE_FN int64_t row_at(const int64_t* sums, int64_t rows, int64_t point) {
   return first;
 }
 
+TILEWISE_FN void put(const RowSample& call, int64_t place, int64_t row, float scale, bool usable) {
+  call.indices[place] = static_cast<int32_t>(row);
+  call.scales[place] = usable ? scale : quiet_nan<float>();
+}
+
+// What lies before a row: certain rows, points, and weights of the rest.
+struct Before {
+  int64_t kept;
+  int64_t points;
+  int64_t weight;
+};
+
+// Puts the rows of [first, last) that are certain, or drawn apart, to their places, all in the order of rows. Running
+// sums of the rest take the place of the weights.
+TILEWISE_FN void put_rows(const RowSample& call, const Shares& shares, int64_t start, Before before, int64_t first,
+                          int64_t last, bool usable) {
+  const bool apart = call.method == SampleMethod::kSystematic;
+  for (int64_t row = first; row < last; ++row) {
+    const int64_t weight = call.weights[row];
+    if (keeps(shares, weight)) {
+      put(call, before.kept++ + before.points, row, 1.0f, usable);
+    } else {
+      before.weight += weight;
+      if (apart && passes(shares, start, before.weight, before.points))
+        put(call, before.kept + before.points++, row, scale_of(shares, weight), usable);
+    }
+    call.weights[row] = before.weight;
+  }
+}
+
+// The draw `index` of those with replacement, from the running sums.
+TILEWISE_FN void put_draw(const RowSample& call, const Shares& shares, int64_t stream, int64_t index, bool usable) {
+  const int64_t row = row_at(call.weights, call.rows, random_below(shares.rest, *call.seed, stream + index));
+  const int64_t weight = call.weights[row] - (row > 0 ? call.weights[row - 1] : 0);
+  put(call, shares.kept + index, row, scale_of(shares, weight), usable);
+}
+
 template <typename Function>
 inline void with_elements(Dtype dtype, const Function& f) {
   if (dtype == Dtype::kFloat32) {

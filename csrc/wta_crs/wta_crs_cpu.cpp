@@ -103,31 +103,13 @@ Shares share_out(const RowSample& call, const int64_t* weights, int64_t total) {
 
 void sample_one(const RowSample& call, int64_t problem) {
   bool usable;
-  int64_t* weights = call.weights;
-  const Shares shares = share_out(call, weights, weigh(call, weights, usable));
-  const auto put = [&](int64_t place, int64_t row, float scale) {
-    call.indices[place] = static_cast<int32_t>(row);
-    call.scales[place] = usable ? scale : quiet_nan<float>();
-  };
-  const bool apart = call.method == SampleMethod::kSystematic;
-  const int64_t stream = problem * call.k, seed = *call.seed;
-  const int64_t start = random_below(shares.rest, seed, stream);
-  int64_t kept = 0, points = 0, before = 0;
-  for (int64_t row = 0; row < call.rows; ++row) {
-    const int64_t weight = weights[row];
-    if (keeps(shares, weight)) {
-      put(kept++ + points, row, 1.0f);
-    } else {
-      before += weight;
-      if (apart && passes(shares, start, before, points)) put(kept + points++, row, scale_of(shares, weight));
-    }
-    weights[row] = before;
-  }
-  if (apart) return;
-  for (int64_t i = 0; i < shares.left; ++i) {
-    const int64_t row = row_at(weights, call.rows, random_below(shares.rest, seed, stream + i));
-    put(kept + i, row, scale_of(shares, weights[row] - (row > 0 ? weights[row - 1] : 0)));
-  }
+  const int64_t total = weigh(call, call.weights, usable);
+  const Shares shares = share_out(call, call.weights, total);
+  const int64_t stream = problem * call.k;
+  const int64_t start = random_below(shares.rest, *call.seed, stream);
+  put_rows(call, shares, start, {0, 0, 0}, 0, call.rows, usable);
+  if (call.method == SampleMethod::kSystematic) return;
+  for (int64_t i = 0; i < shares.left; ++i) put_draw(call, shares, stream, i, usable);
 }
 
 void sample(const RowSample& call, int64_t begin, int64_t end) {

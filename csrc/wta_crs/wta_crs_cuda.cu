@@ -108,41 +108,26 @@ __global__ void __launch_bounds__(kSampleThreads, 1) wta_crs_sample_kernel(const
   bool usable;
   const int64_t sum = weigh(team, call, usable);
   const Shares shares = share_out(team, call, sum);
-  const auto put = [&](int64_t place, int64_t row, float scale) {
-    call.indices[place] = static_cast<int32_t>(row);
-    call.scales[place] = usable ? scale : quiet_nan<float>();
-  };
   const bool apart = call.method == SampleMethod::kSystematic;
-  const int64_t stream = problem * call.k, seed = *call.seed;
-  const int64_t start = random_below(shares.rest, seed, stream);
+  const int64_t stream = problem * call.k;
+  const int64_t start = random_below(shares.rest, *call.seed, stream);
   // A thread has a run of rows: first what is before it, then each of them.
   const int64_t first = call.rows * team.rank() / team.size(), last = call.rows * (team.rank() + 1) / team.size();
-  int64_t kept = 0, before = 0, total;
+  Before before{0, 0, 0};
   for (int64_t row = first; row < last; ++row) {
     const int64_t weight = call.weights[row];
     const bool keep = keeps(shares, weight);
-    kept += keep ? 1 : 0;
-    before += keep ? 0 : weight;
+    before.kept += keep ? 1 : 0;
+    before.weight += keep ? 0 : weight;
   }
-  kept = team.sum_before(kept, total);
-  before = team.sum_before(before, total);
-  int64_t points = apart && first < last ? points_before(shares, start, before) : 0;
-  for (int64_t row = first; row < last; ++row) {
-    const int64_t weight = call.weights[row];
-    if (keeps(shares, weight)) {
-      put(kept++ + points, row, 1.0f);
-    } else {
-      before += weight;
-      if (apart && passes(shares, start, before, points)) put(kept + points++, row, scale_of(shares, weight));
-    }
-    call.weights[row] = before;
-  }
+  int64_t total;
+  before.kept = team.sum_before(before.kept, total);
+  before.weight = team.sum_before(before.weight, total);
+  if (apart) before.points = points_before(shares, start, before.weight);
+  put_rows(call, shares, start, before, first, last, usable);
   if (apart) return;
   __syncthreads();
-  for (int64_t i = team.rank(); i < shares.left; i += team.size()) {
-    const int64_t row = row_at(call.weights, call.rows, random_below(shares.rest, seed, stream + i));
-    put(shares.kept + i, row, scale_of(shares, call.weights[row] - (row > 0 ? call.weights[row - 1] : 0)));
-  }
+  for (int64_t i = team.rank(); i < shares.left; i += team.size()) put_draw(call, shares, stream, i, usable);
 }
 
 }  // namespace
@@ -167,7 +152,7 @@ const char* wta_crs_gather_cuda(const RowGather& call, void* stream) {
   const dim3 grid = flat_grid(team_blocks(call.x.batch * call.k, block));
   const char* error = nullptr;
   with_elements(call.x.dtype, [&](auto zero) {
-    error = launch(wta_crs_gather_kernel<decltype(zero)>, grid, block, kTeamBytes, stream, call);
+    error = launch(wta_crs_gather_kernel<decltype(zero)>, grid, block, 0, stream, call);
   });
   return error;
 }

@@ -76,21 +76,7 @@ def wta_crs_sample(
         torch.Size([10, 8])
         >>> q, k = (tilewise.wta_crs_linear(x, w, sample=sample) for w in (wq.requires_grad_(), wk.requires_grad_()))
     """
-    op = "wta_crs_sample"
-    transport.check_tensor(op, "x", x, "d_in", 1)
-    x = x.detach()
-    x = x.reshape(-1, x.shape[-1])
-    n, k = len(x), check_count(op, len(x), k, ratio)
-    norms = check_norms(op, norms, x, n)
-    check_options(op, method, mix)
-    seed = seed_tensor(op, seed, x)
-    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-    if k >= n:
-        return RowSample(x.to(dtype), None, None)
-    x_norms = torch.ops.tilewise.wta_crs_norms(x[None])
-    options = {"k": k, "method": method, "mix": float(mix)}
-    indices, scales = torch.ops.tilewise.wta_crs_sample(x_norms, norms, seed, **options)
-    return RowSample(torch.ops.tilewise.wta_crs_gather(x[None], indices)[0].to(dtype), indices[0], scales[0])
+    return _choose("wta_crs_sample", x, k, ratio, norms, seed, method, mix)
 
 
 def wta_crs_linear(
@@ -148,20 +134,17 @@ def wta_crs_linear(
     if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
         got = tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
         raise ValueError(f"tilewise.{op}: expected weight to have shape (d_out, {x.shape[-1]}), got {got}")
-    n = math.prod(x.shape[:-1])
-    if sample is None:
-        # Before anything is skipped, so that what is wrong is wrong in evaluation too.
-        check_count(op, n, k, ratio)
-        check_options(op, method, mix)
-        check_norms(op, norms, x, n)
-    elif k is not None or ratio is not None:
+    if sample is not None and (k is not None or ratio is not None):
         raise ValueError(f"tilewise.{op}: expected k, ratio or sample, got more than one")
+    n = math.prod(x.shape[:-1])
     if record is not None:
         check_record(op, record, x, n)
     if not (weight.requires_grad and torch.is_grad_enabled()):
+        if sample is None:  # what is wrong is wrong where nothing is sampled, too
+            check_choice(op, x, n, k, ratio, norms, method, mix)
         return functional.linear(x, weight, bias)
     if sample is None:
-        sample = wta_crs_sample(x, k=k, ratio=ratio, norms=norms, seed=seed, method=method, mix=mix)
+        sample = _choose(op, x, k, ratio, norms, seed, method, mix)
     if sample.rows.shape[-1] != x.shape[-1]:
         raise ValueError(
             f"tilewise.{op}: expected the sample to have rows of {x.shape[-1]}, got {sample.rows.shape[-1]}"
@@ -170,6 +153,32 @@ def wta_crs_linear(
         return functional.linear(x, weight, bias)
     y = _linear_of_constant(x, weight.detach(), bias)
     return _SampledWeightGradient.apply(y, weight, *sample, *(record or (None, None)))
+
+
+def _choose(
+    op: str,
+    x: Tensor,
+    k: int | None,
+    ratio: float | None,
+    norms: Tensor | None,
+    seed: int | Tensor | None,
+    method: str,
+    mix: float,
+) -> RowSample:
+    transport.check_tensor(op, "x", x, "d_in", 1)
+    x = x.detach()
+    x = x.reshape(-1, x.shape[-1])
+    n = len(x)
+    k = check_choice(op, x, n, k, ratio, norms, method, mix)
+    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    if k >= n:
+        return RowSample(x.to(dtype), None, None)
+    if norms is not None:
+        norms = norms.detach().to(torch.float32).reshape(1, n).contiguous()
+    x_norms = torch.ops.tilewise.wta_crs_norms(x[None])
+    options = {"k": k, "method": method, "mix": float(mix)}
+    indices, scales = torch.ops.tilewise.wta_crs_sample(x_norms, norms, seed_tensor(op, seed, x), **options)
+    return RowSample(torch.ops.tilewise.wta_crs_gather(x[None], indices)[0].to(dtype), indices[0], scales[0])
 
 
 def _linear_of_constant(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -247,12 +256,12 @@ def wta_crs_matmul(
     rows.check_device(op, "b", b, a, "a")
     k = check_count(op, n, k, None)
     check_options(op, method, mix)
-    seed = seed_tensor(op, seed, a)
     if k >= n:
         return a @ b
     columns, pairs = a.mT.flatten(0, -3) if a.dim() > 2 else a.mT[None], b.reshape(-1, *b.shape[-2:])
     a_norms, b_norms = (torch.ops.tilewise.wta_crs_norms(t.detach()) for t in (columns, pairs))
-    indices, scales = torch.ops.tilewise.wta_crs_sample(a_norms, b_norms, seed, k=k, method=method, mix=float(mix))
+    options = {"k": k, "method": method, "mix": float(mix)}
+    indices, scales = torch.ops.tilewise.wta_crs_sample(a_norms, b_norms, seed_tensor(op, seed, a), **options)
     left = torch.ops.tilewise.wta_crs_gather(columns, indices, scales)
     product = left.mT @ torch.ops.tilewise.wta_crs_gather(pairs, indices)
     return product.reshape(*a.shape[:-1], b.shape[-1])
@@ -279,16 +288,23 @@ def check_options(op: str, method: str, mix: float) -> None:
         raise ValueError(f"tilewise.{op}: expected mix to be a number in [0, 1], got {mix!r}")
 
 
-def check_norms(op: str, norms: Tensor | None, x: Tensor, n: int) -> Tensor | None:
-    if norms is None:
-        return None
+def check_choice(
+    op: str, x: Tensor, n: int, k: int | None, ratio: float | None, norms: Tensor | None, method: str, mix: float
+) -> int:
+    """How many of n rows."""
+    check_options(op, method, mix)
+    if norms is not None:
+        check_norms(op, norms, x, n)
+    return check_count(op, n, k, ratio)
+
+
+def check_norms(op: str, norms: Tensor, x: Tensor, n: int) -> None:
     if not isinstance(norms, Tensor) or not norms.is_floating_point():
         got = norms.dtype if isinstance(norms, Tensor) else type(norms).__name__
         raise TypeError(f"tilewise.{op}: expected norms to be a floating tensor or None, got {got}")
     if norms.numel() != n:
         raise ValueError(f"tilewise.{op}: expected norms to have {n} elements, one for a row, got {tuple(norms.shape)}")
     rows.check_device(op, "norms", norms, x, "x")
-    return norms.detach().to(torch.float32).reshape(1, n).contiguous()
 
 
 def check_record(op: str, record: tuple[Tensor, Tensor], x: Tensor, n: int) -> None:

@@ -8,7 +8,6 @@
 #include "simplex_topk/simplex_topk.h"
 #include "sinkhorn/sinkhorn_gpu.h"
 #include "sparse_ot/sparse_ot_gpu.h"
-#include "wta_crs/wta_crs.h"
 #include "z_loss/z_loss.h"
 
 #include <vector>
@@ -170,28 +169,6 @@ void divergent_shuffle() {
 }
 
 void misaligned_load(const char* data) { __ldg(reinterpret_cast<const uint4*>(data + 8)); }
-
-// Rows of elements, and k places for some of them.
-struct RowsCall {
-  int64_t batch, rows, columns, k, dtype;
-  void* data;
-  int64_t batch_stride, row_stride, column_stride;
-  int32_t* indices;
-  float* scales;
-  void* out;
-};
-
-tilewise::RowBatch rows_of(const RowsCall& call) {
-  tilewise::RowBatch rows{.dtype = static_cast<tilewise::Dtype>(call.dtype)};
-  rows.batch = call.batch;
-  rows.rows = call.rows;
-  rows.columns = call.columns;
-  rows.data = call.data;
-  rows.batch_stride = call.batch_stride;
-  rows.row_stride = call.row_stride;
-  rows.column_stride = call.column_stride;
-  return rows;
-}
 
 }  // namespace
 
@@ -410,31 +387,6 @@ extern "C" const char* sparse_transport(const SparseCall& call) {
   op.column_error = call.column_error;
   op.n_iter = call.n_iter;
   return with_launches<Launches>(Launches::solve_bytes(op), [&](auto& l) { return l.solve(op); });
-}
-
-extern "C" const char* wta_crs_norms(const RowsCall& call) {
-  return tilewise::wta_crs_norms_cuda({.x = rows_of(call), .out = static_cast<float*>(call.out)}, nullptr);
-}
-
-extern "C" const char* wta_crs_gather(const RowsCall& call) {
-  tilewise::RowGather op{.x = rows_of(call), .k = call.k, .indices = call.indices, .scales = call.scales};
-  op.out = call.out;
-  return tilewise::wta_crs_gather_cuda(op, nullptr);
-}
-
-extern "C" const char* wta_crs_sample(const RowsCall& call, const float* x_norms, const float* y_norms,
-                                      const int64_t* seed, int64_t* weights, int64_t method, int64_t mix) {
-  tilewise::RowSample op{.batch = call.batch, .rows = call.rows, .k = call.k};
-  op.bits = tilewise::weight_bits(call.rows, call.k);
-  op.mix = mix;
-  op.method = static_cast<tilewise::SampleMethod>(method);
-  op.x_norms = x_norms;
-  op.y_norms = y_norms;
-  op.seed = seed;
-  op.weights = weights;
-  op.indices = call.indices;
-  op.scales = call.scales;
-  return tilewise::wta_crs_sample_cuda(op, nullptr);
 }
 
 extern "C" const char* z_loss_forward(const Call& call) {

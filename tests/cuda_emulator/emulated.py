@@ -18,7 +18,7 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
-SOURCES = [*sorted(ROOT.glob("csrc/*/*_cuda.cu")), HERE / "driver.cpp"]
+SOURCES = [*sorted(ROOT.glob("csrc/*/*_cuda.cu")), *sorted(HERE.glob("driver*.cpp"))]
 COMPILER = shutil.which(os.environ.get("CXX", "g++"))
 FLAGS = ["-std=c++20", "-O1", "-fPIC", "-Wno-unknown-pragmas", "-Wno-pragmas", f"-I{ROOT / 'csrc'}", f"-I{HERE}"]
 
@@ -122,7 +122,7 @@ class SparseCall(ctypes.Structure):
 
 
 class RowsCall(ctypes.Structure):
-    """Mirrors `RowsCall` of driver.cpp."""
+    """Mirrors `RowsCall` of driver_wta_crs.cpp."""
 
     _fields_ = [
         *[(name, c_int64) for name in ("batch", "rows", "columns", "k", "dtype")],
