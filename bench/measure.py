@@ -116,13 +116,18 @@ class Problem:
 
 
 def interleave(
-    problem: Problem, contenders: Sequence[Contender], runs: int, seconds: float, tick: Callable[[int], None]
+    problem: Problem,
+    contenders: Sequence[Contender],
+    runs: int,
+    seconds: float,
+    tick: Callable[[int], None],
+    least: int = 3,
 ):
-    """Times per contender and phase after at most `runs` rounds, or `seconds` once three rounds are done."""
+    """Times per contender and phase after at most `runs` rounds, or `seconds` once the `least` rounds are done."""
     times = {contender.name: {} for contender in contenders}
     start = time.perf_counter()
     for done in range(runs):
-        if done >= 3 and time.perf_counter() - start > seconds:
+        if done >= least and time.perf_counter() - start > seconds:
             break
         first = done % len(contenders)
         for contender in (*contenders[first:], *contenders[:first]):

@@ -61,19 +61,14 @@ def size(count: int | None) -> str:
     return f"{number(count / 2**20)} MiB" if count >= 2**20 else f"{number(count / 2**10)} KiB"
 
 
-def environment_facts(environment: dict, ceilings: dict) -> str:
-    named = {
-        "clocks": environment["clocks"],
-        "python": environment["python"],
-        "torch": environment["torch"],
-        "triton": environment["triton"],
-        "tilewise": environment["tilewise"],
-        "revision": environment["revision"],
-        "date": environment["date"],
-    }
-    for key, (name, unit) in CEILINGS.items():
-        if key in ceilings:
-            named[name] = f"{number(ceilings[key])} {unit}"
+def shared_facts(environments: list[dict]) -> dict[str, str]:
+    """What is the same in all of them."""
+    names = ("clocks", "python", "torch", "triton", "tilewise", "revision", "date")
+    return {name: environments[0][name] for name in names if len({e[name] for e in environments}) == 1}
+
+
+def environment_facts(shared: dict[str, str], ceilings: dict) -> str:
+    named = shared | {name: f"{number(ceilings[k])} {unit}" for k, (name, unit) in CEILINGS.items() if k in ceilings}
     cells = "".join(f"<div><dt>{k}</dt><dd>{escape(str(v))}</dd></div>" for k, v in named.items() if v is not None)
     return f'<dl class="facts">{cells}</dl>'
 
@@ -150,7 +145,14 @@ def case_card(op: str, title: str, group: dict[str, dict], forward: dict[str, di
     )
 
 
-def operator_section(op: str, content: dict) -> str:
+def own_facts(content: dict, shared: dict[str, str]) -> str:
+    """Where one file's measurements differ from its machine's others."""
+    own = {name: value for name, value in shared_facts([content["environment"]]).items() if name not in shared}
+    facts = ", ".join(f"{name} {value}" for name, value in own.items() if value is not None)
+    return f'<p class="soft">{escape(facts)}.</p>' if facts else ""
+
+
+def operator_section(op: str, content: dict, shared: dict[str, str]) -> str:
     forward: dict[tuple, dict[str, dict]] = {}
     for row in content["results"]:
         if row["phase"] == "forward":
@@ -161,7 +163,7 @@ def operator_section(op: str, content: dict) -> str:
     ]
     absent = "; ".join(f"{name}: {reason}" for name, reason in content["absent"].items())
     note = f'<p class="soft">Not measured: {escape(absent)}.</p>' if absent else ""
-    return f"<h3>{op}</h3>{''.join(cards)}{note}"
+    return f"<h3>{op}</h3>{own_facts(content, shared)}{''.join(cards)}{note}"
 
 
 def training_section(training: dict) -> str:
@@ -193,14 +195,14 @@ def training_section(training: dict) -> str:
 
 
 def machine_section(files: dict[str, dict]) -> str:
-    some = next(iter(files.values()))
-    machine = results.machine_title(some["environment"])
-    ceilings = files.get("roofline", some).get("ceilings", {})
+    environments = [content["environment"] for content in files.values()]
+    shared = shared_facts(environments)
+    ceilings = files["roofline"]["ceilings"] if "roofline" in files else {}
     operators = {op: content for op, content in files.items() if "results" in content}
-    parts = [f"<h2>{escape(machine)}</h2>", environment_facts(some["environment"], ceilings)]
+    parts = [f"<h2>{escape(results.machine_title(environments[0]))}</h2>", environment_facts(shared, ceilings)]
     if operators:
         parts.append(tiles(next(iter(operators.values()))))
-    parts += [operator_section(op, content) for op, content in operators.items()]
+    parts += [operator_section(op, content, shared) for op, content in operators.items()]
     parts += [training_section(content["training"]) for content in files.values() if "training" in content]
     for content in files.values():
         if "headline" in content:
@@ -231,12 +233,14 @@ def readme_table(machines: dict[str, dict[str, dict]]) -> str:
     """Markdown: per machine and family one row a case, each cell the median of both phases and its speed-up."""
     parts = []
     for files in machines.values():
-        environment = next(iter(files.values()))["environment"]
         measured = [row for content in files.values() for row in content.get("results", [])]
         if not measured:
             continue
+        environments = [content["environment"] for content in files.values()]
+        dates = sorted(environment["date"] for environment in environments)
+        when = " to ".join(dict.fromkeys((dates[0], dates[-1])))
         parts.append(
-            f"{results.machine_title(environment)}, torch {environment['torch']}, {environment['date']}. "
+            f"{results.setting(environments[0])}, {when}. "
             "Forward + backward in ms, and how many times faster than torch eager:\n"
         )
         for kin in SHAPES:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import importlib
 import json
 import os
 import platform
@@ -42,10 +43,12 @@ def device_name(device: str) -> str:
     return cpu_info("model name") or platform.processor() or platform.machine()
 
 
-def machine_name(device: str) -> str:
-    """Folder name of a machine's results: its processor, and for a CPU how many cores took part."""
-    name = device_name(device) if device == "cuda" else f"{device_name(device)} {torch.get_num_threads()} cores"
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+def instruction_set(device: str) -> str | None:
+    """What the CPU kernels run with: processors of one name differ in it, and it decides the figures."""
+    if device == "cuda" or version("tilewise") is None:
+        return None
+    level = importlib.import_module("tilewise.loading").cpu_isa()
+    return {"v2": "SSE4.2", "v3": "AVX2", "v4": "AVX-512"}.get(level, level)
 
 
 def clocks(device: str) -> str | None:
@@ -73,6 +76,7 @@ def environment(device: str) -> dict:
     return {
         "device": device_name(device),
         "gpu": device == "cuda",
+        "instruction_set": instruction_set(device),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "clocks": clocks(device),
@@ -88,9 +92,21 @@ def environment(device: str) -> dict:
 
 
 def machine_title(environment: dict) -> str:
-    """One machine's name for a reader; threads only matter where the CPU does the work."""
-    device, gpu = environment["device"], environment["gpu"]
-    return device if gpu else f"{device}, {environment['threads']} threads"
+    """One machine's name for a reader; instruction set and threads only matter where the CPU does the work."""
+    if environment["gpu"]:
+        return environment["device"]
+    parts = environment["device"], environment["instruction_set"], f"{environment['threads']} threads"
+    return ", ".join(filter(None, parts))
+
+
+def machine_name(device: str) -> str:
+    """Folder name of this machine's results."""
+    return re.sub(r"[^a-z0-9]+", "-", machine_title(environment(device)).lower()).strip("-")
+
+
+def setting(environment: dict) -> str:
+    """What has to be equal where figures stand side by side."""
+    return f"{machine_title(environment)}, torch {environment['torch']}"
 
 
 def rows(
@@ -151,16 +167,14 @@ def save(path: Path, content: dict):
     path.write_text(json.dumps(content, indent=1, allow_nan=True) + "\n")
 
 
-def load_machine(folder: Path) -> dict[str, dict]:
-    """File stem -> content of one machine's measurements."""
-    found = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
-    return {stem: content for stem, content in found.items() if "environment" in content}
-
-
 def load(folder: Path) -> dict[str, dict[str, dict]]:
-    """machine -> file stem -> content, for every machine's folder under `folder`."""
-    found = {path.name: load_machine(path) for path in sorted(folder.glob("*/"))}
-    return {machine: files for machine, files in found.items() if files}
+    """setting -> file stem -> content of every measurement under `folder`."""
+    found: dict[str, dict[str, dict]] = {}
+    for path in sorted(folder.rglob("*.json")):
+        content = json.loads(path.read_text())
+        if "environment" in content:
+            found.setdefault(setting(content["environment"]), {})[path.stem] = content
+    return found
 
 
 def say(line: str):

@@ -1,6 +1,6 @@
 """Measure every case on this machine, write the results as JSON, build the report, print a short table.
 
-python bench/run.py                      # everything `make bench` does
+python bench/run.py                      # everything `make bench` does, in about six minutes
 python bench/run.py --quick              # tiny sizes, seconds; results go to a temporary folder
 python bench/run.py --op z_loss --no-train
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import itertools
+import math
 import sys
 import tempfile
 import time
@@ -49,7 +50,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--op", action="append", choices=OPERATORS, help="only this operator (repeatable)")
     parser.add_argument("--out", type=Path, help="folder for the JSON files (bench/results/<machine>)")
-    parser.add_argument("--budget", type=float, default=360.0, help="seconds; cases that no longer fit are left out")
+    parser.add_argument("--budget", type=float, default=360.0, help="seconds to aim at; every first case runs anyway")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, no torch.compile: checks the driver only")
     parser.add_argument("--no-train", action="store_true", help="leave out the language model")
     parser.add_argument("--no-report", action="store_true", help="leave out the HTML report")
@@ -89,8 +90,11 @@ def checked(problem: measure.Problem, reference: tuple) -> tuple[list[Contender]
     return fit, errors
 
 
-def measured(case: Case, copy_gbs: float) -> tuple[list[dict], bool]:
-    """Results of one case, and whether all of ours ran and were right."""
+def measured(case: Case, copy_gbs: float, until: float = math.inf) -> tuple[list[dict], bool]:
+    """Results of one case, and whether all of ours ran and were right.
+
+    Timing goes on for the seconds of the case, at least three rounds; less when it is to end at `until`: one at least.
+    """
     torch._dynamo.reset()  # torch.compile gets a fresh start, not a dynamic-shape recompilation
     for name, reason in case.absent.items():
         say(f"  {name:26} left out: {reason}")
@@ -103,8 +107,10 @@ def measured(case: Case, copy_gbs: float) -> tuple[list[dict], bool]:
         if sys.stdout.isatty():
             print(f"  round {done}/{case.runs}", end="\r", flush=True)
 
-    say(f"  timing {len(fit)} contenders in turn: {case.runs} rounds, or {case.seconds:.0f} s")
-    times = measure.interleave(problem, fit, case.runs, case.seconds, tick)
+    seconds = min(case.seconds, max(0.0, until - time.perf_counter()))
+    say(f"  timing {len(fit)} contenders in turn: {case.runs} rounds, or {seconds:.0f} s")
+    least = 3 if seconds == case.seconds else 1
+    times = measure.interleave(problem, fit, case.runs, seconds, tick, least)
     found = []
     for contender in fit:
         name = contender.name
@@ -118,10 +124,10 @@ def measured(case: Case, copy_gbs: float) -> tuple[list[dict], bool]:
     return found, all(c.name in errors and errors[c.name].within(case.dtype) for c in case.contenders if c.ours)
 
 
-def in_turn(operators: list[Iterator[Case]]) -> Iterator[Case]:
-    """First cases first: when time runs out, every operator has its most important ones."""
-    for round_of_cases in itertools.zip_longest(*operators):
-        yield from filter(None, round_of_cases)
+def in_turn(operators: list[Iterator[Case]]) -> Iterator[tuple[int, Case]]:
+    """Each operator's first case, then the second cases, and so on, with their rank from 0."""
+    for rank, cases in enumerate(itertools.zip_longest(*operators)):
+        yield from ((rank, case) for case in cases if case)
 
 
 def table(found: list[dict]) -> str:
@@ -158,14 +164,19 @@ def main(arguments: list[str] | None = None) -> int:
     wanted = options.op or OPERATORS
     files = {op: {"environment": environment, "ceilings": ceilings, "results": [], "absent": {}} for op in wanted}
     deadline = began + options.budget - (0.0 if options.no_train else TRAINING_SECONDS)
-    all_right, skipped = True, []
-    for case in in_turn([importlib.import_module(f"cases.{op}").cases(device, options.quick) for op in wanted]):
-        label = f"{case.op} {case.label}"
-        if time.perf_counter() + case.seconds > deadline:
-            skipped.append(label)
+    all_right, cut, waiting = True, [], len(wanted)
+    for rank, case in in_turn([importlib.import_module(f"cases.{op}").cases(device, options.quick) for op in wanted]):
+        label, left = f"{case.op} {case.label}", deadline - time.perf_counter()
+        if rank > 0 and left < case.seconds:
+            cut.append(f"left out, the time budget was spent: {label}")
             continue
         say(f"\n{label}")
-        rows, right = measured(case, ceilings["copy_gbs"])
+        share = left / waiting if rank == 0 else left  # first cases divide what is left among them
+        waiting -= 1
+        rows, right = measured(case, ceilings["copy_gbs"], time.perf_counter() + share)
+        rounds = max((row["runs"] for row in rows), default=0)
+        if rounds < min(3, case.runs):
+            cut.append(f"shortened to fit the time budget, {rounds} of {case.runs} rounds: {label}")
         all_right = all_right and right
         files[case.op]["results"] += rows
         files[case.op]["absent"] |= case.absent
@@ -175,12 +186,12 @@ def main(arguments: list[str] | None = None) -> int:
         results.save(out / "train_lm.json", {"environment": environment} | train_lm.train(device, options.quick))
     if not options.no_report:
         kept = out.parent == results.RESULTS
-        machines = results.load(out.parent) if kept else {out.name: results.load_machine(out)}
-        say(f"\nreport: {report.write(machines, report.REPORT if kept else out / 'report.html')}")
+        page = report.REPORT if kept else out / "report.html"
+        say(f"\nreport: {report.write(results.load(out.parent if kept else out), page)}")
     everything = [row for content in files.values() for row in content["results"]]
     say("\n" + table(everything))
-    for label in skipped:
-        say(f"left out, the time budget was spent: {label}")
+    for line in cut:
+        say(line)
     say(f"{time.perf_counter() - began:.0f} s")
     ours = any(row["ours"] for row in everything)
     if not ours:

@@ -4,7 +4,6 @@ import importlib
 import json
 import math
 import sys
-import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +20,7 @@ case, gpu, measure, plots, report, results, run, train_lm = map(
 )
 z_loss, layers = map(importlib.import_module, ("cases.z_loss", "layers"))
 
+SETTING = {"device": "Test CPU", "instruction_set": "AVX2", "threads": 2}
 TIMES = {"tilewise": 10.0, "torch eager": 40.0, "torch.compile": 20.0, "plain copy": 5.0}
 
 
@@ -66,7 +66,7 @@ def content():
         peak = 2 * 262_144_000 if contender.loss else None
         found += results.rows(sized, contender, times, peak, error, copy=100.0)
     return {
-        "environment": results.environment("cpu") | {"device": "Test CPU", "threads": 2, "date": "2026-01-02"},
+        "environment": results.environment("cpu") | SETTING | {"date": "2026-01-02"},
         "ceilings": {"copy_gbs": 100.0},
         "results": found,
         "absent": {"quack": "not installed"},
@@ -259,7 +259,7 @@ def test_report_shows_the_figures(content, training, tmp_path):
     machine = {"cross_entropy": content, "train_lm": {"environment": content["environment"], "training": training}}
     page = report.write({"test-cpu": machine}, tmp_path / "index.html").read_text()
     for shown in (
-        "Test CPU, 2 threads",
+        "Test CPU, AVX2, 2 threads",
         "2048 × 32000, float32",
         "10.0 ms, 4.0× eager, 79% of copy speed",
         "20.0 ms, 2.0× eager, 39% of copy speed",
@@ -311,7 +311,7 @@ def test_readme_table_replaces_only_what_is_between_the_marks(content, training,
     machine = {"cross_entropy": content, "train_lm": {"environment": content["environment"], "training": training}}
     report.update_readme(readme, {"test-cpu": machine})
     text = readme.read_text()
-    assert text.startswith("before\n<!-- bench:begin -->\nTest CPU, 2 threads, torch")
+    assert text.startswith("before\n<!-- bench:begin -->\nTest CPU, AVX2, 2 threads, torch")
     assert text.endswith("<!-- bench:end -->\nafter\n") and "old" not in text
     assert "| operator | logits | tilewise | torch eager | torch.compile | plain copy |" in text
     assert "| cross_entropy | 2048 × 32000 float32 | 10.0 (4.0×) | 40.0 | 20.0 (2.0×) | 5.00 |" in text
@@ -347,10 +347,8 @@ def test_gpu_stages_report_failure_overrun_and_absence(tmp_path):
 
 def test_quick_run_end_to_end(tmp_path):
     pytest.importorskip("tilewise")
-    began = time.perf_counter()
     assert run.main(["--quick", "--device", "cpu", "--out", str(tmp_path / "quick")]) == 0
-    assert time.perf_counter() - began < 60
-    files = results.load(tmp_path)["quick"]
+    (files,) = results.load(tmp_path).values()
     assert set(files) == {*run.OPERATORS, "roofline", "train_lm"}
     assert files["roofline"]["ceilings"]["copy_gbs"] > 0
     for op, names in {
@@ -372,6 +370,47 @@ def test_quick_run_end_to_end(tmp_path):
         torch.testing.assert_close(curve, curves["torch eager"], rtol=0, atol=1e-5)
     assert curves["tilewise"][0].item() == pytest.approx(math.log(training["classes"]), rel=0.1)
     assert "tilewise in place" in (tmp_path / "quick" / "report.html").read_text()
+
+
+def test_a_spent_budget_leaves_every_operator_its_first_case(tmp_path, capsys):
+    options = ["--quick", "--no-train", "--no-report", "--device", "cpu", "--out", str(tmp_path), "--budget", "0"]
+    operators = ["cross_entropy", "z_loss"]
+    assert run.main(options + [word for op in operators for word in ("--op", op)]) == 0
+    (files,) = results.load(tmp_path).values()
+    said = capsys.readouterr().out
+    for op in operators:
+        assert {row["runs"] for row in files[op]["results"]} == {1}
+        assert f"shortened to fit the time budget, 1 of 5 rounds: {op} 64 x 1000 float32" in said
+
+
+def test_first_cases_come_first():
+    cases = [iter("ab"), iter("c"), iter("def")]
+    assert list(run.in_turn(cases)) == [(0, "a"), (0, "c"), (0, "d"), (1, "b"), (1, "e"), (2, "f")]
+
+
+def test_settings_are_not_mixed(content, tmp_path):
+    """One folder with files of two instruction sets: two sections, each with its own figures."""
+    other = content | {"environment": content["environment"] | {"instruction_set": "AVX-512", "date": "2026-01-05"}}
+    for name, one in (("cross_entropy", content), ("roofline", content), ("z_loss", other)):
+        results.save(tmp_path / "machine" / f"{name}.json", one)
+    machines = results.load(tmp_path)
+    torch_version = content["environment"]["torch"]
+    assert {setting: sorted(files) for setting, files in machines.items()} == {
+        f"Test CPU, AVX2, 2 threads, torch {torch_version}": ["cross_entropy", "roofline"],
+        f"Test CPU, AVX-512, 2 threads, torch {torch_version}": ["z_loss"],
+    }
+    table = report.readme_table(machines)
+    assert f"Test CPU, AVX-512, 2 threads, torch {torch_version}, 2026-01-05. Forward" in table
+    page = report.page(machines)
+    assert page.count("<h2>") == 2 and "<h2>Test CPU, AVX-512, 2 threads</h2>" in page
+
+
+def test_files_of_other_dates_say_theirs(content):
+    later = content | {"environment": content["environment"] | {"date": "2026-01-05", "revision": "abc"}}
+    machines = {"a": {"cross_entropy": content, "z_loss": later}}
+    page = report.page(machines)
+    assert "date 2026-01-05" in page and "revision abc" in page
+    assert "2026-01-02 to 2026-01-05. Forward" in report.readme_table(machines)
 
 
 def test_corpus_is_english_and_split():

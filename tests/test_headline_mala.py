@@ -37,7 +37,7 @@ def test_sharpness():
 def test_quick_headline_end_to_end(tmp_path):
     pytest.importorskip("sklearn")
     assert headline.main(["--quick", "--device", "cpu", "--out", str(tmp_path / "quick")]) == 0
-    files = results.load(tmp_path)["quick"]
+    (files,) = results.load(tmp_path).values()
     content = files["headline_mala"]
     assert {row["attention"] for row in content["digits"]} == set(headline.ATTENTIONS)
     assert all(0 <= row["accuracy"] <= 1 and row["median_ms"] > 0 for row in content["digits"])

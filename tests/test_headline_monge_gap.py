@@ -39,7 +39,7 @@ def test_quick_headline_end_to_end(tmp_path):
     pytest.importorskip("sklearn")
     pytest.importorskip("PIL")
     assert headline.main(["--quick", "--device", "cpu", "--out", str(tmp_path / "quick")]) == 0
-    files = results.load(tmp_path)["quick"]
+    (files,) = results.load(tmp_path).values()
     content = files["headline_monge_gap"]
     for part in ("shape", "colours"):
         assert [row["contender"] for row in content[part]["rows"]] == list(headline.CONTENDERS)

@@ -23,7 +23,7 @@ def test_quick_headline_end_to_end(tmp_path, monkeypatch):
     pytest.importorskip("pytorch_metric_learning")
     monkeypatch.setattr(headline, "MOST_BYTES", 200**2 * headline.PEER_BYTES_PER_PAIR)
     assert headline.main(["--quick", "--device", "cpu", "--out", str(tmp_path / "quick")]) == 0
-    files = results.load(tmp_path)["quick"]
+    (files,) = results.load(tmp_path).values()
     content = files["headline_multi_similarity"]
     ours, theirs, *others = content["accuracy"]["rows"]
     assert (ours["contender"], theirs["contender"]) == (headline.OURS, headline.THEIRS) and len(others) == 2

@@ -43,7 +43,7 @@ def test_quick_headline_end_to_end(tmp_path):
     pytest.importorskip("sklearn")
     pytest.importorskip("scipy")
     assert headline.main(["--quick", "--out", str(tmp_path / "quick")]) == 0
-    files = results.load(tmp_path)["quick"]
+    (files,) = results.load(tmp_path).values()
     assert [row["router"] for row in files["headline_sparse_ot"]["mixtures"]] == list(headline.ROUTERS)
     page = report.write({"quick": files}, tmp_path / "index.html").read_text()
     assert "few entries a column" in page and "http" not in page

@@ -60,7 +60,7 @@ def test_memory_and_noise(data, state):
 
 def test_quick_headline_end_to_end(tmp_path):
     assert headline.main(["--quick", "--out", str(tmp_path / "quick")]) == 0
-    files = results.load(tmp_path)["quick"]
+    (files,) = results.load(tmp_path).values()
     assert [row["method"] for row in files["headline_wta_crs"]["rows"]] == list(headline.METHODS)
     page = report.write({"quick": files}, tmp_path / "index.html").read_text()
     assert "from a sample of the rows" in page and "http" not in page and 'class="band c1"' in page

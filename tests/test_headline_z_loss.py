@@ -54,7 +54,7 @@ def test_a_slow_layer_is_dropped(monkeypatch):
 def test_quick_headline_end_to_end(tmp_path):
     pytest.importorskip("tilewise")
     assert headline.main(["--quick", "--device", "cpu", "--out", str(tmp_path / "quick")]) == 0
-    files = results.load(tmp_path)["quick"]
+    (files,) = results.load(tmp_path).values()
     content = files["headline_z_loss"]
     assert len(content["cost"]["rows"]) == 2 * len(headline.CONTENDERS)
     for row in content["cost"]["rows"]:
