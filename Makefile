@@ -58,6 +58,10 @@ test: build native lint ## lint and run every test that needs no GPU
 # Side by side: the interpreter, and most other tests, keep one core busy.
 test-cpu:
 	@$(PY) -m pytest -x -q tests
+	@for isa in $$($(PY) -c 'from tilewise import loading; print(*loading.cpu_isas()[:-1])'); do \
+		echo "each fifth case of the contract again, on instruction set $$isa"; \
+		TILEWISE_CPU_ISA=$$isa $(PY) -m pytest -x -q -m "contract and not slow" -k "not compile" --every 5 tests || exit 1; \
+	done
 	@echo "the contract again, on the PyTorch reference"
 	@TILEWISE_BACKEND=reference $(PY) -m pytest -x -q -m contract tests
 

@@ -149,4 +149,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tilewise, m) {
       "bool grad_hidden, bool grad_weight, bool grad_bias) -> (Tensor, Tensor, Tensor)");
 }
 
-extern "C" __attribute__((visibility("default"))) const char* tilewise_cpu_isa() { return tilewise::cpu_isa(); }
+// For Python, by ctypes: the instruction sets of this processor, and the one in use; null where TILEWISE_CPU_ISA asks
+// for another.
+#define TILEWISE_EXPORT extern "C" __attribute__((visibility("default")))
+
+TILEWISE_EXPORT const char* tilewise_cpu_isas() { return tilewise::cpu_isas(); }
+
+TILEWISE_EXPORT const char* tilewise_cpu_isa() try { return tilewise::cpu_isa(); } catch (const std::runtime_error&) {
+  return nullptr;
+}

@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import json
+import os
 import warnings
 from pathlib import Path
 
@@ -25,11 +26,27 @@ def library_path(name: str) -> Path:
     return FOLDER / f"lib{name}.so"
 
 
+def _text_of(function: str) -> str | None:
+    """What a function of the CPU library without arguments says."""
+    call = getattr(ctypes.CDLL(str(library_path("tilewise_cpu"))), function)
+    call.restype = ctypes.c_char_p
+    text = call()
+    return text and text.decode()
+
+
+def cpu_isas() -> list[str]:
+    """The instruction sets with kernels that this processor has, the best one last."""
+    return _text_of("tilewise_cpu_isas").split(", ")
+
+
 def cpu_isa() -> str:
-    """The instruction set that the CPU kernels run with on this processor."""
-    function = ctypes.CDLL(str(library_path("tilewise_cpu"))).tilewise_cpu_isa
-    function.restype = ctypes.c_char_p
-    return function().decode()
+    """The instruction set that the CPU kernels run with: the best, or the one that TILEWISE_CPU_ISA names."""
+    if isa := _text_of("tilewise_cpu_isa"):
+        return isa
+    raise ImportError(
+        f"tilewise: expected TILEWISE_CPU_ISA to be one of {', '.join(cpu_isas())} on this processor, "
+        f"got {os.environ['TILEWISE_CPU_ISA']!r}"
+    )
 
 
 def load_libraries() -> None:

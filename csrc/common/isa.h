@@ -4,23 +4,38 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 
 namespace tilewise {
 
 #if defined(__x86_64__)
 
+// The best level of this processor.
+inline int processor_level() {
+  __builtin_cpu_init();
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c")) return 2;
+  const bool v4 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                  __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                  __builtin_cpu_supports("avx512cd");
+  return v4 ? 4 : 3;
+}
+
+inline const char* cpu_isas() {
+  const int best = processor_level();
+  return best == 4 ? "v2, v3, v4" : best == 3 ? "v2, v3" : "v2";
+}
+
+// The processor's best, or what the environment asks for: for tests and for comparing.
 inline int cpu_level() {
   static const int level = [] {
-    __builtin_cpu_init();
-    int best = 2;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) best = 3;
-    if (best == 3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd"))
-      best = 4;
-    // TILEWISE_CPU_ISA=v2|v3|v4 lowers the choice (never raises it): for tests and for comparing.
-    const char* cap = std::getenv("TILEWISE_CPU_ISA");
-    if (cap != nullptr && cap[0] == 'v' && cap[1] >= '2' && cap[1] - '0' < best) best = cap[1] - '0';
-    return best;
+    const int best = processor_level();
+    const char* wanted = std::getenv("TILEWISE_CPU_ISA");
+    if (wanted == nullptr) return best;
+    const int asked = std::strlen(wanted) == 2 && wanted[0] == 'v' ? wanted[1] - '0' : 0;
+    if (asked >= 2 && asked <= best) return asked;
+    throw std::runtime_error(std::string("tilewise: expected TILEWISE_CPU_ISA to be one of ") + cpu_isas() +
+                             " on this processor, got '" + wanted + "'");
   }();
   return level;
 }
@@ -43,6 +58,7 @@ inline const char* cpu_isa() { return cpu_level() == 4 ? "v4" : cpu_level() == 3
 
 #else
 
+inline const char* cpu_isas() { return "baseline"; }
 inline const char* cpu_isa() { return "baseline"; }
 
 #define TILEWISE_DECLARE_KERNELS(type, name) \
