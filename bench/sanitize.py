@@ -75,6 +75,23 @@ def spherical_family(shape: tuple[int, int], dtype: torch.dtype, device: str):
             check(name, getattr(tilewise, name)(logits, target, **options), logits)
 
 
+def layers(rows: int, classes: int, dtype: torch.dtype, device: str):
+    """Losses of a linear layer: with and without a bias, from class indices and from probabilities, in chunks."""
+    hidden, weight, bias = (
+        torch.randn(*size, device=device).to(dtype).requires_grad_() for size in ((rows, 20), (classes, 20), (classes,))
+    )
+    target = labels_of((rows, classes), device)
+    shares = torch.softmax(torch.randn(rows, classes, device=device), -1).to(dtype)
+    for aim in (target, shares):
+        options = {"label_smoothing": 0.1, "softcap": 20.0, "lse_square_scale": 1e-3, "reduction": "sum"}
+        for chosen in ({}, {"linear_bias": bias, "reduction": "none"}, options):
+            check("linear_cross_entropy", tilewise.linear_cross_entropy(hidden, weight, aim, **chosen), weight)
+    for name, options in SPHERICAL.items():
+        for chosen in ({}, {"bias": bias, "reduction": "none"}):
+            loss = getattr(tilewise, f"linear_{name}")(hidden, weight, target, **options, **chosen)
+            check(f"linear_{name}", loss, hidden)
+
+
 def pairwise(rows: int, columns: int, dtype: torch.dtype, device: str):
     """A warp a row and a block a row; with a guide, without positives."""
     x, y = (torch.randn(n, 20, device=device).to(dtype).requires_grad_() for n in (rows, columns))
@@ -114,13 +131,18 @@ def transport(n: int, m: int, features: int, device: str):
         leaf = cost.detach().requires_grad_()
         result = tilewise.sinkhorn(leaf, a, b, **options)
         check("sinkhorn", result.value + result.plan().square().sum((1, 2)), leaf)
-        result.apply(b), result.transpose_apply(a[:, :, None].expand(-1, -1, 20))
+        with torch.no_grad():
+            result.apply(b), result.transpose_apply(a[:, :, None].expand(-1, -1, 20))
         for kind in ("sqeuclidean", "euclidean", "cosine"):
             leaf = x.detach().requires_grad_()
             result = tilewise.sinkhorn_points(leaf, y, a, b, cost=kind, **options)
             check("sinkhorn_points", result.value.sum() + result.barycentric_map().square().sum(), leaf)
     leaf = x.detach().requires_grad_()
     check("sinkhorn_divergence", tilewise.sinkhorn_divergence(leaf, y, a, b, epsilon=0.2, max_iter=9), leaf)
+    leaf = a.detach().requires_grad_()
+    value = tilewise.sinkhorn(cost, leaf, b, epsilon=0.2, max_iter=9).value.sum()
+    (slope,) = torch.autograd.grad(value, leaf, create_graph=True)
+    check("sinkhorn's second derivative", slope.square(), leaf)
     if max(n, m) <= 64:
         leaf = cost.detach().requires_grad_()
         check("unrolled", tilewise.sinkhorn(leaf, a, b, epsilon=0.2, max_iter=5, gradient="unrolled").plan(), leaf)
@@ -138,6 +160,9 @@ def sparse(n: int, m: int, features: int, device: str):
         check("simplex_topk", tilewise.simplex_topk(leaf.mT, k).square(), leaf)
         if k * n < m:
             continue
+        even = [torch.full((3, size), 1 / size, device=device) for size in (m, n)]
+        options = {"cost": "euclidean", "k": k, "gamma": 1.0, "method": "dual", "max_iter": 3, "tol": 0.0}
+        torch.ops.tilewise.sparse_ot_points(x, y, *even, **options, chunk_bytes=64)  # column by column
         for method in ("semi_dual", "dual"):
             leaf = cost.detach().requires_grad_()
             result = tilewise.sparse_ot(leaf, k=k, method=method, max_iter=9)
@@ -164,6 +189,9 @@ def sampled(n: int, m: int, features: int, dtype: torch.dtype, device: str):
                 leaf = pairs.detach().requires_grad_()
                 product = tilewise.wta_crs_matmul(x, leaf, k=min(k, features), method=method)
                 check("wta_crs_matmul", product, leaf)
+    seed = torch.tensor([3], device=device)
+    torch.ops.tilewise.wta_crs_linear(x, weight.detach(), None, k=k, seed=seed)
+    torch.ops.tilewise.wta_crs_matmul(x, pairs, k=1, seed=seed)
 
 
 def out_of_range(device: str):
@@ -177,6 +205,21 @@ def out_of_range(device: str):
             raise SystemExit(f"{name}: labels out of range gave {loss.tolist()}")
 
 
+def small_launches(device: str):
+    """Every operator, at sizes of a few elements."""
+    for dtype in (torch.float32, torch.bfloat16):
+        for shape in SHAPES[1:3]:
+            cross_entropy(shape, dtype, device)
+            spherical_family(shape, dtype, device)
+        layers(5, 9, dtype, device)
+        pairwise(5, 9, dtype, device)
+        attention(7, 4, dtype, device)
+        sampled(7, 4, 3, dtype, device)
+    for sizes in ((3, 4, 2), (6, 5, 3)):
+        transport(*sizes, device)
+        sparse(*sizes, device)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", default="cuda", choices=("cpu", "cuda", "triton"))
@@ -188,6 +231,8 @@ def main():
             for shape in shapes:
                 cross_entropy(shape, dtype, device)
                 spherical_family(shape, dtype, device)
+            layers(9, 33, dtype, device)
+            layers(70, 1500, dtype, device)
             pairwise(9, 33, dtype, device)
             pairwise(5, 1500, dtype, device)
             attention(70, 16, dtype, device)
