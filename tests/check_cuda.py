@@ -18,15 +18,15 @@ def main() -> None:
         sys.exit(f"check-cuda needs a CUDA build of torch, found {torch.__version__}.")
     for name in ("libtilewise_cpu.so", "libtilewise_cuda.so"):
         torch.ops.load_library(ROOT / "pysrc" / "lib" / name)
-    schemas = (ROOT / "csrc" / "library.cpp").read_text()
-    with_kernels = schemas[: schemas.index("STABLE_TORCH_LIBRARY_FRAGMENT")]  # the others are composed of PyTorch's own
+    schemas = (ROOT / "csrc" / "library.h").read_text()
+    with_kernels = schemas[: schemas.index("define_composites")]  # the others are composed of PyTorch's own
     operators = re.findall(r'm\.def\(\s*"(\w+)\(', with_kernels)
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     missing = [
         f"{op} on {key}" for op in operators for key in ("CPU", "CUDA") if not has_kernel(f"tilewise::{op}", key)
     ]
     if missing or not operators:
-        sys.exit(f"no kernel for: {', '.join(missing) or 'csrc/library.cpp names no operator'}")
+        sys.exit(f"no kernel for: {', '.join(missing) or 'csrc/library.h names no operator'}")
     print(f"torch {torch.__version__}: {len(operators)} operators, each with a CPU and a CUDA kernel")
 
 

@@ -15,6 +15,7 @@ import math
 import os
 import random
 import re
+import resource
 import select
 import signal
 import sys
@@ -29,6 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CALL_SECONDS = 20.0
 INTEGERS = (0, -1, 1, 2, 3, 7, 2**31, -(2**31), 2**63 - 1, -(2**63))
 FLOATS = (0.0, -0.0, -1.0, 0.5, 1.0, math.nan, math.inf, -math.inf, 1e-300, 1e300, 1e-45)
+ENDLESS = ("max_iter",)
 WORDS = ("", "none", "mean", "sum", "median", "sqeuclidean", "euclidean", "crs", "wta", "softmax", "dual", "\0")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.bool,
           torch.complex64)  # fmt: skip
@@ -188,8 +190,11 @@ def make_call(calls: dict, seed: int, number: int) -> Call:
     for place in choice.sample(places, min(len(places), choice.choice((1, 1, 1, 2, 3)))):
         holder = call.args if isinstance(place, int) else call.kwargs
         others = [t for t in tree_leaves((call.args, call.kwargs)) if isinstance(t, torch.Tensor)]
+        name = names[place] if isinstance(place, int) else place
         change, holder[place] = hostile(holder[place], others, choice)
-        call.changes.append(f"{names[place] if isinstance(place, int) else place}={change}")
+        if name in ENDLESS and isinstance(holder[place], int):
+            change = holder[place] = min(holder[place], 7)  # a solver may take what it is given
+        call.changes.append(f"{name}={change}")
     return call
 
 
@@ -240,6 +245,8 @@ class Tally:
 
 def run_calls(calls: dict, options: argparse.Namespace, start: int, out: int) -> None:
     """In a child: tells of each call before and after it."""
+    if options.memory:
+        resource.setrlimit(resource.RLIMIT_AS, (options.memory << 30,) * 2)
     with open(out, "w", buffering=1) as tell:
         for number in range(start, options.calls):
             call = make_call(calls, options.seed, number)
@@ -301,6 +308,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calls", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--memory", type=int, default=12, help="GiB of addresses a call may have; 0: all (sanitizers)")
     parser.add_argument("--op", help="only this operator")
     parser.add_argument("--only", type=int, help="only the call of this number, in this process")
     return parser.parse_args(arguments)

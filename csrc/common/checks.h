@@ -62,20 +62,18 @@ inline void require_dtype(const Tensor& tensor, ScalarType dtype, const char* op
           toString(tensor.scalar_type()));
 }
 
-inline void require_same_device(const Tensor& tensor, const Tensor& reference, const char* op, const char* name) {
-  require(tensor.device() == reference.device(), op, "expected ", name, " on the device of the first argument");
-}
-
-// A dense vector of statistics type; null when absent.
+// The elements of a tensor that lies densely; null when absent.
 template <typename T>
-const T* vector_or_null(const std::optional<Tensor>& tensor, int64_t size, const Tensor& reference, ScalarType dtype,
-                        const char* op, const char* name) {
-  if (!tensor.has_value()) return nullptr;
-  require_shape(*tensor, {size}, op, name);
-  require_dtype(*tensor, dtype, op, name);
-  require_same_device(*tensor, reference, op, name);
-  require(tensor->is_contiguous(), op, "expected ", name, " to be contiguous");
-  return static_cast<const T*>(tensor->data_ptr());
+const T* dense(const Tensor& tensor, std::vector<int64_t> shape, ScalarType dtype, const char* op, const char* name) {
+  require_shape(tensor, std::move(shape), op, name);
+  require_dtype(tensor, dtype, op, name);
+  require(tensor.is_contiguous(), op, "expected ", name, " to be contiguous");
+  return static_cast<const T*>(tensor.data_ptr());
+}
+template <typename T>
+const T* dense(const std::optional<Tensor>& tensor, std::vector<int64_t> shape, ScalarType dtype, const char* op,
+               const char* name) {
+  return tensor.has_value() ? dense<T>(*tensor, std::move(shape), dtype, op, name) : nullptr;
 }
 
 // Uninitialised output. Large CPU outputs ask for huge pages: first touch of 4 KiB pages costs more than the

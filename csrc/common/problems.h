@@ -37,15 +37,11 @@ struct Shape {
 
   template <typename T>
   const T* dense(const Tensor& tensor, std::vector<int64_t> shape, const char* name) const {
-    require_shape(tensor, shape, op, name);
-    require_dtype(tensor, first.scalar_type(), op, name);
-    require_same_device(tensor, first, op, name);
-    require(tensor.is_contiguous(), op, "expected ", name, " to be contiguous");
-    return static_cast<const T*>(tensor.data_ptr());
+    return tilewise::dense<T>(tensor, std::move(shape), first.scalar_type(), op, name);
   }
   template <typename T>
   const T* dense(const std::optional<Tensor>& tensor, std::vector<int64_t> shape, const char* name) const {
-    return tensor.has_value() ? dense<T>(*tensor, shape, name) : nullptr;
+    return tilewise::dense<T>(tensor, std::move(shape), first.scalar_type(), op, name);
   }
 };
 

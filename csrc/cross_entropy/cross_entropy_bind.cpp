@@ -1,5 +1,6 @@
 // cross_entropy: checks, allocation and registration, compiled once for the CPU and once for CUDA.
 #include "cross_entropy/cross_entropy_bind.h"
+#include "common/operator.h"
 
 namespace tilewise {
 namespace {
@@ -19,8 +20,8 @@ ForwardResult forward_as(const Tensor& logits, const Tensor& target, const std::
   op.logits = logits_matrix(logits, kOp);
   op.request = {transform_of<T>(options), dense_target<T>(logits, op.logits, target, weight, options, kOp),
                 return_stats};
-  if (is_class_index(target)) op.target = class_indices(target, logits, op.logits, options.ignore_index, kOp);
-  op.row_weight = vector_or_null<T>(row_weight, n, logits, type, kOp, "row_weight");
+  if (is_class_index(target)) op.target = class_indices(target, op.logits, options.ignore_index, kOp);
+  op.row_weight = dense<T>(row_weight, {n}, type, kOp, "row_weight");
   op.ignore_index = options.ignore_index;
   op.confidence = static_cast<T>(1 - options.label_smoothing);
   op.lse_square_scale = static_cast<T>(options.lse_square_scale);
@@ -66,7 +67,6 @@ const T* strided_rows(const std::optional<Tensor>& tensor, const Tensor& logits,
   if (!tensor.has_value()) return nullptr;
   require_shape(*tensor, {logits.size(0)}, kOp, name);
   require_dtype(*tensor, statistics_type(logits), kOp, name);
-  require_same_device(*tensor, logits, kOp, name);
   stride = tensor->stride(0);
   return static_cast<const T*>(tensor->data_ptr());
 }
@@ -82,19 +82,17 @@ void backward_as(const Gradients& gradients, const Tensor& logits, const Tensor&
   op.gradient = row_matrix(gradient, kOp, "gradient");
   op.transform = transform_of<T>(options);
   op.dense = dense_target<T>(logits, op.logits, target, weight, options, kOp);
-  if (is_class_index(target)) op.target = class_indices(target, logits, op.logits, options.ignore_index, kOp);
+  if (is_class_index(target)) op.target = class_indices(target, op.logits, options.ignore_index, kOp);
   op.ignore_index = options.ignore_index;
   op.confidence = static_cast<T>(1 - options.label_smoothing);
   op.lse_square_scale = static_cast<T>(options.lse_square_scale);
-  const T* row_weights = vector_or_null<T>(row_weight, logits.size(0), logits, type, kOp, "row_weight");
+  const T* row_weights = dense<T>(row_weight, {logits.size(0)}, type, kOp, "row_weight");
   op.upstream = upstream_of<T>(gradients.loss, logits, row_weights, total, options.reduction, kOp);
   op.grad_lse = strided_rows<T>(gradients.lse, logits, "grad_lse", op.grad_lse_stride);
   op.grad_entropy = strided_rows<T>(gradients.entropy, logits, "grad_entropy", op.grad_entropy_stride);
-  op.entropy = vector_or_null<T>(entropy, logits.size(0), logits, type, kOp, "entropy");
+  op.entropy = dense<T>(entropy, {logits.size(0)}, type, kOp, "entropy");
   require(op.grad_entropy == nullptr || op.entropy != nullptr, kOp, "expected entropy together with grad_entropy");
-  require_shape(row_state, {3, logits.size(0)}, kOp, "row_state");
-  require_dtype(row_state, type, kOp, "row_state");
-  op.row_state = static_cast<const T*>(row_state.data_ptr());
+  op.row_state = dense<T>(row_state, {3, logits.size(0)}, type, kOp, "row_state");
   run(op, logits, kOp);
 }
 
@@ -129,7 +127,8 @@ void backward_in_place(const std::optional<Tensor>& grad_loss, const std::option
                        const std::optional<Tensor>& entropy, const Tensor& row_state, const Tensor& total,
                        int64_t ignore_index, double label_smoothing, double lse_square_scale,
                        std::optional<double> softcap, double logit_scale, const std::string& reduction) {
-  logits_matrix(logits, kOp);
+  require(!overlaps(logits_matrix(logits, kOp)), kOp, "expected logits whose elements do not share memory, got shape ",
+          shape_of(logits), " with strides (", logits.stride(0), ", ", logits.stride(1), ")");
   backward_into({grad_loss, grad_lse, grad_entropy}, logits, logits, target, weight, row_weight, entropy, row_state,
                 total,
                 checked_options(ignore_index, label_smoothing, lse_square_scale, softcap, logit_scale, reduction, kOp));
@@ -139,7 +138,7 @@ void backward_in_place(const std::optional<Tensor>& grad_loss, const std::option
 }  // namespace tilewise
 
 STABLE_TORCH_LIBRARY_IMPL(tilewise, TILEWISE_DISPATCH_KEY, m) {
-  m.impl("cross_entropy", TORCH_BOX(&tilewise::forward));
-  m.impl("cross_entropy_backward", TORCH_BOX(&tilewise::backward));
-  m.impl("cross_entropy_backward_", TORCH_BOX(&tilewise::backward_in_place));
+  TILEWISE_IMPL(m, "cross_entropy", tilewise::forward);
+  TILEWISE_IMPL(m, "cross_entropy_backward", tilewise::backward);
+  TILEWISE_IMPL(m, "cross_entropy_backward_", tilewise::backward_in_place);
 }

@@ -38,12 +38,11 @@ template <typename T>
 DenseTarget<T> dense_target(const Tensor& like, const RowMatrix& logits, const Tensor& target,
                             const std::optional<Tensor>& weight, const CrossEntropyOptions& options, const char* op) {
   DenseTarget<T> dense;
-  dense.weight = vector_or_null<T>(weight, logits.columns, like, statistics_type(like), op, "weight");
+  dense.weight = tilewise::dense<T>(weight, {logits.columns}, statistics_type(like), op, "weight");
   dense.uniform = static_cast<T>(options.label_smoothing / static_cast<double>(logits.columns));
   if (is_class_index(target)) return dense;
   dense.soft = static_cast<T>(1 - options.label_smoothing);
   require_shape(target, {logits.rows, logits.columns}, op, "target");
-  require_same_device(target, like, op, "target");
   require(target.scalar_type() == like.scalar_type() || target.scalar_type() == ScalarType::Float, op,
           "expected a probability target to have dtype ", toString(like.scalar_type()), " or Float, got ",
           toString(target.scalar_type()));

@@ -11,6 +11,7 @@
 #include <algorithm>
 
 #include "common/gemm.h"
+#include "common/operator.h"
 #include "cross_entropy/cross_entropy_bind.h"
 
 namespace tilewise {
@@ -55,13 +56,11 @@ Layer checked_layer(const Tensor& input, const Tensor& weight, const std::option
   require(rows.dtype != Dtype::kFloat64, kOp, "expected input to be float32, bfloat16 or float16 on a GPU, got Double");
 #endif
   require_dtype(weight, input.scalar_type(), kOp, "linear_weight");
-  require_same_device(weight, input, kOp, "linear_weight");
   require(classes.rows >= 1, kOp, "expected linear_weight to have at least one class, got shape ", shape_of(weight));
   require_shape(weight, {classes.rows, rows.columns}, kOp, "linear_weight");
   if (bias.has_value()) {
     require_shape(*bias, {classes.rows}, kOp, "linear_bias");
     require_dtype(*bias, input.scalar_type(), kOp, "linear_bias");
-    require_same_device(*bias, input, kOp, "linear_bias");
   }
   require(chunk_bytes >= 0, kOp, "expected chunk_bytes not below 0, got ", chunk_bytes);
   const RowMatrix logits{.dtype = rows.dtype, .rows = rows.rows, .columns = classes.rows};
@@ -122,7 +121,7 @@ CrossEntropyForward<T> forward_op(const Layer& layer, const Tensor& target, cons
   op.all_rows = layer.logits.rows;
   op.request = {transform_of<T>(options),
                 dense_target<T>(layer.input, layer.logits, target, class_weight, options, kOp), false};
-  if (is_class_index(target)) op.target = class_indices(target, layer.input, layer.logits, options.ignore_index, kOp);
+  if (is_class_index(target)) op.target = class_indices(target, layer.logits, options.ignore_index, kOp);
   op.ignore_index = options.ignore_index;
   op.confidence = static_cast<T>(1 - options.label_smoothing);
   op.lse_square_scale = static_cast<T>(options.lse_square_scale);
@@ -244,10 +243,8 @@ Gradients backward_as(const Tensor& grad_loss, const Layer& layer, const Tensor&
                       const std::optional<Tensor>& class_weight, const Tensor& row_state, const Tensor& total,
                       const CrossEntropyOptions& options, const Wanted& wanted) {
   const int64_t n = layer.logits.rows, v = layer.logits.columns;
-  require_shape(row_state, {3, n}, kOp, "row_state");
-  require_dtype(row_state, statistics_type(layer.input), kOp, "row_state");
-  CrossEntropyBackward<T> op =
-      backward_op(forward_op<T>(layer, target, class_weight, options), static_cast<const T*>(row_state.data_ptr()));
+  const T* state = dense<T>(row_state, {3, n}, statistics_type(layer.input), kOp, "row_state");
+  CrossEntropyBackward<T> op = backward_op(forward_op<T>(layer, target, class_weight, options), state);
   op.upstream = upstream_of<T>(grad_loss, layer.input, nullptr, total, options.reduction, kOp);
   const Gradients gradients = new_gradients(layer, wanted);
   if (n == 0 || !wanted.any()) return gradients;
@@ -297,6 +294,6 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_loss, const Tenso
 }  // namespace tilewise
 
 STABLE_TORCH_LIBRARY_IMPL(tilewise, TILEWISE_DISPATCH_KEY, m) {
-  m.impl("linear_cross_entropy", TORCH_BOX(&tilewise::forward));
-  m.impl("linear_cross_entropy_backward", TORCH_BOX(&tilewise::backward));
+  TILEWISE_IMPL(m, "linear_cross_entropy", tilewise::forward);
+  TILEWISE_IMPL(m, "linear_cross_entropy_backward", tilewise::backward);
 }

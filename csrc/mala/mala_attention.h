@@ -38,7 +38,6 @@ inline void check_tokens(const Tensor& tensor, const Tensor& like, const char* n
   require(tensor.dim() == 4, kOp, "expected ", name, " to have shape (batch, heads, tokens, features), got ",
           shape_of(tensor));
   require_dtype(tensor, like.scalar_type(), kOp, name);
-  require_same_device(tensor, like, kOp, name);
   require(tensor.stride(3) == 1 || tensor.size(3) <= 1 || tensor.numel() == 0, kOp, "expected the features of ", name,
           " to lie side by side, got stride ", tensor.stride(3));
 }
@@ -75,8 +74,9 @@ inline void check(const Attention& attention) {
   const Tensor& k = attention.k;
   require_shape(k, {q.size(0), k.size(1), k.size(2), q.size(3)}, kOp, "k");
   require_shape(attention.v, {k.size(0), k.size(1), k.size(2), attention.v.size(3)}, kOp, "v");
-  require(k.size(1) >= 1 && q.size(1) % k.size(1) == 0, kOp,
-          "expected the heads of q to be a multiple of those of k, got ", q.size(1), " and ", k.size(1));
+  require(k.size(1) >= 1 && q.size(1) >= 1 && q.size(1) % k.size(1) == 0, kOp,
+          "expected the heads of q to be a multiple of those of k, at least one each, got ", q.size(1), " and ",
+          k.size(1));
   check_bounds(attention.q_bounds, q, "q_bounds");
   check_bounds(attention.k_bounds, k, "k_bounds");
   require(attention.q_bounds.has_value() == attention.k_bounds.has_value(), kOp,
@@ -100,7 +100,6 @@ inline void check(const Attention& attention) {
     require(q.size(3) % 2 == 0, kOp, "expected an even number of features to rotate, got ", q.size(3));
     require_shape(*angle, {std::max(q.size(2), k.size(2)), q.size(3) / 2}, kOp, "cos and sin");
     require_dtype(*angle, statistics_of(q), kOp, "cos and sin");
-    require_same_device(*angle, q, kOp, "cos and sin");
     require(angle->is_contiguous(), kOp, "expected cos and sin to be contiguous");
   }
 }
@@ -125,11 +124,18 @@ inline Sums new_sums(const Attention& attention) {
 inline Sums copied(const Attention& attention, const std::optional<Tensor>& s, const std::optional<Tensor>& z,
                    const std::optional<Tensor>& u) {
   Sums sums = new_sums(attention);
+  require(s.has_value() == z.has_value() && s.has_value() == u.has_value(), kOp,
+          "expected s, z and u together, got some of them");
   if (!s.has_value()) return sums;
-  require(z.has_value() && u.has_value(), kOp, "expected all three sums of a state, got fewer");
-  torch::stable::copy_(sums.s, *s);
-  torch::stable::copy_(sums.z, *z);
-  torch::stable::copy_(sums.u, *u);
+  const auto take = [](Tensor& sum, const Tensor& given, const char* name) {
+    require_dtype(given, sum.scalar_type(), kOp, name);
+    require(shape_of(given) == shape_of(sum), kOp, "expected ", name, " to have shape ", shape_of(sum), ", got ",
+            shape_of(given));
+    torch::stable::copy_(sum, given);
+  };
+  take(sums.s, *s, "s");
+  take(sums.z, *z, "z");
+  take(sums.u, *u, "u");
   return sums;
 }
 

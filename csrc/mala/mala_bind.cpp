@@ -1,4 +1,5 @@
 // Magnitude-aware linear attention over heads (B, H, N, D), or over sequences packed one behind the other.
+#include "common/operator.h"
 #if defined(TILEWISE_CUDA)
 #include "mala/mala_attention.h"
 #include "mala/mala_gpu.h"
@@ -138,6 +139,6 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const Tensor
 }  // namespace tilewise
 
 STABLE_TORCH_LIBRARY_IMPL(tilewise, TILEWISE_DISPATCH_KEY, m) {
-  m.impl("mala", TORCH_BOX(&tilewise::forward));
-  m.impl("mala_backward", TORCH_BOX(&tilewise::backward));
+  TILEWISE_IMPL(m, "mala", tilewise::forward);
+  TILEWISE_IMPL(m, "mala_backward", tilewise::backward);
 }

@@ -6,6 +6,7 @@
 //
 // The gradients are those of z = s + bias: with z = scale s + bias a caller multiplies them by scale.
 #include "common/gemm.h"
+#include "common/operator.h"
 #include "pairwise/pairwise.h"
 #include "rows/rows_bind.h"
 
@@ -82,18 +83,13 @@ const NamedLoss& loss_of(const Problem& problem) {
 }
 
 const int64_t* labels_of(const Tensor& labels, const Tensor& of, const char* name) {
-  require_shape(labels, {of.size(0)}, kOp, name);
-  require_dtype(labels, ScalarType::Long, kOp, name);
-  require_same_device(labels, of, kOp, name);
-  require(labels.is_contiguous(), kOp, "expected ", name, " to be contiguous");
-  return static_cast<const int64_t*>(labels.data_ptr());
+  return dense<int64_t>(labels, {of.size(0)}, ScalarType::Long, kOp, name);
 }
 
 void check_pair(const Tensor& x, const Tensor& y, const char* x_name, const char* y_name) {
   row_matrix(x, kOp, x_name);
   row_matrix(y, kOp, y_name);
   require_dtype(y, x.scalar_type(), kOp, y_name);
-  require_same_device(y, x, kOp, y_name);
   require_shape(y, {y.size(0), x.size(1)}, kOp, y_name);
 }
 
@@ -111,7 +107,6 @@ void check(const Problem& problem) {
   if (problem.guide_x.has_value()) {
     check_pair(*problem.guide_x, *problem.guide_y, "guide_x", "guide_y");
     require_dtype(*problem.guide_x, dtype, kOp, "guide_x");
-    require_same_device(*problem.guide_x, problem.x, kOp, "guide_x");
     require(problem.guide_x->size(0) == problem.x.size(0) && problem.guide_y->size(0) == problem.y.size(0), kOp,
             "expected as many rows in guide_x and guide_y as in x and y, got shapes ", shape_of(*problem.guide_x),
             " and ", shape_of(*problem.guide_y));
@@ -143,10 +138,7 @@ PairwiseChunk<T> whole(const Problem& problem) {
   chunk.loss = loss.loss;
   for (size_t i = 0; i < loss.parameters; ++i) chunk.parameters[i] = static_cast<T>(problem.parameters[i]);
   const auto number = [&](const Tensor& tensor, const char* name) {
-    require_shape(tensor, {}, kOp, name);
-    require_dtype(tensor, statistics_type(problem.x), kOp, name);
-    require_same_device(tensor, problem.x, kOp, name);
-    return static_cast<const T*>(tensor.data_ptr());
+    return dense<T>(tensor, {}, statistics_type(problem.x), kOp, name);
   };
   chunk.scale = number(problem.scale, "scale");
   if (problem.bias.has_value()) chunk.bias = number(*problem.bias, "bias");
@@ -325,6 +317,6 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_loss, const Tenso
 }  // namespace tilewise
 
 STABLE_TORCH_LIBRARY_IMPL(tilewise, TILEWISE_DISPATCH_KEY, m) {
-  m.impl("pairwise_loss", TORCH_BOX(&tilewise::forward));
-  m.impl("pairwise_loss_backward", TORCH_BOX(&tilewise::backward));
+  TILEWISE_IMPL(m, "pairwise_loss", tilewise::forward);
+  TILEWISE_IMPL(m, "pairwise_loss_backward", tilewise::backward);
 }

@@ -45,6 +45,15 @@ inline RowMatrix logits_matrix(const Tensor& logits, const char* op) {
   return matrix;
 }
 
+// Whether elements share memory, as those of expanded dimensions do.
+inline bool overlaps(const RowMatrix& m) {
+  const bool by_rows =
+      (m.columns <= 1 || m.column_stride >= 1) && (m.rows <= 1 || m.row_stride > (m.columns - 1) * m.column_stride);
+  const bool by_columns =
+      (m.rows <= 1 || m.row_stride >= 1) && (m.columns <= 1 || m.column_stride > (m.rows - 1) * m.row_stride);
+  return !by_rows && !by_columns;
+}
+
 inline ScalarType statistics_type(const Tensor& logits) {
   return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
@@ -57,14 +66,10 @@ inline Reduction parse_reduction(const std::string& reduction, const char* op) {
 }
 
 // Class indices; on the CPU each must be a class or ignore_index. On a GPU the kernels give NaN instead: looking
-// would mean waiting for the device. `like` has the device of the logits, `logits` their shape.
-inline const int64_t* class_indices(const Tensor& target, const Tensor& like, const RowMatrix& logits,
-                                    int64_t ignore_index, const char* op) {
-  require_shape(target, {logits.rows}, op, "target");
-  require_dtype(target, ScalarType::Long, op, "target");
-  require_same_device(target, like, op, "target");
-  require(target.is_contiguous(), op, "expected target to be contiguous");
-  const int64_t* indices = static_cast<const int64_t*>(target.data_ptr());
+// would mean waiting for the device.
+inline const int64_t* class_indices(const Tensor& target, const RowMatrix& logits, int64_t ignore_index,
+                                    const char* op) {
+  const int64_t* indices = dense<int64_t>(target, {logits.rows}, ScalarType::Long, op, "target");
 #if !defined(TILEWISE_CUDA)
   for (int64_t i = 0; i < logits.rows; ++i) {
     const bool valid = (indices[i] >= 0 && indices[i] < logits.columns) || indices[i] == ignore_index;
@@ -80,13 +85,10 @@ Upstream<T> upstream_of(const std::optional<Tensor>& grad_loss, const Tensor& lo
                         const Tensor& total, Reduction reduction, const char* op) {
   Upstream<T> upstream;
   upstream.row_weight = row_weight;
-  require_dtype(total, statistics_type(logits), op, "total");
-  require_shape(total, {}, op, "total");
-  upstream.total = static_cast<const T*>(total.data_ptr());
+  upstream.total = dense<T>(total, {}, statistics_type(logits), op, "total");
   upstream.mean = reduction == Reduction::kMean;
   if (!grad_loss.has_value()) return upstream;
   require_dtype(*grad_loss, statistics_type(logits), op, "grad_loss");
-  require_same_device(*grad_loss, logits, op, "grad_loss");
   if (reduction == Reduction::kNone) {
     require_shape(*grad_loss, {logits.size(0)}, op, "grad_loss");
     upstream.stride = grad_loss->stride(0);

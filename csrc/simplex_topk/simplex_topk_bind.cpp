@@ -1,4 +1,5 @@
 // simplex_topk: arguments, memory, registration. Rows are dense.
+#include "common/operator.h"
 #include "common/problems.h"
 #include "simplex_topk/simplex_topk.h"
 
@@ -102,7 +103,6 @@ Tensor simplex_topk_backward(const Tensor& grad, const Tensor& p) {
   check_rows(p, op, "p");
   require(shape_of(grad) == shape_of(p), op, "expected grad to have shape ", shape_of(p), ", got ", shape_of(grad));
   require_dtype(grad, p.scalar_type(), op, "grad");
-  require_same_device(p, grad, op, "p");
   const DeviceScope scope(grad);
   const Tensor out = output_like(grad);
   if (grad.numel() == 0) return out;
@@ -119,6 +119,6 @@ Tensor simplex_topk_backward(const Tensor& grad, const Tensor& p) {
 }  // namespace tilewise
 
 STABLE_TORCH_LIBRARY_IMPL(tilewise, TILEWISE_DISPATCH_KEY, m) {
-  m.impl("simplex_topk", TORCH_BOX(&tilewise::simplex_topk));
-  m.impl("simplex_topk_backward", TORCH_BOX(&tilewise::simplex_topk_backward));
+  TILEWISE_IMPL(m, "simplex_topk", tilewise::simplex_topk);
+  TILEWISE_IMPL(m, "simplex_topk_backward", tilewise::simplex_topk_backward);
 }

@@ -1,5 +1,6 @@
 // Entropic optimal transport: arguments, memory, registration. Marginals, potentials and epsilon are dense, of the type
 // that is computed in; a matrix of costs has any strides.
+#include "common/operator.h"
 #include "common/problems.h"
 #if defined(TILEWISE_CUDA)
 #include "sinkhorn/sinkhorn_gpu.h"
@@ -380,11 +381,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sinkhorn_unrolled_backward(const Tens
 }  // namespace tilewise
 
 STABLE_TORCH_LIBRARY_IMPL(tilewise, TILEWISE_DISPATCH_KEY, m) {
-  m.impl("sinkhorn", TORCH_BOX(&tilewise::sinkhorn));
-  m.impl("sinkhorn_points", TORCH_BOX(&tilewise::sinkhorn_points));
-  m.impl("sinkhorn_plan", TORCH_BOX(&tilewise::sinkhorn_plan));
-  m.impl("sinkhorn_apply", TORCH_BOX(&tilewise::sinkhorn_apply));
-  m.impl("sinkhorn_points_apply", TORCH_BOX(&tilewise::sinkhorn_points_apply));
-  m.impl("sinkhorn_unrolled", TORCH_BOX(&tilewise::sinkhorn_unrolled));
-  m.impl("sinkhorn_unrolled_backward", TORCH_BOX(&tilewise::sinkhorn_unrolled_backward));
+  TILEWISE_IMPL(m, "sinkhorn", tilewise::sinkhorn);
+  TILEWISE_IMPL(m, "sinkhorn_points", tilewise::sinkhorn_points);
+  TILEWISE_IMPL(m, "sinkhorn_plan", tilewise::sinkhorn_plan);
+  TILEWISE_IMPL(m, "sinkhorn_apply", tilewise::sinkhorn_apply);
+  TILEWISE_IMPL(m, "sinkhorn_points_apply", tilewise::sinkhorn_points_apply);
+  TILEWISE_IMPL(m, "sinkhorn_unrolled", tilewise::sinkhorn_unrolled);
+  TILEWISE_IMPL(m, "sinkhorn_unrolled_backward", tilewise::sinkhorn_unrolled_backward);
 }

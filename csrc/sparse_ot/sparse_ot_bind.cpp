@@ -1,4 +1,5 @@
 // sparse_ot: arguments, memory, registration. Everything is dense, of the type that is computed in.
+#include "common/operator.h"
 #include "common/problems.h"
 #include "sparse_ot/sparse_ot.h"
 #if defined(TILEWISE_CUDA)
@@ -156,6 +157,7 @@ SparseMethod method_of(const std::string& name, const char* op) {
 Tensor begun(const Problems& of, const std::optional<Tensor>& from, const Tensor& result, const char* name) {
   if (from.has_value()) {
     require_shape(*from, {result.size(0), result.size(1)}, of.op, name);
+    require_dtype(*from, result.scalar_type(), of.op, name);
     torch::stable::copy_(const_cast<Tensor&>(result), *from);
   } else {
     torch::stable::zero_(const_cast<Tensor&>(result));
@@ -197,6 +199,6 @@ Solved sparse_ot(const Tensor& costs, const Tensor& a, const Tensor& b, const st
 }  // namespace tilewise
 
 STABLE_TORCH_LIBRARY_IMPL(tilewise, TILEWISE_DISPATCH_KEY, m) {
-  m.impl("sparse_ot", TORCH_BOX(&tilewise::sparse_ot));
-  m.impl("sparse_ot_columns", TORCH_BOX(&tilewise::sparse_ot_columns));
+  TILEWISE_IMPL(m, "sparse_ot", tilewise::sparse_ot);
+  TILEWISE_IMPL(m, "sparse_ot_columns", tilewise::sparse_ot_columns);
 }

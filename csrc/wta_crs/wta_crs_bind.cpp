@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "common/checks.h"
+#include "common/operator.h"
 #include "wta_crs/wta_crs.h"
 
 namespace tilewise {
@@ -27,16 +27,6 @@ RowBatch rows_of(const Tensor& x, const char* op) {
                : dtype == ScalarType::BFloat16 ? Dtype::kBFloat16
                                                : Dtype::kFloat16;
   return rows;
-}
-
-template <typename T>
-const T* dense(const Tensor& tensor, std::vector<int64_t> shape, ScalarType dtype, const Tensor& like, const char* op,
-               const char* name) {
-  require_shape(tensor, shape, op, name);
-  require_dtype(tensor, dtype, op, name);
-  require_same_device(tensor, like, op, name);
-  require(tensor.is_contiguous(), op, "expected ", name, " to be contiguous");
-  return static_cast<const T*>(tensor.data_ptr());
 }
 
 #if !defined(TILEWISE_CUDA)
@@ -85,9 +75,9 @@ std::tuple<Tensor, Tensor> wta_crs_sample(const Tensor& x_norms, const std::opti
   require(mix >= 0 && mix <= 1, op, "expected mix to be in [0, 1], got ", mix);
   call.mix = static_cast<int64_t>(mix * static_cast<double>(int64_t{1} << kMixBits));
   const std::vector<int64_t> shape{call.batch, call.rows}, places{call.batch, k};
-  call.x_norms = dense<float>(x_norms, shape, ScalarType::Float, x_norms, op, "x_norms");
-  if (norms.has_value()) call.y_norms = dense<float>(*norms, shape, ScalarType::Float, x_norms, op, "norms");
-  call.seed = dense<int64_t>(seed, {1}, ScalarType::Long, x_norms, op, "seed");
+  call.x_norms = dense<float>(x_norms, shape, ScalarType::Float, op, "x_norms");
+  call.y_norms = dense<float>(norms, shape, ScalarType::Float, op, "norms");
+  call.seed = dense<int64_t>(seed, {1}, ScalarType::Long, op, "seed");
   const DeviceScope scope(x_norms);
   const Tensor indices = torch::stable::new_empty(x_norms, places, ScalarType::Int);
   const Tensor scales = torch::stable::new_empty(x_norms, places, ScalarType::Float);
@@ -113,8 +103,8 @@ Tensor wta_crs_gather(const Tensor& x, const Tensor& indices, const std::optiona
   require(indices.dim() == 2, op, "expected indices to have shape (batch, k), got ", shape_of(indices));
   call.k = indices.size(1);
   const std::vector<int64_t> places{call.x.batch, call.k};
-  call.indices = dense<int32_t>(indices, places, ScalarType::Int, x, op, "indices");
-  if (scales.has_value()) call.scales = dense<float>(*scales, places, ScalarType::Float, x, op, "scales");
+  call.indices = dense<int32_t>(indices, places, ScalarType::Int, op, "indices");
+  call.scales = dense<float>(scales, places, ScalarType::Float, op, "scales");
   const DeviceScope scope(x);
   const Tensor out = torch::stable::new_empty(x, {call.x.batch, call.k, call.x.columns}, x.scalar_type());
   call.out = out.data_ptr();
@@ -134,7 +124,7 @@ Tensor wta_crs_gather(const Tensor& x, const Tensor& indices, const std::optiona
 }  // namespace tilewise
 
 STABLE_TORCH_LIBRARY_IMPL(tilewise, TILEWISE_DISPATCH_KEY, m) {
-  m.impl("wta_crs_norms", TORCH_BOX(&tilewise::wta_crs_norms));
-  m.impl("wta_crs_sample", TORCH_BOX(&tilewise::wta_crs_sample));
-  m.impl("wta_crs_gather", TORCH_BOX(&tilewise::wta_crs_gather));
+  TILEWISE_IMPL(m, "wta_crs_norms", tilewise::wta_crs_norms);
+  TILEWISE_IMPL(m, "wta_crs_sample", tilewise::wta_crs_sample);
+  TILEWISE_IMPL(m, "wta_crs_gather", tilewise::wta_crs_gather);
 }

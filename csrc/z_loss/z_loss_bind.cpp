@@ -1,4 +1,5 @@
 // The spherical family: checks, allocation and registration, compiled once for the CPU and once for CUDA.
+#include "common/operator.h"
 #include "rows/rows_bind.h"
 #include "z_loss/z_loss.h"
 
@@ -36,7 +37,7 @@ ForwardResult forward_as(const Member& member, const Tensor& logits, const Tenso
   op.a = static_cast<T>(member.a);
   op.b = static_cast<T>(member.b);
   op.eps = static_cast<T>(member.eps);
-  op.target = class_indices(target, logits, op.logits, ignore_index, member.op);
+  op.target = class_indices(target, op.logits, ignore_index, member.op);
   op.ignore_index = ignore_index;
   const LossOutputs outputs(logits, reduction);
   const Tensor row_state = new_output(logits, {4, logits.size(0)}, statistics_type(logits));
@@ -81,12 +82,10 @@ void backward_as(const Tensor& grad_loss, const Tensor& logits, const Tensor& gr
   SphericalBackward<T> op;
   op.logits = logits_matrix(logits, kOp);
   op.gradient = row_matrix(gradient, kOp, "gradient");
-  op.target = class_indices(target, logits, op.logits, ignore_index, kOp);
+  op.target = class_indices(target, op.logits, ignore_index, kOp);
   op.ignore_index = ignore_index;
   op.upstream = upstream_of<T>(grad_loss, logits, nullptr, total, reduction, kOp);
-  require_shape(row_state, {4, logits.size(0)}, kOp, "row_state");
-  require_dtype(row_state, statistics_type(logits), kOp, "row_state");
-  op.row_state = static_cast<const T*>(row_state.data_ptr());
+  op.row_state = dense<T>(row_state, {4, logits.size(0)}, statistics_type(logits), kOp, "row_state");
 #if defined(TILEWISE_CUDA)
   require_launched(z_loss_backward_cuda(op, current_stream(logits)), kOp);
 #else
@@ -112,8 +111,8 @@ Tensor backward(const Tensor& grad_loss, const Tensor& logits, const Tensor& tar
 }  // namespace tilewise
 
 STABLE_TORCH_LIBRARY_IMPL(tilewise, TILEWISE_DISPATCH_KEY, m) {
-  m.impl("z_loss", TORCH_BOX(&tilewise::z_loss));
-  m.impl("taylor_softmax_loss", TORCH_BOX(&tilewise::taylor_softmax_loss));
-  m.impl("spherical_softmax_loss", TORCH_BOX(&tilewise::spherical_softmax_loss));
-  m.impl("spherical_family_backward", TORCH_BOX(&tilewise::backward));
+  TILEWISE_IMPL(m, "z_loss", tilewise::z_loss);
+  TILEWISE_IMPL(m, "taylor_softmax_loss", tilewise::taylor_softmax_loss);
+  TILEWISE_IMPL(m, "spherical_softmax_loss", tilewise::spherical_softmax_loss);
+  TILEWISE_IMPL(m, "spherical_family_backward", tilewise::backward);
 }

@@ -1,4 +1,4 @@
-"""Pairwise losses from the whole matrix of similarities, in plain PyTorch; see csrc/library.cpp for the signatures.
+"""Pairwise losses from the whole matrix of similarities, in plain PyTorch; see csrc/library.h for the signatures.
 
 Each loss maps z (N, M) and the masks of positive and negative pairs to the loss of every row, which rows have the pairs
 that their loss needs (the others count 0), and dL/dz.

@@ -1,10 +1,11 @@
-// Every operator of the library: its schema, one entry each. The first block has a kernel per device; the second is
-// composed of PyTorch's own operators in pysrc/ops, once for all devices.
-#include <torch/csrc/stable/library.h>
+// Every operator of the library: its schema, one entry each.
+#pragma once
 
-#include "common/isa.h"
+namespace tilewise {
 
-STABLE_TORCH_LIBRARY(tilewise, m) {
+// With a kernel per device.
+template <typename Library>
+void define_kernels(Library& m) {
   m.def(
       "cross_entropy(Tensor logits, Tensor target, Tensor? weight=None, Tensor? row_weight=None, *, "
       "int ignore_index=-100, float label_smoothing=0.0, float lse_square_scale=0.0, float? softcap=None, "
@@ -105,7 +106,9 @@ STABLE_TORCH_LIBRARY(tilewise, m) {
       "int ignore_index, str reduction) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_FRAGMENT(tilewise, m) {
+// Composed of PyTorch's own operators in pysrc/ops, once for all devices.
+template <typename Library>
+void define_composites(Library& m) {
   m.def(
       "linear_z_loss(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, *, float a, float b, "
       "int ignore_index=-100, str reduction=\"mean\") "
@@ -149,12 +152,4 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tilewise, m) {
       "bool grad_hidden, bool grad_weight, bool grad_bias) -> (Tensor, Tensor, Tensor)");
 }
 
-// For Python, by ctypes: the instruction sets of this processor, and the one in use; null where TILEWISE_CPU_ISA asks
-// for another.
-#define TILEWISE_EXPORT extern "C" __attribute__((visibility("default")))
-
-TILEWISE_EXPORT const char* tilewise_cpu_isas() { return tilewise::cpu_isas(); }
-
-TILEWISE_EXPORT const char* tilewise_cpu_isa() try { return tilewise::cpu_isa(); } catch (const std::runtime_error&) {
-  return nullptr;
-}
+}  // namespace tilewise
