@@ -102,6 +102,10 @@ def pairwise(rows: int, columns: int, dtype: torch.dtype, device: str):
     guide = {"guide_query": x.detach(), "guide_key": y.detach()}
     check("info_nce", tilewise.info_nce(x, y, reduction="none", **guide), x)
     check("siglip_loss", tilewise.siglip_loss(y, y.detach(), 2.0, -1.0), y)
+    check("clip_loss", tilewise.clip_loss(y, y.detach().flip(0), 0.5), y)
+    check("nt_xent", tilewise.nt_xent(y, y.detach().flip(0), temperature=0.5), y)
+    for mine in (tilewise.multi_similarity_mine, tilewise.batch_hard_mine, tilewise.semihard_mine):
+        mine(x.detach(), labels)
     for weighting in (tilewise.weighting.Triplet(), tilewise.weighting.LiftedStructure()):
         check("pair_weighted_loss", tilewise.pair_weighted_loss(x, labels, weighting), x)
 
@@ -143,6 +147,9 @@ def transport(n: int, m: int, features: int, device: str):
     value = tilewise.sinkhorn(cost, leaf, b, epsilon=0.2, max_iter=9).value.sum()
     (slope,) = torch.autograd.grad(value, leaf, create_graph=True)
     check("sinkhorn's second derivative", slope.square(), leaf)
+    tilewise.sinkhorn_knopp(x[0])
+    leaf = x.detach().requires_grad_()
+    check("monge_gap", tilewise.monge_gap(leaf, x + 1, epsilon=0.2, max_iter=9), leaf)
     if max(n, m) <= 64:
         leaf = cost.detach().requires_grad_()
         check("unrolled", tilewise.sinkhorn(leaf, a, b, epsilon=0.2, max_iter=5, gradient="unrolled").plan(), leaf)
@@ -189,6 +196,7 @@ def sampled(n: int, m: int, features: int, dtype: torch.dtype, device: str):
                 leaf = pairs.detach().requires_grad_()
                 product = tilewise.wta_crs_matmul(x, leaf, k=min(k, features), method=method)
                 check("wta_crs_matmul", product, leaf)
+    tilewise.wta_crs_sample(x.detach(), k=k, seed=3)
     seed = torch.tensor([3], device=device)
     torch.ops.tilewise.wta_crs_linear(x, weight.detach(), None, k=k, seed=seed)
     torch.ops.tilewise.wta_crs_matmul(x, pairs, k=1, seed=seed)

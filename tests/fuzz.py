@@ -1,16 +1,20 @@
-"""A fuzzer of every operator of the library: no call may crash, hang, read garbage or fail in an unclear way.
+"""A fuzzer of every operator and public function: no call may crash, hang, read garbage or fail in an unclear way.
 
     python tests/fuzz.py [--calls 20000] [--seed 0] [--op mala] [--only 123]
 
-Small calls of the public functions, recorded, give each operator valid arguments: backward operators
-included. A fuzzed call is one of them with one to three arguments made hostile. Calls run in a child process; when it
-dies or a call takes too long, the call is written down and another child goes on behind it.
+The small launches of bench/sanitize.py are recorded: they give valid arguments to each operator of torch.ops.tilewise
+(those of backward passes included) and to each public function. A fuzzed call is one of them with one to three
+arguments made hostile. Calls run in a child process; when it dies or a call takes too long, the call is written down
+and another child goes on behind it.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import faulthandler
+import functools
+import inspect
 import math
 import os
 import random
@@ -26,61 +30,78 @@ from pathlib import Path
 import torch
 from torch.utils._pytree import tree_leaves
 
+import tilewise
+
 ROOT = Path(__file__).resolve().parent.parent
 CALL_SECONDS = 20.0
 INTEGERS = (0, -1, 1, 2, 3, 7, 2**31, -(2**31), 2**63 - 1, -(2**63))
 FLOATS = (0.0, -0.0, -1.0, 0.5, 1.0, math.nan, math.inf, -math.inf, 1e-300, 1e300, 1e-45)
-ENDLESS = ("max_iter",)
+ENDLESS = ("max_iter", "steps", "n_iter")
 WORDS = ("", "none", "mean", "sum", "median", "sqeuclidean", "euclidean", "crs", "wta", "softmax", "dual", "\0")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.bool,
           torch.complex64)  # fmt: skip
 # What a refusal may be; anything else is an accident on the way.
 CLEAR = (RuntimeError, ValueError, TypeError, NotImplementedError)
-ACCIDENT = re.compile(r"API call failed|INTERNAL ASSERT|unknown exception|bad_alloc|std::|NoneType")
+ACCIDENT = re.compile(
+    r"API call failed|INTERNAL ASSERT|unknown exception|bad_alloc|std::|'NoneType'|not NoneType|but got NoneType"
+)
 
 
 class Recorded:
-    """Stands in for one of torch.ops.tilewise and keeps the arguments of its first calls."""
+    """Stands in for a function and keeps the arguments of its first calls."""
 
-    def __init__(self, packet, most: int = 12):
-        self.packet, self.most, self.calls = packet, most, []
+    def __init__(self, function, most: int = 12):
+        self.function, self.most, self.calls = function, most, []
 
     def __call__(self, *args, **kwargs):
         if len(self.calls) < self.most:
             self.calls.append((detached(args), detached(kwargs)))
-        return self.packet(*args, **kwargs)
+        return self.function(*args, **kwargs)
 
     def __getattr__(self, name):
-        return getattr(self.packet, name)
+        return getattr(self.function, name)
 
 
 def detached(values):
     if isinstance(values, dict):
         return {name: detached(value) for name, value in values.items()}
-    if isinstance(values, tuple | list):
+    if type(values) in (tuple, list):
         return type(values)(map(detached, values))
     return values.detach().clone() if isinstance(values, torch.Tensor) else values
 
 
-def schemas() -> dict[str, torch._C.FunctionSchema]:
+def functions() -> dict[str, tuple[object, str]]:
+    """Name -> where each operator ("op") and each public function ("tilewise.op") is found."""
     names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("tilewise::")]
-    return {name.removeprefix("tilewise::"): torch._C._get_schema(name, "") for name in sorted(names)}
+    operators = {name.removeprefix("tilewise::"): torch.ops.tilewise for name in names}
+    public = {name: tilewise for name in tilewise.__all__ if inspect.isfunction(getattr(tilewise, name))}
+    return {name: (home, name) for name, home in operators.items()} | {
+        f"tilewise.{name}": (home, name) for name, home in public.items()
+    }
+
+
+@functools.cache
+def names_of(function: str) -> list[str]:
+    home, name = functions()[function]
+    if home is tilewise:
+        return list(inspect.signature(getattr(home, name)).parameters)
+    return [argument.name for argument in getattr(home, name).default._schema.arguments]
 
 
 def corpus(only: str | None = None) -> dict[str, list[tuple[tuple, dict]]]:
-    """Valid calls of every operator, or of one."""
+    """Valid calls of every function, or of one."""
     sys.path.insert(0, str(ROOT / "bench"))
     import sanitize
 
-    packets = {name: getattr(torch.ops.tilewise, name) for name in schemas()}
-    recorded = {name: Recorded(packet) for name, packet in packets.items()}
+    found = functions()
+    recorded = {function: Recorded(getattr(*where)) for function, where in found.items()}
     torch.manual_seed(0)
-    for name, recorder in recorded.items():
-        setattr(torch.ops.tilewise, name, recorder)
+    for function, where in found.items():
+        setattr(*where, recorded[function])
     sanitize.small_launches("cpu")
-    for name, packet in packets.items():
-        setattr(torch.ops.tilewise, name, packet)
-    if missing := [name for name, recorder in recorded.items() if not recorder.calls]:
+    for function, where in found.items():
+        setattr(*where, recorded[function].function)
+    if missing := [function for function, recorder in recorded.items() if not recorder.calls]:
         raise SystemExit(f"bench/sanitize.py calls no {', '.join(missing)}")
     return {name: recorder.calls for name, recorder in recorded.items() if only in (None, name)}
 
@@ -155,6 +176,8 @@ def hostile(value, others: list[torch.Tensor], choice: random.Random) -> tuple[s
         return "list", choice.choice([[], value[:-1], [*value, 1.0], [choice.choice(FLOATS) for _ in value]])
     if value is None:
         return "given", choice.choice([*others, *FLOATS, *INTEGERS]) if others else 1
+    if not isinstance(value, int | float | str):
+        return "same", value
     pool = INTEGERS if isinstance(value, int) else WORDS if isinstance(value, str) else FLOATS
     other = choice.choice(pool)
     return repr(other), other
@@ -177,7 +200,7 @@ class Call:
         return all(change.endswith("=layout") for change in self.changes)
 
     def run(self):
-        return getattr(torch.ops.tilewise, self.op)(*self.args, **self.kwargs)
+        return getattr(*functions()[self.op])(*self.args, **self.kwargs)
 
 
 def make_call(calls: dict, seed: int, number: int) -> Call:
@@ -186,10 +209,10 @@ def make_call(calls: dict, seed: int, number: int) -> Call:
     origin = choice.choice(calls[op])
     call = Call(op, list(detached(origin[0])), detached(origin[1]), origin)
     places = [*range(len(call.args)), *call.kwargs]
-    names = [argument.name for argument in schemas()[op].arguments]
+    names = names_of(op)
     for place in choice.sample(places, min(len(places), choice.choice((1, 1, 1, 2, 3)))):
         holder = call.args if isinstance(place, int) else call.kwargs
-        others = [t for t in tree_leaves((call.args, call.kwargs)) if isinstance(t, torch.Tensor)]
+        others = tensors_in((call.args, call.kwargs))
         name = names[place] if isinstance(place, int) else place
         change, holder[place] = hostile(holder[place], others, choice)
         if name in ENDLESS and isinstance(holder[place], int):
@@ -198,28 +221,38 @@ def make_call(calls: dict, seed: int, number: int) -> Call:
     return call
 
 
+def tensors_in(value) -> list[torch.Tensor]:
+    """Those of tuples, dictionaries and results, which are dataclasses."""
+    leaves = tree_leaves(value)
+    leaves += [t for leaf in leaves if dataclasses.is_dataclass(leaf) for t in vars(leaf).values()]
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+
+
 def fault_of(call: Call) -> str | None:
     """What is wrong with how a call went, or None."""
     results = []
     for fill in (True, False):  # what nobody writes, or reads too far, differs
         torch.utils.deterministic.fill_uninitialized_memory = fill
         torch.use_deterministic_algorithms(fill)
+        torch.manual_seed(0)
         try:
-            results.append([t for t in tree_leaves(call.run()) if isinstance(t, torch.Tensor)])
+            results.append(tensors_in(call.run()))
         except CLEAR as error:
-            return f"unclear: {error}" if ACCIDENT.search(str(error)) else None
+            named = str(error).startswith("tilewise.") or "can't allocate memory" in str(error)
+            strange = call.op.startswith("tilewise.") and not named
+            return f"unclear: {type(error).__name__}: {error}" if strange or ACCIDENT.search(str(error)) else None
         except Exception as error:
             return f"unclear: {type(error).__name__}: {error}"
         if call.op.endswith("_"):
             return None  # it wrote over an argument: a second run is another call
-    tensors = [t for t in tree_leaves((call.args, call.kwargs)) if isinstance(t, torch.Tensor)]
+    tensors = tensors_in((call.args, call.kwargs))
     if any(t.is_meta for t in tensors):
         return "a meta tensor beside CPU ones was taken" if any(not t.is_meta for t in results[0]) else None
     for first, second in zip(*results, strict=True):
         if not torch.equal(first.nan_to_num(7.5), second.nan_to_num(7.5)):
             return "two calls differ: memory that was not written is read or returned"
     if call.layout_only():
-        expected = tree_leaves(getattr(torch.ops.tilewise, call.op)(*call.origin[0], **call.origin[1]))
+        expected = tensors_in(getattr(*functions()[call.op])(*call.origin[0], **call.origin[1]))
         for first, second in zip(results[0], expected, strict=True):
             if not torch.allclose(first.double(), second.double(), rtol=1e-3, atol=1e-5, equal_nan=True):
                 return "another layout gives other numbers"
@@ -246,7 +279,8 @@ class Tally:
 def run_calls(calls: dict, options: argparse.Namespace, start: int, out: int) -> None:
     """In a child: tells of each call before and after it."""
     if options.memory:
-        resource.setrlimit(resource.RLIMIT_AS, (options.memory << 30,) * 2)
+        held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (held + (options.memory << 30),) * 2)
     with open(out, "w", buffering=1) as tell:
         for number in range(start, options.calls):
             call = make_call(calls, options.seed, number)
@@ -308,7 +342,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calls", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--memory", type=int, default=12, help="GiB of addresses a call may have; 0: all (sanitizers)")
+    parser.add_argument("--memory", type=int, default=4, help="GiB that a call may take; 0: all (for sanitizers)")
     parser.add_argument("--op", help="only this operator")
     parser.add_argument("--only", type=int, help="only the call of this number, in this process")
     return parser.parse_args(arguments)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tilewise.ops import rows
+from tilewise.ops import register, rows
 from tilewise.reference import cross_entropy as reference
 from tilewise.reference.rows import statistics_dtype
 
@@ -136,7 +136,7 @@ def _check_overwritable(logits: Tensor) -> None:
         )
 
 
-@torch.library.register_fake("tilewise::cross_entropy")
+@register.fake("cross_entropy")
 def _forward_fake(
     logits,
     target,
@@ -165,12 +165,12 @@ def _forward_fake(
     )
 
 
-@torch.library.register_fake("tilewise::cross_entropy_backward")
+@register.fake("cross_entropy_backward")
 def _backward_fake(grad_loss, grad_lse, grad_entropy, logits, *tensors, **options):
     return logits.new_empty(logits.shape)
 
 
-@torch.library.register_fake("tilewise::cross_entropy_backward_")
+@register.fake("cross_entropy_backward_")
 def _backward_in_place_fake(*tensors, **options):
     return None
 

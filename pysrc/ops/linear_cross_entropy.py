@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from tilewise.ops import rows
+from tilewise.ops import register, rows
 from tilewise.reference import linear_cross_entropy as reference
 from tilewise.reference.rows import statistics_dtype
 
@@ -180,7 +180,7 @@ def _positions(input, linear_weight, target, linear_bias, weight, *, reduction, 
     return losses.sum() / total.masked_fill(total == 0, 1)  # all ignored: 0, and no 0 / 0 in the gradient
 
 
-@torch.library.register_fake("tilewise::linear_cross_entropy")
+@register.fake("linear_cross_entropy")
 def _forward_fake(
     input,
     linear_weight,
@@ -207,7 +207,7 @@ def _forward_fake(
     )
 
 
-@torch.library.register_fake("tilewise::linear_cross_entropy_backward")
+@register.fake("linear_cross_entropy_backward")
 def _backward_fake(grad_loss, input, linear_weight, *tensors, input_grad, weight_grad, bias_grad, **options):
     bias = tensors[1] is not None
     return (

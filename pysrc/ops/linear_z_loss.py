@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from tilewise.ops import logits_free, rows  # noqa: F401  (logits_free registers the implementation)
+from tilewise.ops import logits_free, register, rows  # noqa: F401  (logits_free registers the implementation)
 from tilewise.reference.rows import statistics_dtype
 
 
@@ -154,7 +154,7 @@ def _forward_fake(hidden, weight, target, bias, *, reduction="mean", **options):
     return tuple(hidden.new_empty(shape, dtype=dtype) for shape in shapes)
 
 
-@torch.library.register_fake("tilewise::linear_spherical_backward")
+@register.fake("linear_spherical_backward")
 def _backward_fake(
     grad_loss, hidden, weight, target, bias, row_state, gram, mean, total, *,
     ignore_index, reduction, grad_hidden, grad_weight, grad_bias,
@@ -162,7 +162,7 @@ def _backward_fake(
     return (
         hidden.new_empty(hidden.shape if grad_hidden else 0),
         weight.new_empty(weight.shape if grad_weight else 0),
-        bias.new_empty(bias.shape) if grad_bias else row_state.new_empty(0),
+        row_state.new_empty(0) if bias is None or not grad_bias else bias.new_empty(bias.shape),
     )
 
 
@@ -191,6 +191,6 @@ def _no_double_backward(ctx, *grads):
 
 
 for _name in ("linear_z_loss", "linear_taylor_softmax_loss", "linear_spherical_softmax_loss"):
-    torch.library.register_fake(f"tilewise::{_name}", _forward_fake)
+    register.fake(_name)(_forward_fake)
     torch.library.register_autograd(f"tilewise::{_name}", _backward, setup_context=_setup_context)
 torch.library.register_autograd("tilewise::linear_spherical_backward", _no_double_backward)

@@ -12,28 +12,16 @@ gamma 1[k = c], summing over the classes leaves GEMMs with (d, d) matrices and a
 it is PyTorch operations: one implementation for every device, registered once.
 """
 
-import functools
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from tilewise.ops import register
 from tilewise.reference.rows import reduce_rows, split_target, statistics_dtype
 from tilewise.reference.z_loss import OF_STATISTICS
 
 CHUNK = 2**20  # elements of weight held in the type of statistics at a time; more only where d^2 is more
-
-_library = torch.library.Library("tilewise", "IMPL")
-
-
-def _register(op: str, function) -> None:
-    @functools.wraps(function)
-    def without_autocast(tensor, *arguments, **options):
-        # The operators inside would see autocast again and round the statistics.
-        with torch.autocast(tensor.device.type, enabled=False):
-            return function(tensor, *arguments, **options)
-
-    _library.impl(op, without_autocast, "CompositeExplicitAutograd")
 
 
 def slices(rows: Tensor) -> Iterator[slice]:
@@ -140,7 +128,7 @@ def _backward(
             d_weight[index] = (dense_rows(index, weight[index] - mean) + sum_of_class(of_target, index)).to(
                 weight.dtype
             )
-    if grad_bias:
+    if grad_bias and bias is not None:
         slope_h = torch.mv(h.t(), slope)
         d_bias = deviations * slope.sum() + kappa.sum()
         for part, centred in _less(weight, mean):
@@ -159,7 +147,8 @@ def sum_of_class(rows: Tensor, index: Tensor) -> Tensor:
     return torch.zeros_like(rows).index_add_(0, place, rows)[place]
 
 
-_register("linear_z_loss", _forward("z"))
-_register("linear_taylor_softmax_loss", _forward("taylor"))
-_register("linear_spherical_softmax_loss", _forward("spherical", eps=1e-6))
-_register("linear_spherical_backward", _backward)
+LAYER = "hidden n D, weight V D, #target n, bias V"
+register.composite("linear_z_loss", _forward("z"), LAYER)
+register.composite("linear_taylor_softmax_loss", _forward("taylor"), LAYER)
+register.composite("linear_spherical_softmax_loss", _forward("spherical", eps=1e-6), LAYER)
+register.composite("linear_spherical_backward", _backward, LAYER + ", row_state 3 n, gram D+1 D, mean D, total")

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from tilewise.ops import rows
+from tilewise.ops import register, rows
 from tilewise.reference.rows import statistics_dtype
 
 OP = "mala"
@@ -188,12 +188,12 @@ def _state_shapes(q: Tensor, v: Tensor, bounds: Tensor | None) -> tuple[Tensor, 
     return tuple(q.new_empty(s, dtype=statistics_dtype(q)) for s in ((n, hk, d, dv), (n, hk, d), (n, hk, dv)))
 
 
-@torch.library.register_fake("tilewise::mala")
+@register.fake("mala")
 def _forward_fake(q, k, v, cos=None, sin=None, q_bounds=None, k_bounds=None, s=None, z=None, u=None, **options):
     return q.new_empty((*q.shape[:3], v.shape[3])), *_state_shapes(q, v, q_bounds)
 
 
-@torch.library.register_fake("tilewise::mala_backward")
+@register.fake("mala_backward")
 def _backward_fake(grad_out, q, k, v, *tensors, **options):
     return tuple(t.new_empty(t.shape) for t in (q, k, v))
 

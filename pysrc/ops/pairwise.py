@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tilewise.ops import rows
+from tilewise.ops import register, rows
 from tilewise.reference.pairwise import relations
 from tilewise.reference.rows import statistics_dtype
 
@@ -171,7 +171,7 @@ def _gradient_shapes(x: Tensor, y: Tensor, wanted: list[bool]) -> tuple[Tensor, 
     )
 
 
-@torch.library.register_fake("tilewise::pairwise_loss")
+@register.fake("pairwise_loss")
 def _forward_fake(x, y, x_labels, y_labels, scale, *tensors, reduction="mean", **options):
     formed = reduction != "none" and x.dtype == statistics_dtype(x)
     wanted = [formed and options.get(name, False) for name in FORMED]
@@ -179,7 +179,7 @@ def _forward_fake(x, y, x_labels, y_labels, scale, *tensors, reduction="mean", *
     return loss, scale.new_empty(()), *_gradient_shapes(x, y, wanted)
 
 
-@torch.library.register_fake("tilewise::pairwise_loss_backward")
+@register.fake("pairwise_loss_backward")
 def _backward_fake(grad_loss, x, y, *tensors, **options):
     return _gradient_shapes(x, y, [options[name] for name in WANTED])
 

@@ -22,11 +22,22 @@ def check_logits(op: str, logits: Tensor) -> None:
     check_floating(op, "logits", logits)
 
 
+def check_memory(op: str, name: str, tensor: Tensor) -> None:
+    """Not one whose storage was freed, as sharded and offloaded parameters are between their uses."""
+    if torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter):
+        return
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor) or tensor.layout != torch.strided:
+        return
+    if tensor.untyped_storage().nbytes() == 0 and tensor.numel() > 0:
+        raise ValueError(f"tilewise.{op}: expected {name} to have memory, but its storage was freed")
+
+
 def check_floating(op: str, name: str, tensor: Tensor) -> None:
     allowed = FLOATING[1:] if tensor.is_cuda else FLOATING
     if tensor.dtype not in allowed:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
         raise TypeError(f"tilewise.{op}: expected {tensor.device.type} {name} to be {names}, got {tensor.dtype}")
+    check_memory(op, name, tensor)
 
 
 def check_matrix(op: str, name: str, matrix: Tensor) -> None:
@@ -38,6 +49,7 @@ def check_matrix(op: str, name: str, matrix: Tensor) -> None:
     if matrix.dtype not in FLOATING:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATING)
         raise TypeError(f"tilewise.{op}: expected {name} to be {names}, got {matrix.dtype}")
+    check_memory(op, name, matrix)
 
 
 def check_vector(op: str, name: str, vector: Tensor | None, size: int, logits: Tensor) -> Tensor | None:
@@ -56,6 +68,7 @@ def check_vector(op: str, name: str, vector: Tensor | None, size: int, logits: T
 def check_device(op: str, name: str, tensor: Tensor, like: Tensor, like_name: str = "logits") -> None:
     if tensor.device != like.device:
         raise ValueError(f"tilewise.{op}: expected {name} on {like.device} like {like_name}, got {tensor.device}")
+    check_memory(op, name, tensor)
 
 
 def check_constant(op: str, name: str, tensor: Tensor) -> None:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from tilewise.ops import rows, transport
+from tilewise.ops import register, rows, transport
 from tilewise.reference.rows import statistics_dtype
 
 OP = "simplex_topk"
@@ -46,12 +46,12 @@ def simplex_topk(x: Tensor, k: int, *, scale: float = 1.0) -> Tensor:
     return torch.ops.tilewise.simplex_topk(wide, k=k, scale=scale).to(x.dtype)
 
 
-@torch.library.register_fake("tilewise::simplex_topk")
+@register.fake("simplex_topk")
 def _forward_fake(x, *, k, scale=1.0):
     return torch.empty_like(x)
 
 
-@torch.library.register_fake("tilewise::simplex_topk_backward")
+@register.fake("simplex_topk_backward")
 def _backward_fake(grad, p):
     return torch.empty_like(grad)
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from tilewise.ops import rows, transport
+from tilewise.ops import register, rows, transport
 from tilewise.ops.transport import Problem, SinkhornResult, marginal_gradient
 from tilewise.reference.rows import statistics_dtype
 from tilewise.reference.sinkhorn import plan as plan_of_potentials
@@ -167,37 +167,37 @@ def _solved_shapes(like: Tensor, n: int, m: int):
     )
 
 
-@torch.library.register_fake("tilewise::sinkhorn")
+@register.fake("sinkhorn")
 def _forward_fake(cost, *tensors, **options):
     return _solved_shapes(cost, *cost.shape[1:])
 
 
-@torch.library.register_fake("tilewise::sinkhorn_plan")
+@register.fake("sinkhorn_plan")
 def _plan_fake(cost, *tensors, **options):
     return cost.new_empty(cost.shape)
 
 
-@torch.library.register_fake("tilewise::sinkhorn_apply")
+@register.fake("sinkhorn_apply")
 def _apply_fake(cost, a, b, epsilon, f, g, v):
     return v.new_empty(*cost.shape[:2], v.shape[2])
 
 
-@torch.library.register_fake("tilewise::sinkhorn_unrolled")
+@register.fake("sinkhorn_unrolled")
 def _unrolled_fake(cost, *tensors, **options):
     return _solved_shapes(cost, *cost.shape[1:])[:2]
 
 
-@torch.library.register_fake("tilewise::sinkhorn_potentials")
+@register.fake("sinkhorn_potentials")
 def _potentials_fake(cost, a, b, epsilon, f, g, **options):
     return torch.empty_like(f), torch.empty_like(g)
 
 
-@torch.library.register_fake("tilewise::sinkhorn_plan_backward")
+@register.fake("sinkhorn_plan_backward")
 def _plan_backward_fake(grad_plan, grad_f, grad_g, cost, a, b, epsilon, f, g, **options):
     return cost.new_empty(cost.shape), a.new_empty(a.shape), b.new_empty(b.shape), torch.empty_like(epsilon)
 
 
-@torch.library.register_fake("tilewise::sinkhorn_unrolled_backward")
+@register.fake("sinkhorn_unrolled_backward")
 def _unrolled_backward_fake(grad_f, grad_g, cost, a, b, epsilon, **options):
     return cost.new_empty(cost.shape), a.new_empty(a.shape), b.new_empty(b.shape), torch.empty_like(epsilon)
 
@@ -324,8 +324,9 @@ def _unrolled_backward(ctx, grad_f, grad_g):
 
 
 torch.library.register_autograd("tilewise::sinkhorn_unrolled", _unrolled_backward, setup_context=_unrolled_setup)
-transport.register_composite("sinkhorn_potentials", _potentials)
-transport.register_composite("sinkhorn_plan_backward", _implicit_backward)
+PROBLEM = "cost b N M, a b N, b b M, epsilon b, f b N, g b M"
+register.composite("sinkhorn_potentials", _potentials, PROBLEM)
+register.composite("sinkhorn_plan_backward", _implicit_backward, PROBLEM + ", grad_plan b N M, grad_f b N, grad_g b M")
 transport.refuse_second("sinkhorn_apply", "sinkhorn_apply (use the plan)")
 transport.refuse_second("sinkhorn_plan_backward", "sinkhorn")
 transport.refuse_second("sinkhorn_unrolled_backward", "sinkhorn")

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tilewise.ops import rows, transport
+from tilewise.ops import register, rows, transport
 from tilewise.ops.sinkhorn import _penalties, _result, _solved_shapes
 from tilewise.ops.transport import Problem, SinkhornResult, marginal_gradient
 from tilewise.reference.rows import statistics_dtype
@@ -146,17 +146,17 @@ def _centred(x: Tensor, other: Tensor | None, cost: str) -> Tensor:
     return x - centre
 
 
-@torch.library.register_fake("tilewise::sinkhorn_points")
+@register.fake("sinkhorn_points")
 def _forward_fake(x, y, *tensors, **options):
     return _solved_shapes(x, x.shape[1], y.shape[1])
 
 
-@torch.library.register_fake("tilewise::sinkhorn_points_apply")
+@register.fake("sinkhorn_points_apply")
 def _apply_fake(x, y, a, b, epsilon, f, g, v, *tensors, **options):
     return v.new_empty(*x.shape[:2], v.shape[2])
 
 
-@torch.library.register_fake("tilewise::sinkhorn_points_apply_backward")
+@register.fake("sinkhorn_points_apply_backward")
 def _apply_backward_fake(grad, x, y, a, b, epsilon, f, g, v, **options):
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, y, a, b, epsilon, v))
 
@@ -309,5 +309,9 @@ def _implicit_backward(grad, x, y, a, b, epsilon, f, g, v, *, cost, rho_a, rho_b
     return d_x, d_y, d_a, d_b, d_epsilon, grad_v.contiguous()
 
 
-transport.register_composite("sinkhorn_points_apply_backward", _implicit_backward)
+register.composite(
+    "sinkhorn_points_apply_backward",
+    _implicit_backward,
+    "x b N d, y b M d, a b N, b b M, epsilon b, f b N, g b M, v b M w, grad b N w",
+)
 transport.refuse_second("sinkhorn_points_apply_backward", OP)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tilewise.ops import rows, transport
+from tilewise.ops import register, rows, transport
 from tilewise.reference.rows import statistics_dtype
 
 OP = "sparse_ot"
@@ -195,12 +195,12 @@ def solved_shapes(like: Tensor, m: int, n: int, k: int):
     return *lists, empty(size, m), empty(size, n), *numbers, empty(size, n), empty(size, dtype=whole)
 
 
-@torch.library.register_fake("tilewise::sparse_ot")
+@register.fake("sparse_ot")
 def _forward_fake(costs, *tensors, k, **options):
     return solved_shapes(costs, costs.shape[2], costs.shape[1], k)
 
 
-@torch.library.register_fake("tilewise::sparse_ot_columns")
+@register.fake("sparse_ot_columns")
 def _columns_fake(costs, alpha, level, *, k, gamma, dual=False):
     batch, n, m = costs.shape
     empty = costs.new_empty
@@ -208,7 +208,7 @@ def _columns_fake(costs, alpha, level, *, k, gamma, dual=False):
     return *lists, empty(batch, n), empty(batch, m), empty(batch, n)
 
 
-@torch.library.register_fake("tilewise::sparse_ot_backward")
+@register.fake("sparse_ot_backward")
 def _backward_fake(grad_value, grad_values, values, indices, alpha, beta, *, gamma):
     return torch.empty_like(values), torch.empty_like(alpha), torch.empty_like(beta)
 
@@ -274,5 +274,9 @@ def _gradients(grad_value, grad_values, values, indices, alpha, beta, *, gamma):
     return entries, grad_a, grad_b
 
 
-transport.register_composite("sparse_ot_backward", _gradients)
+register.composite(
+    "sparse_ot_backward",
+    _gradients,
+    "values b M k, #indices b M k, alpha b N, beta b M, grad_value b, grad_values b M k",
+)
 transport.refuse_second("sparse_ot_backward", OP)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from tilewise.ops import transport
+from tilewise.ops import register, transport
 from tilewise.ops.sparse_ot import SparseOTResult, check_problem, keep_solution, solved_shapes
 from tilewise.reference.rows import statistics_dtype
 from tilewise.reference.sparse_ot import solve
@@ -122,7 +122,7 @@ def _points(x, y, a, b, alpha=None, beta=None, *, cost, k, gamma, chunk_bytes=0,
     return solve(evaluate, a, b, alpha, beta, gamma=gamma, **options)
 
 
-@torch.library.register_fake("tilewise::sparse_ot_points")
+@register.fake("sparse_ot_points")
 def _forward_fake(x, y, *tensors, k, **options):
     return solved_shapes(x, x.shape[1], y.shape[1], k)
 
@@ -154,4 +154,4 @@ def _backward(ctx, grad_values, grad_indices, grad_alpha, grad_beta, grad_value,
 
 
 torch.library.register_autograd("tilewise::sparse_ot_points", _backward, setup_context=_setup_context)
-transport.register_composite("sparse_ot_points", _points)
+register.composite("sparse_ot_points", _points, "x b N d, y b M d, a b N, b b M, alpha b N, beta b M")

@@ -178,28 +178,6 @@ def implicit(
     return rows_by * (of_f - apply(v)), v
 
 
-def register_composite(op: str, function) -> None:
-    """An operator of PyTorch's own and of tilewise's: one implementation for every device, without autocast."""
-
-    def alone(*arguments, **options):
-        device = next(t for t in arguments if isinstance(t, Tensor)).device.type
-        with torch.no_grad(), torch.autocast(device, enabled=False):
-            return function(*arguments, **options)
-
-    _library.impl(op, alone, "CompositeExplicitAutograd")
-    COMPOSITE.add(op)
-
-
-def register_implicit(op: str, function) -> None:
-    """A public function whose autograd is that of the operators in it."""
-    _library.impl(op, function, "CompositeImplicitAutograd")
-    COMPOSITE.add(op)
-
-
-COMPOSITE: set[str] = set()  # operators that need no reference, for they are PyTorch's and others of tilewise's
-_library = torch.library.Library("tilewise", "IMPL")
-
-
 def refuse_second(op: str, of: str) -> None:
     """An operator of a backward, whose own derivative is asked for."""
 

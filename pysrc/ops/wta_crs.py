@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from tilewise.ops import rows, transport
+from tilewise.ops import register, rows, transport
 
 METHODS = ("systematic", "wta", "crs")
 
@@ -337,18 +337,18 @@ def seed_tensor(op: str, seed: int | Tensor | None, like: Tensor) -> Tensor:
     return torch.full((1,), seed, dtype=torch.int64, device=like.device)
 
 
-@torch.library.register_fake("tilewise::wta_crs_norms")
+@register.fake("wta_crs_norms")
 def _norms_fake(x):
     return x.new_empty(x.shape[:2], dtype=torch.float32)
 
 
-@torch.library.register_fake("tilewise::wta_crs_sample")
+@register.fake("wta_crs_sample")
 def _sample_fake(x_norms, norms, seed, *, k, method="systematic", mix=0.05):
     places = x_norms.shape[0], k
     return x_norms.new_empty(places, dtype=torch.int32), x_norms.new_empty(places)
 
 
-@torch.library.register_fake("tilewise::wta_crs_gather")
+@register.fake("wta_crs_gather")
 def _gather_fake(x, indices, scales=None):
     return x.new_empty(x.shape[0], indices.shape[1], x.shape[2])
 
@@ -368,5 +368,5 @@ def _scatter(ctx, grad):
 
 
 torch.library.register_autograd("tilewise::wta_crs_gather", _scatter, setup_context=_keep_places)
-transport.register_implicit("wta_crs_linear", wta_crs_linear)
-transport.register_implicit("wta_crs_matmul", wta_crs_matmul)
+register.implicit("wta_crs_linear", wta_crs_linear)
+register.implicit("wta_crs_matmul", wta_crs_matmul)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from tilewise.ops import rows
+from tilewise.ops import register, rows
 from tilewise.reference.rows import statistics_dtype
 
 
@@ -106,7 +106,7 @@ def _forward_fake(logits, target, *, reduction="mean", **options):
     )
 
 
-@torch.library.register_fake("tilewise::spherical_family_backward")
+@register.fake("spherical_family_backward")
 def _backward_fake(grad_loss, logits, target, row_state, total, *, ignore_index, reduction):
     return logits.new_empty(logits.shape)
 
@@ -131,6 +131,6 @@ def _no_double_backward(ctx, grad):
 
 
 for _name in ("z_loss", "taylor_softmax_loss", "spherical_softmax_loss"):
-    torch.library.register_fake(f"tilewise::{_name}", _forward_fake)
+    register.fake(_name)(_forward_fake)
     torch.library.register_autograd(f"tilewise::{_name}", _backward, setup_context=_setup_context)
 torch.library.register_autograd("tilewise::spherical_family_backward", _no_double_backward)

@@ -1,0 +1,119 @@
+"""How operators are registered from Python: their tensors are looked at first, as the compiled kernels do."""
+
+import functools
+import re
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+COMPOSITE: set[str] = set()  # operators that need no reference, for they are PyTorch's and others of tilewise's
+_library = torch.library.Library("tilewise", "IMPL")
+
+
+def fake(op: str) -> Callable[[Callable], Callable]:
+    """Registers what tells the shapes of an operator's results. It serves every call with a meta tensor, so it is here
+    that one beside tensors of another device is refused: their results would have memory that nobody writes."""
+
+    def register(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def checked(*arguments, **options):
+            check_devices(op, named_tensors(op, arguments, options))
+            return function(*arguments, **options)
+
+        torch.library.register_fake(f"tilewise::{op}", checked)
+        return function
+
+    return register
+
+
+def composite(op: str, function: Callable, shapes: str = "") -> None:
+    """An operator of PyTorch's own and of tilewise's: one implementation for every device, without autocast.
+
+    Args:
+        shapes: its tensors and their sizes, as in ``"hidden n D, weight V D, #target n"``: equal letters are equal
+            sizes, a capital one is at least 1, D+1 is one more than D, # marks int64, all others are floating.
+    """
+
+    @functools.wraps(function)
+    def alone(*arguments, **options):
+        tensors = named_tensors(op, arguments, options)
+        if missing := required(op) - tensors.keys():
+            raise RuntimeError(f"tilewise.{op}: expected {min(missing)} to be a tensor, got None")
+        check_devices(op, tensors)
+        check_shapes(op, tensors, shapes)
+        device = next(iter(tensors.values())).device.type
+        # The operators inside would see autocast again and round the statistics.
+        with torch.no_grad(), torch.autocast(device, enabled=False):
+            return function(*arguments, **options)
+
+    _library.impl(op, alone, "CompositeExplicitAutograd")
+    COMPOSITE.add(op)
+
+
+def implicit(op: str, function: Callable) -> None:
+    """A public function whose autograd is that of the operators in it."""
+    _library.impl(op, function, "CompositeImplicitAutograd")
+    COMPOSITE.add(op)
+
+
+@functools.cache
+def schema_of(op: str) -> list[torch._C.Argument]:
+    return getattr(torch.ops.tilewise, op).default._schema.arguments
+
+
+@functools.cache
+def required(op: str) -> set[str]:
+    """The tensors that may not be None."""
+    return {argument.name for argument in schema_of(op) if str(argument.type) == "Tensor"}
+
+
+def named_tensors(op: str, arguments: tuple, options: dict) -> dict[str, Tensor]:
+    given = dict(zip((argument.name for argument in schema_of(op)), arguments, strict=False)) | options
+    return {name: value for name, value in given.items() if isinstance(value, Tensor)}
+
+
+def check_devices(op: str, tensors: dict[str, Tensor]) -> None:
+    (first, like), *others = tensors.items()
+    for name, tensor in others:
+        if tensor.device != like.device:
+            raise RuntimeError(f"tilewise.{op}: expected {name} on {like.device} like {first}, got {tensor.device}")
+
+
+@functools.cache
+def _parsed(shapes: str) -> dict[str, tuple[bool, tuple[tuple[str, int], ...]]]:
+    """Name -> whether it is int64, and its sizes as letters with what is added to them."""
+    parsed = {}
+    for tensor in filter(None, shapes.split(", ")):
+        name, *sizes = tensor.split(" ")
+        terms = (re.fullmatch(r"(\w)(?:\+(\d))?", size).groups() for size in sizes)
+        parsed[name.removeprefix("#")] = name[0] == "#", tuple((letter, int(more or 0)) for letter, more in terms)
+    return parsed
+
+
+def check_shapes(op: str, tensors: dict[str, Tensor], shapes: str) -> None:
+    """Tensors that are there have memory, and the type and the sizes that `shapes` tells."""
+    sizes: dict[str, int] = {}
+
+    def size_of(letter: str, more: int, got: int) -> int:
+        if letter.isdigit():
+            return int(letter)
+        return max(sizes.setdefault(letter, got - more) + more, 1 if letter.isupper() else 0)
+
+    for name, (integer, letters) in _parsed(shapes).items():
+        tensor = tensors.get(name)
+        if tensor is None:
+            continue
+        if integer != (tensor.dtype == torch.int64) or not (integer or tensor.is_floating_point()):
+            raise RuntimeError(
+                f"tilewise.{op}: expected {name} to be {'int64' if integer else 'floating'}, got {tensor.dtype}"
+            )
+        shape = tuple(tensor.shape)
+        expected = "(" + ", ".join(f"{letter}+{more}" if more else letter for letter, more in letters) + ")"
+        if len(shape) != len(letters):
+            raise RuntimeError(f"tilewise.{op}: expected {name} to have shape {expected}, got {shape}")
+        wanted = tuple(size_of(*term, got) for term, got in zip(letters, shape, strict=True))
+        if shape != wanted:
+            raise RuntimeError(f"tilewise.{op}: expected {name} to have shape {wanted}, got {shape}")
+        if tensor.numel() > 0 and tensor.device.type != "meta" and tensor.data_ptr() == 0:
+            raise RuntimeError(f"tilewise.{op}: expected {name} to have memory, but its storage was freed")

@@ -1,0 +1,16 @@
+"""A short run of the fuzzer, twenty calls of each function; `make sanitize` makes a long one."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.mark.skipif(not (ROOT / "bench").exists(), reason="bench/ is not part of an installed tilewise")
+def test_no_call_crashes_hangs_or_fails_in_an_unclear_way():
+    command = [sys.executable, str(ROOT / "tests" / "fuzz.py"), "--calls", "1400"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
