@@ -20,6 +20,7 @@ CASES = {  # B, H, Hk, N, M, D, Dv
     "grouped, odd tiles": (1, 4, 2, 37, 37, 36, 70),
     "cross": (1, 2, 1, 3, 600, 8, 8),
     "wide": (1, 1, 1, 33, 33, 256, 96),
+    "wider than shared memory": (1, 1, 1, 9, 9, 640, 8),
 }
 
 

@@ -5,7 +5,19 @@
 namespace tilewise {
 namespace {
 
-// A block per chunk of queries of a head.
+// Shared memory of a block on every GPU from sm_80 on.
+constexpr size_t kLeastShared = 99 << 10;
+
+__host__ __device__ __forceinline__ size_t query_gradient_bytes(int64_t tiles_of_w) {
+  return (5 + static_cast<size_t>(tiles_of_w)) * kC * kD * sizeof(float) + 5 * kC * sizeof(float);
+}
+
+__host__ __device__ __forceinline__ bool keeps_w(const MalaCall& call) {
+  return query_gradient_bytes((call.features + kD - 1) / kD) <= kLeastShared;
+}
+
+// A block per chunk of queries of a head. W = dL/dphi, before what the magnitudes add, is kept for the second walk over
+// the features where shared memory holds it, and formed again where it does not.
 template <typename Storage>
 __global__ void __launch_bounds__(kThreads, 2) mala_query_gradient_kernel(const __grid_constant__ MalaCall call) {
   float* f = static_cast<float*>(dynamic_shared());
@@ -15,7 +27,8 @@ __global__ void __launch_bounds__(kThreads, 2) mala_query_gradient_kernel(const 
   float* pairs = y + kC * kD;  // (32, 32)
   float* rows = pairs + kC * kC;
   float *z = rows, *weight = rows + kC, *mean = rows + 2 * kC, *beta = rows + 3 * kC, *zeta = rows + 4 * kC;
-  float* w = rows + 5 * kC;  // (features / 32, 32, 32)
+  float* w = rows + 5 * kC;  // (features / 32, 32, 32) where they are kept, else (32, 32)
+  const bool keeps = keeps_w(call);
   const int64_t place = flat_block();
   if (place >= call.sequences * call.heads * chunks_of(call.queries)) return;
   const QueryChunk<Storage> chunk(call, place);
@@ -43,7 +56,8 @@ __global__ void __launch_bounds__(kThreads, 2) mala_query_gradient_kernel(const 
   __syncthreads();
   seen.each([&](int i, int j, float pair) { pairs[i * kC + j] = j <= i ? pair : 0.0f; });
 
-  for (int64_t feature = 0; feature < call.features; feature += kD) {
+  // A tile of W, phi of the queries in f, and causal that of the keys in x.
+  const auto form_w = [&](int64_t feature, float* tile) {
     Tile<kD> of_w;
     for (int64_t value = 0; value < call.values; value += kD) {
       __syncthreads();
@@ -57,9 +71,12 @@ __global__ void __launch_bounds__(kThreads, 2) mala_query_gradient_kernel(const 
     if (call.causal) load_features(call, chunk.k, chunk.first, feature, x, y);
     __syncthreads();
     if (call.causal) of_w.add(pairs, kC, 1, rotates ? y : x, kD, 1, kC);
-    float* tile = w + feature * kC;
     of_w.each([&](int i, int j, float sum) { tile[i * kD + j] = sum; });
     __syncthreads();
+  };
+  for (int64_t feature = 0; feature < call.features; feature += kD) {
+    float* tile = keeps ? w + feature * kC : w;
+    form_w(feature, tile);
     if (call.causal) {
       accumulate_rows(x, kD, sums.z, feature, call.features, false);
     } else {
@@ -92,6 +109,7 @@ __global__ void __launch_bounds__(kThreads, 2) mala_query_gradient_kernel(const 
                  (chunk.queries.begin + chunk.first) * call.grad_q.token;
   for (int64_t feature = 0; feature < call.features; feature += kD) {
     __syncthreads();
+    if (!keeps) form_w(feature, w);
     load_features(call, chunk.q, chunk.first, feature, f, a);
     if (call.causal) {
       load_features(call, chunk.k, chunk.first, feature, x, y);
@@ -101,7 +119,7 @@ __global__ void __launch_bounds__(kThreads, 2) mala_query_gradient_kernel(const 
       for_tile(kC, kD, [&](int i, int j) { x[i * kD + j] = feature + j < call.features ? sums.z[feature + j] : 0.0f; });
     }
     __syncthreads();
-    const float* tile = w + feature * kC;
+    const float* tile = keeps ? w + feature * kC : w;
     for_tile(kC, kD, [&](int i, int j) {
       const int64_t d = feature + j;
       if (i >= chunk.q.left || d >= call.features) return;
@@ -249,7 +267,7 @@ const char* mala_query_gradient_cuda(const MalaCall& call, void* stream) {
   const int64_t blocks = call.sequences * call.heads * tiles(call.queries, kC);
   if (blocks == 0) return nullptr;
   return with_storage(call.dtype, [&](auto tag) {
-    const size_t shared = (5 + static_cast<size_t>(tiles(call.features, kD))) * kTileBytes + 5 * kC * sizeof(float);
+    const size_t shared = query_gradient_bytes(keeps_w(call) ? tiles(call.features, kD) : 1);
     return launch(mala_query_gradient_kernel<decltype(tag)>, flat_grid(blocks), dim3(kThreads), shared, stream, call);
   });
 }

@@ -220,6 +220,7 @@ const char* launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
   const int threads = static_cast<int>(block.x * block.y * block.z);
   machine.stacks.resize(std::max(machine.stacks.size(), threads * kStackBytes));
   machine.fibers.resize(std::max<size_t>(machine.fibers.size(), threads));
+  if (shared_bytes > 99 * 1024) return "more shared memory than a block of sm_86, sm_89 or sm_120 has";
   machine.shared.resize(shared_bytes);
   machine.kernel = [&] { kernel(arguments...); };
   blockDim = block;
