@@ -168,6 +168,7 @@ PRODUCTS = [  # rows, depth, columns
     (13, 40, 200),
     (200, 5, 131),
     (11, 0, 9),
+    (101, 600, 301),  # several blocks of rows, of columns and of the depth
 ]
 
 

@@ -1,10 +1,10 @@
-// Matrix products on the CPU that stream their factors where they lie: C = start + A B with few rows or columns, where
-// a BLAS spends its time packing. A tile of C stays in registers while the depth passes by:
+// Matrix products on the CPU, C = start + A B. A tile of C stays in registers while the depth passes by:
 //
 //   for k:  C[i, 0:n] += A[i, k] * B[k, 0:n]      6 rows, n = 1..kVectors vectors; A is broadcast, B is loaded
 //
-// Blocks of kDepth x (kBlockRows of A, kWidth of B) stay in the second-level cache. Every element of C sums its
-// products in the same order whatever the number of threads.
+// Factors are streamed where they lie, for in products of few rows or columns packing takes as long as multiplying;
+// see kPacks. Blocks of kDepth x (kBlockRows of A, the columns packed of B) stay in the second-level cache. Every
+// element of C sums its products in the same order whatever the number of threads.
 #pragma once
 
 #include <array>
@@ -52,8 +52,18 @@ TILEWISE_DECLARE_KERNELS(GemmKernels, gemm_kernels)
 namespace TILEWISE_ISA {
 
 constexpr int kVectors = kRegisters >= 32 ? 4 : 2;  // 6 x 4 of 32 registers hold sums, or 6 x 2 of 16
-constexpr int64_t kDepth = 512;
+template <typename T>
+constexpr int64_t kWidth = kVectors * kLanes<T>;
+
+// A tile reads kWidth values of every row of B. Four cache lines are streamed; one line or half of one is not, and
+// where the rows are 2^n apart it is also evicted before the next tile of rows reads it: then columns of B are packed.
+constexpr bool kPacks = kVectors * kVectorBytes < 256;
+template <typename T>
+constexpr int64_t kDepth = kPacks ? 2048 / sizeof(T) : 512;
 constexpr int64_t kBlockRows = 96;
+template <typename T>
+constexpr int64_t kPackedColumns = 512 / sizeof(T);  // of kDepth rows, or as many more of fewer rows: 256 KiB
+constexpr int64_t kReuse = 24;                       // rows and depth from which packing takes less time than it saves
 
 // `product` describes one tile of kRows x (up to kCount vectors) columns.
 template <typename T, int kRows, int kCount>
@@ -65,6 +75,9 @@ static void multiply_tile(const Product<T>& product) {
     for (int i = 0; i < kRows; ++i) {
       for (int j = 0; j < kCount; ++j) __builtin_prefetch(product.start + i * product.start_row + j * kLanes<T>, 1);
     }
+  }
+  if (!vectors) {
+    for (int64_t j = 0; j < product.columns; ++j) __builtin_prefetch(product.c + j * product.c_column, 1);
   }
   const T* a = product.a;
   const T* b = product.b;
@@ -90,9 +103,15 @@ static void multiply_tile(const Product<T>& product) {
     }
     return;
   }
+  T tile[kRows][kCount * kLanes<T>];
+#pragma GCC unroll 6
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kCount; ++j) store_vector(sums[i][j], &tile[i][j * kLanes<T>]);
+  }
   for (int64_t j = 0; j < product.columns; ++j) {
     for (int i = 0; i < kRows; ++i) {
-      T sum = sums[i][j / kLanes<T>][j % kLanes<T>];
+      T sum = tile[i][j];
       if (product.start != nullptr) sum += product.start[i * product.start_row + j * product.start_column];
       product.c[i * product.c_row + j * product.c_column] = sum;
     }
@@ -115,35 +134,99 @@ static Product<T> part_of(Product<T> product, int64_t row, int64_t rows, int64_t
   return product;
 }
 
-// All rows of a block against columns that fill whole vectors, or less than one.
+// Columns [begin, end) of B as panels of kWidth, one after the other; the last one in whole vectors, with zeros behind
+// its columns. Returns the width of the first panel.
 template <typename T>
-static void multiply_rows(const Product<T>& block) {
+static int64_t pack_columns(const Product<T>& product, int64_t begin, int64_t end, T* copy) {
+  const int64_t rest = (end - begin) % kWidth<T>;
+  const int64_t width = end - begin < kWidth<T> ? (rest + kLanes<T> - 1) / kLanes<T> * kLanes<T> : kWidth<T>;
+  for (int64_t k = 0; k < product.depth; ++k) {
+    const T* from = product.b + k * product.b_depth + begin;
+    const T* const last = from + (end - begin - rest);
+    T* to = copy + k * width;
+    for (; from < last; from += kWidth<T>, to += product.depth * kWidth<T>) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) store_vector(load_vector(from + j * kLanes<T>), to + j * kLanes<T>);
+    }
+    for (int64_t j = 0; j < rest; ++j) to[j] = from[j];
+    for (int64_t j = rest; rest > 0 && j < width; ++j) to[j] = T(0);
+  }
+  return width;
+}
+
+// The rows of a tile side by side, its tiles one after the other.
+template <typename T>
+static void pack_rows(Product<T>& block, T* copy) {
+  for (int64_t k = 0; k < block.depth; ++k) {
+    const T* from = block.a + k * block.a_depth;
+    T* to = copy + k * kUnitRows;
+    int64_t row = 0;
+    for (; row + kUnitRows <= block.rows; row += kUnitRows, to += block.depth * kUnitRows) {
+#pragma GCC unroll 6
+      for (int64_t i = 0; i < kUnitRows; ++i) to[i] = from[(row + i) * block.a_row];
+    }
+    for (int64_t i = row; i < block.rows; ++i) to[i - row] = from[i * block.a_row];
+  }
+  block.a = copy;
+  block.a_row = 1;
+  block.a_depth = kUnitRows;
+}
+
+// Columns of B that do not fill a vector are packed too: memory ends where B ends. Not inlined, so that products that
+// pack little have no frame of all copies.
+template <typename T, bool kPacked>
+[[gnu::noinline]] static void multiply_group(const Product<T>& group) {
   static constexpr auto kTiles = tile_table<T>(std::make_integer_sequence<int, kUnitRows * kVectors>{});
-  const int64_t vectors = (block.columns + kLanes<T> - 1) / kLanes<T>;
-  for (int64_t row = 0; row < block.rows; row += kUnitRows) {
-    const int64_t rows = block.rows - row < kUnitRows ? block.rows - row : kUnitRows;
-    kTiles[(rows - 1) * kVectors + vectors - 1](part_of(block, row, rows, 0, block.columns));
+  alignas(kVectorBytes) T b_copy[kDepth<T> * (kPacked ? kPackedColumns<T> : kLanes<T>)];
+  alignas(kVectorBytes) T a_copy[kPacked ? kDepth<T> * kBlockRows : 1];
+  const int64_t whole = kPacked ? 0 : group.columns / kLanes<T> * kLanes<T>;
+  const int64_t width = whole < group.columns ? pack_columns(group, whole, group.columns, b_copy) : 0;
+  for (int64_t row = 0; row < group.rows; row += kBlockRows) {
+    const int64_t rows = group.rows - row < kBlockRows ? group.rows - row : kBlockRows;
+    Product<T> block = part_of(group, row, rows, 0, group.columns);
+    int64_t tile_step = kUnitRows * block.a_row;
+    if (kPacked && block.a_depth > kBlockRows) {
+      pack_rows(block, a_copy);
+      tile_step = kUnitRows * block.depth;
+    }
+    for (int64_t column = 0, end = 0; column < group.columns; column = end) {
+      const int64_t most = column < whole ? whole : group.columns;
+      end = most - column < kWidth<T> ? most : column + kWidth<T>;
+      Product<T> panel = part_of(block, 0, rows, column, end - column);
+      if (column >= whole) {
+        panel.b = b_copy + (column - whole) * group.depth;
+        panel.b_depth = width;
+      }
+      const int64_t vectors = (panel.columns + kLanes<T> - 1) / kLanes<T>;
+      for (int64_t i = 0; i < rows; i += kUnitRows) {
+        Product<T> tile = part_of(panel, i, rows - i < kUnitRows ? rows - i : kUnitRows, 0, panel.columns);
+        tile.a = block.a + i / kUnitRows * tile_step;
+        kTiles[(tile.rows - 1) * kVectors + vectors - 1](tile);
+      }
+    }
   }
 }
 
-// The columns that do not fill a vector are read through a copy of theirs: memory ends where B ends.
 template <typename T>
-static void multiply_tail(Product<T> block) {
-  alignas(kVectorBytes) T copy[kDepth * kLanes<T>] = {};
-  for (int64_t k = 0; k < block.depth; ++k) {
-    for (int64_t j = 0; j < block.columns; ++j) copy[k * kLanes<T> + j] = block.b[k * block.b_depth + j];
+static void multiply_slice(const Product<T>& slice) {
+  if constexpr (kPacks) {
+    if (slice.rows >= kReuse && slice.depth >= kReuse && slice.b_depth > kWidth<T>) {
+      const int64_t most = kDepth<T> * kPackedColumns<T> / (slice.depth * kWidth<T>)*kWidth<T>;
+      for (int64_t column = 0; column < slice.columns; column += most) {
+        const int64_t columns = slice.columns - column < most ? slice.columns - column : most;
+        multiply_group<T, true>(part_of(slice, 0, slice.rows, column, columns));
+      }
+      return;
+    }
   }
-  block.b = copy;
-  block.b_depth = kLanes<T>;
-  multiply_rows(block);
+  multiply_group<T, false>(slice);
 }
 
 template <typename T>
 static void multiply_block(const Product<T>& all) {
-  constexpr int64_t kWidth = kVectors * kLanes<T>;
-  for (int64_t k = 0; k == 0 || k < all.depth; k += kDepth) {
+  for (int64_t k = 0; k == 0 || k < all.depth; k += kDepth<T>) {
     Product<T> slice = all;
-    slice.depth = all.depth - k < kDepth ? all.depth - k : kDepth;
+    slice.depth = all.depth - k < kDepth<T> ? all.depth - k : kDepth<T>;
     slice.a += k * all.a_depth;
     slice.b += k * all.b_depth;
     if (k > 0) {
@@ -151,15 +234,7 @@ static void multiply_block(const Product<T>& all) {
       slice.start_row = all.c_row;
       slice.start_column = all.c_column;
     }
-    for (int64_t row = 0; row < all.rows; row += kBlockRows) {
-      const int64_t rows = all.rows - row < kBlockRows ? all.rows - row : kBlockRows;
-      for (int64_t column = 0; column < all.columns; column += kWidth) {
-        const int64_t columns = all.columns - column < kWidth ? all.columns - column : kWidth;
-        const int64_t whole = columns / kLanes<T> * kLanes<T>;
-        if (whole > 0) multiply_rows(part_of(slice, row, rows, column, whole));
-        if (whole < columns) multiply_tail(part_of(slice, row, rows, column + whole, columns - whole));
-      }
-    }
+    multiply_slice(slice);
   }
 }
 
