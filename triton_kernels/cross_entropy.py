@@ -22,10 +22,12 @@ from .rows import (
     class_weight,
     effective_logit,
     effective_slope,
+    finite_max,
+    hold_back_max,
     reduce_rows,
     soft_coefficients,
     softmax_gradient,
-    softmax_merge,
+    softmax_rows,
     store_rows,
     tile_groups,
     tile_pointers,
@@ -73,11 +75,12 @@ def cross_entropy_forward_kernel(
     logits_rows = logits_ptr + rows * logits_stride_row
     target_rows = target_ptr + rows * target_stride_row
 
-    row_max = tl.full([ROWS], float("-inf"), tl.float32)
-    sum_exp = tl.zeros([ROWS, BLOCK], tl.float32)
+    # Of each lane: its maximum m, the sum of exp(x - m) without that maximum, and what else is wanted.
+    lane_max = tl.full([ROWS, BLOCK], float("-inf"), tl.float32)
+    lane_sum = tl.zeros([ROWS, BLOCK], tl.float32)
     if STATS:
         exp_dot = tl.zeros([ROWS, BLOCK], tl.float32)  # sum of exp(x - m) (x - m)
-        argmax = tl.zeros([ROWS], tl.int32)
+        place = tl.zeros([ROWS, BLOCK], tl.int32)  # of the maximum
     if SOFT:
         soft_sum = tl.zeros([ROWS, BLOCK], tl.float32)  # sum of c
         soft_dot = tl.zeros([ROWS, BLOCK], tl.float32)  # sum of c (x - m)
@@ -87,42 +90,43 @@ def cross_entropy_forward_kernel(
         inside = in_rows[:, None] & (cols < V)[None, :]  # [ROWS, BLOCK]
         raw = tl.load(tile_pointers(logits_rows, cols, logits_stride_col), mask=inside, other=0.0)
         x = tl.where(inside, effective_logit(raw, logit_scale, softcap), float("-inf"))
+        last_max, last_sum = lane_max, lane_sum
+        lane_max, lane_sum, rises, e, d = hold_back_max(last_max, last_sum, x)
         if STATS:
-            tile_max, tile_argmax = tl.max(x, axis=1, return_indices=True)
-            argmax = tl.where(tile_max > row_max, start + tile_argmax, argmax)
-            previous_sum = sum_exp
-        else:
-            tile_max = tl.max(x, axis=1)
-        row_max, sum_exp, e, d, decay, moved = softmax_merge(row_max, sum_exp, x, tile_max)
-        if STATS:
-            # exp(-104) is 0 in float32: the clamp makes e d = 0 at d = -inf.
-            exp_dot = decay[:, None] * (exp_dot + previous_sum * moved[:, None]) + e * tl.maximum(d, -104.0)
+            d = tl.maximum(d, -104.0)  # exp(-104) is 0 in float32: e d = 0 at d = -inf
+            exp_dot = tl.where(rises, e * (exp_dot + d * last_sum), exp_dot) + e * d
+            place = tl.where(rises, cols[None, :], place)
         if SOFT:
             c = soft_coefficients(
                 target_rows, target_stride_col, weight_ptr, cols, inside, V, V, label_smoothing, PROBABILITIES
             )
-            soft_dot += soft_sum * moved[:, None] + tl.where(c != 0, c * d, 0.0)
+            shift = finite_max(lane_max)
+            soft_dot += soft_sum * (finite_max(last_max) - shift) + tl.where(c != 0, c * (x - shift), 0.0)
             soft_sum += c
 
-    total_exp = tl.sum(sum_exp, axis=1)  # [ROWS]
+    row_max, sum_exp, lane_shift = softmax_rows(lane_max, lane_sum)  # [ROWS]
     weight_sum = tl.zeros([ROWS], tl.float32)  # W
     weighted_dot = tl.zeros([ROWS], tl.float32)  # sum of c (x - m)
     if SOFT:
         weight_sum += tl.sum(soft_sum, axis=1)
-        weighted_dot += tl.sum(soft_dot, axis=1)
+        moved = finite_max(lane_max) - finite_max(row_max)[:, None]
+        weighted_dot += tl.sum(soft_dot + soft_sum * moved, axis=1)
     x_y = tl.zeros([ROWS], tl.float32)
     if not PROBABILITIES:
         y, _, known = class_target(target_ptr, target_stride_row, rows, in_rows, ignore_index, V)
         raw_y = tl.load(logits_rows + y * logits_stride_col, mask=known, other=0.0)
         x_y += effective_logit(raw_y, logit_scale, softcap)
     lse, log_sum = store_rows(
-        row_max, total_exp, weight_sum, weighted_dot, x_y, target_ptr, weight_ptr, row_weight_ptr, loss_ptr,
+        row_max, sum_exp, weight_sum, weighted_dot, x_y, target_ptr, weight_ptr, row_weight_ptr, loss_ptr,
         row_state_ptr, rows, in_rows, V, target_stride_row, state_stride, ignore_index, label_smoothing,
         lse_square_scale, PROBABILITIES
     )  # fmt: skip
     if STATS:
         tl.store(lse_ptr + rows, lse, mask=in_rows)
-        tl.store(entropy_ptr + rows, log_sum - tl.sum(exp_dot, axis=1) / total_exp, mask=in_rows)
+        d = tl.maximum(lane_shift, -104.0)
+        spread = tl.sum(tl.exp(d) * (exp_dot + d * (lane_sum + 1.0)), axis=1)
+        tl.store(entropy_ptr + rows, log_sum - spread / (1.0 + sum_exp), mask=in_rows)
+        argmax = tl.min(tl.where(lane_max == row_max[:, None], place, V), axis=1)
         tl.store(argmax_ptr + rows, argmax.to(tl.int64), mask=in_rows)
 
 
@@ -213,6 +217,15 @@ def cross_entropy_backward_kernel(
 
     first = (program % programs_per_row) * tiles_per_program * BLOCK
     last = tl.minimum(first + tiles_per_program * BLOCK, V)
+    if not SOFT:
+        # Only where it is among the program's own columns: others may have written over it.
+        own = known & (y >= first) & (y < last)
+        raw_y = tl.load(logits_rows + y * logits_stride_col, mask=own, other=0.0)  # [ROWS]
+        d_y = (effective_logit(raw_y, logit_scale, softcap) - row_max) - log_sum
+        dx_y = softmax_gradient(d_y, alpha, beta, g * hard)[:, None]
+    alpha = alpha[:, None]
+    if beta is not None:
+        beta = beta[:, None]
     for start in tl.range(first, last, BLOCK, num_stages=STAGES):
         cols = start + tl.arange(0, BLOCK)  # [BLOCK]
         inside = in_rows[:, None] & (cols < V)[None, :]  # [ROWS, BLOCK]
@@ -221,14 +234,15 @@ def cross_entropy_backward_kernel(
             tile_pointers(logits_rows, cols, logits_stride_col), mask=read, other=0.0, eviction_policy="evict_first"
         )
         d = (effective_logit(raw, logit_scale, softcap) - row_max[:, None]) - log_sum[:, None]
-        dx = softmax_gradient(d, alpha, beta)
         if SOFT:
-            c = soft_coefficients(
+            c = g[:, None] * soft_coefficients(
                 target_rows, target_stride_col, weight_ptr, cols, read, V, classes, label_smoothing, PROBABILITIES
             )
-            dx -= g[:, None] * c
-        if not PROBABILITIES:
-            dx -= tl.where(cols[None, :] == y[:, None], (g * hard)[:, None], 0.0)
+            if not PROBABILITIES:
+                c += tl.where(cols[None, :] == y[:, None], (g * hard)[:, None], 0.0)
+            dx = softmax_gradient(d, alpha, beta, c)
+        else:
+            dx = tl.where(cols[None, :] == y[:, None], dx_y, softmax_gradient(d, alpha, beta, None))
         if WARPED:
             dx = dx * effective_slope(raw, logit_scale, softcap)
         dx = tl.where(active[:, None], dx, 0.0)

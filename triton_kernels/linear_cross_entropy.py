@@ -1,9 +1,9 @@
 """Cross entropy of a linear layer's logits X W^T + b, which are never held.
 
 The losses come from one fused kernel: a program owns some rows and a share of the classes, forms tiles of logits on the
-tensor cores and merges them into the running (max, sum of exp, W, sum of c (x - m)) of cross_entropy; a second, tiny
-kernel merges the shares. Where the gradient is formed with the loss (float32, reduced), a chunk of rows of logits is
-written after all, for it becomes the gradient G of two more products:
+tensor cores and merges them into the running (m, sum of exp(x - m) less m's own 1, W, sum of c (x - m)) of
+cross_entropy; a second, tiny kernel merges the shares. Where the gradient is formed with the loss (float32, reduced), a
+chunk of rows of logits is written after all, for it becomes the gradient G of two more products:
 
     grad_input = G W    grad_weight += G^T X    grad_bias += 1^T G
 
@@ -19,7 +19,7 @@ from .cross_entropy import launch_backward, launch_forward
 from .rows import check_logits, effective_logit, finite_max, reduce_rows, soft_coefficients, store_rows
 
 LEAST_BYTES, MOST_BYTES, SHARE, LEAST_ROWS, LEAST_CLASSES = 128 << 20, 512 << 20, 22, 64, 256
-STATISTICS = 5  # max, sum of exp, W, sum of c (x - m), the target's logit
+STATISTICS = 5  # m, sum of exp(x - m) less m's own 1, W, sum of c (x - m), the target's logit
 FULL_GRID = 512  # programs that fill a large GPU
 
 
@@ -93,10 +93,15 @@ def linear_cross_entropy_forward_kernel(
             product += tl.load(bias_ptr + cols * bias_stride, mask=cols < V, other=0.0).to(tl.float32)[None, :]
         raw = product.to(input_ptr.dtype.element_ty)
         x = tl.where(inside, effective_logit(raw, None, softcap), float("-inf"))
-        new_max = tl.maximum(row_max, tl.max(x, axis=1))
+        tile_max = tl.max(x, axis=1)
+        new_max = tl.maximum(row_max, tile_max)
         shift = finite_max(new_max)  # [ROWS]
         d = x - shift[:, None]
-        sum_exp = sum_exp * tl.exp(row_max - shift) + tl.sum(tl.exp(d), axis=1)
+        # One maximum stays out of the sum: the smaller of the row's and the tile's joins, and so do the tile's equals.
+        joins = tl.where(x == tile_max[:, None], 0.0, tl.exp(d))
+        equals = tl.sum(tl.where(x == tile_max[:, None], 1.0, 0.0), axis=1) - 1.0
+        sum_exp = sum_exp * tl.exp(row_max - shift) + tl.exp(tl.minimum(row_max, tile_max) - shift)
+        sum_exp += tl.sum(joins, axis=1) + equals * tl.exp(tile_max - shift)
         if SOFT:
             c = soft_coefficients(
                 target_rows, target_stride_col, class_weight_ptr, cols, inside, V, V, label_smoothing, PROBABILITIES
@@ -149,9 +154,9 @@ def linear_cross_entropy_merge_kernel(
         part_sum = tl.load(part + 2 * stride, mask=in_rows, other=0.0)
         new_max = tl.maximum(row_max, part_max)
         shift = finite_max(new_max)
-        sum_exp = sum_exp * tl.exp(row_max - shift) + tl.load(part + stride, mask=in_rows, other=0.0) * tl.exp(
-            part_max - shift
-        )
+        part_exp = tl.load(part + stride, mask=in_rows, other=0.0)
+        sum_exp = sum_exp * tl.exp(row_max - shift) + part_exp * tl.exp(part_max - shift)
+        sum_exp += tl.exp(tl.minimum(row_max, part_max) - shift)
         part_dot = tl.load(part + 3 * stride, mask=in_rows, other=0.0) + part_sum * (finite_max(part_max) - shift)
         soft_dot += soft_sum * (finite_max(row_max) - shift) + part_dot
         soft_sum += part_sum

@@ -74,6 +74,19 @@ def tanh(u):
 
 
 @triton.jit
+def log1p(u):
+    """log(1 + u) for u >= 0, to rounding even for small u: Kahan's correction of the rounded 1 + u."""
+    v = 1.0 + u
+    return tl.where(v == 1.0, u, tl.log(v) * (u / (v - 1.0)))
+
+
+@triton.jit
+def expm1(d):
+    """exp(d) - 1 for d in [-1/2, 0], by its series."""
+    return d * (1 + d / 2 * (1 + d / 3 * (1 + d / 4 * (1 + d / 5 * (1 + d / 6 * (1 + d / 7))))))
+
+
+@triton.jit
 def effective_logit(raw, logit_scale, softcap):
     """x = c tanh(s raw / c), without a softcap x = s raw."""
     x = raw.to(tl.float32)
@@ -148,14 +161,45 @@ def softmax_merge(row_max, sum_exp, x, tile_max):
 
 
 @triton.jit
-def softmax_gradient(d, alpha, beta):
-    """p (alpha + beta d) with p = exp(d): the softmax part of a row gradient. beta may be None."""
-    p = tl.exp(d)  # [ROWS, BLOCK]
-    if beta is None:
-        gradient = p * alpha[:, None]
-    else:
+def hold_back_max(lane_max, lane_sum, x):
+    """Online softmax in each lane, whose maximum m stays out of its sum s of exp(x - m): 1 would swallow small terms.
+
+    One exponential does: with e = exp(min(m, x) - max(m, x)), s' = s + e, or s' = (s + 1) e where x is the new maximum.
+    Returns m', s'; whether m rose, e, its exponent.
+    """
+    rises = x > lane_max  # [ROWS, BLOCK]
+    new_max = tl.where(rises, x, lane_max)
+    d = tl.where(rises, lane_max, x) - finite_max(new_max)
+    e = tl.exp(d)
+    return new_max, lane_sum * tl.where(rises, e, 1.0) + e, rises, e, d
+
+
+@triton.jit
+def softmax_rows(lane_max, lane_sum):
+    """The lanes of a row together: its maximum, the sum of exp(x - m) over all x but one m; each lane's m - max."""
+    row_max = tl.max(lane_max, axis=1)  # [ROWS]
+    d = lane_max - finite_max(row_max)[:, None]  # [ROWS, BLOCK]
+    e = tl.exp(d)
+    lanes = tl.arange(0, lane_max.shape[1])[None, :]
+    joining = tl.where(lanes == tl.argmax(lane_max, axis=1)[:, None], 0.0, e)
+    return row_max, tl.sum(lane_sum * e + joining, axis=1), d
+
+
+@triton.jit
+def softmax_gradient(d, alpha, beta, c):
+    """p (alpha + beta d) - c with p = exp(d): a row gradient. beta and c may be None.
+
+    Of a confident row alpha and c cancel but for 1 - p, which is not left to the rounding of p.
+    """
+    p = tl.exp(d)
+    if c is not None:
+        alpha -= c
+    if beta is not None:
         # exp(-104) is 0 in float32: the clamp makes p d = 0 at d = -inf.
-        gradient = p * (alpha[:, None] + beta[:, None] * tl.maximum(d, -104.0))
+        alpha += beta * tl.maximum(d, -104.0)
+    gradient = p * alpha
+    if c is not None:
+        gradient += c * tl.where(d > -0.5, expm1(d), p - 1.0)
     return gradient
 
 
@@ -178,13 +222,14 @@ def soft_coefficients(
 
 @triton.jit
 def store_rows(
-    row_max, total_exp, weight_sum, weighted_dot, x_y, target_ptr, weight_ptr, row_weight_ptr, loss_ptr, row_state_ptr,
+    row_max, sum_exp, weight_sum, weighted_dot, x_y, target_ptr, weight_ptr, row_weight_ptr, loss_ptr, row_state_ptr,
     rows, in_rows, V, target_stride_row, state_stride, ignore_index, label_smoothing, lse_square_scale,
     PROBABILITIES: tl.constexpr
 ):  # fmt: skip
-    """From the statistics of each row to its loss and row state; `weight_sum` and `weighted_dot` lack the class index's
-    share, x_y is its logit. Returns lse and log_sum."""
-    log_sum = tl.log(total_exp)  # [ROWS]
+    """From the statistics of each row to its loss and row state; `sum_exp` lacks the maximum's own 1, `weight_sum` and
+    `weighted_dot` the class index's share, x_y is its logit. Returns lse and log_sum."""
+    # -inf for a row of -inf, NaN for one that holds inf or NaN
+    log_sum = tl.where(row_max == float("-inf"), tl.log(sum_exp), log1p(sum_exp + (row_max - finite_max(row_max))))
     lse = row_max + log_sum
     if not PROBABILITIES:
         y, kept, known = class_target(target_ptr, target_stride_row, rows, in_rows, ignore_index, V)

@@ -15,6 +15,7 @@ import triton.language as tl
 from .rows import (
     check_logits,
     class_target,
+    log1p,
     reduce_rows,
     tile_groups,
     tile_pointers,
@@ -32,11 +33,8 @@ def z_epilogue(o_c, mean, m2, D, a, b):
     z = (o_c - mean) * inv_sd
     t = a * (b - z)
     e = tl.exp(-tl.abs(t))
-    # log1p(e) by Kahan's correction: exact to rounding for small e, where log(1 + e) is not.
-    u = 1.0 + e
-    log1p = tl.where(u == 1.0, e, tl.log(u) * (e / (u - 1.0)))
-    loss = (tl.maximum(t, 0.0) + log1p) / a
-    s = tl.where(t >= 0, 1.0, e) / u  # sigmoid(t)
+    loss = (tl.maximum(t, 0.0) + log1p(e)) / a
+    s = tl.where(t >= 0, 1.0, e) / (1.0 + e)  # sigmoid(t)
     return loss, -s * inv_sd, s * z / D * inv_sd * inv_sd, s * inv_sd / D
 
 

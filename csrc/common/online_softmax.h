@@ -7,7 +7,8 @@ namespace tilewise {
 
 // Statistics of a row x against coefficients c, all relative to the running maximum m so that nothing
 // cancels at large |x|:  sum = sum e^(x-m),  mass = sum c,  cross = sum c (x-m),  spread = sum e^(x-m) (x-m).
-// mass, cross and spread stay 0 where an operator does not ask for them.
+// The maximum itself stays out of sum (one of them where several are equal): of a confident row, whose other terms
+// are far below 1, they would keep few digits beside it. mass, cross and spread stay 0 where nobody asks for them.
 template <typename T>
 struct SoftmaxStats {
   T max = -infinity<T>();
@@ -18,7 +19,7 @@ struct SoftmaxStats {
   int64_t argmax = 0;
 };
 
-// Moves the statistics to a maximum >= stats.max. A row that has seen only -inf has nothing to move.
+// Expresses the statistics relative to max >= stats.max. A row that has seen only -inf has nothing to move.
 template <typename T>
 TILEWISE_FN void rebase(SoftmaxStats<T>& stats, T max) {
   if (stats.max == max) return;
@@ -32,18 +33,35 @@ TILEWISE_FN void rebase(SoftmaxStats<T>& stats, T max) {
   stats.max = max;
 }
 
-// Merges b into a; the lower index wins a tie of the maximum.
+// Adds b to a, both relative to the same maximum.
+template <typename T>
+TILEWISE_FN void add(SoftmaxStats<T>& a, const SoftmaxStats<T>& b) {
+  a.sum += b.sum;
+  a.mass += b.mass;
+  a.cross += b.cross;
+  a.spread += b.spread;
+}
+
+// Merges b into a: the smaller maximum joins the sum. The lower index wins a tie.
 template <typename T>
 TILEWISE_FN void merge(SoftmaxStats<T>& a, SoftmaxStats<T> b) {
   const bool take = b.max > a.max || (b.max == a.max && b.argmax < a.argmax);
   a.argmax = take ? b.argmax : a.argmax;
   const T max = a.max > b.max ? a.max : b.max;
+  const T joining = a.max > b.max ? b.max : a.max;
   rebase(a, max);
   rebase(b, max);
-  a.sum += b.sum;
-  a.mass += b.mass;
-  a.cross += b.cross;
-  a.spread += b.spread;
+  add(a, b);
+  if (joining == -infinity<T>()) return;
+  const T e = fast_exp(joining - max);
+  a.sum += e;
+  a.spread += e > T(0) ? e * (joining - max) : T(0);
+}
+
+// log sum e^(x-m) of the whole row: -inf of a row of -inf, NaN of one that holds inf or NaN.
+template <typename T>
+TILEWISE_FN T log_sum(const SoftmaxStats<T>& stats) {
+  return stats.max > -infinity<T>() ? natural_log1p(stats.sum + (stats.max - stats.max)) : natural_log(stats.sum);
 }
 
 // Mean and sum of squared deviations of `count` values (Welford; merged by Chan's formula).

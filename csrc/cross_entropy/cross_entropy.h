@@ -81,11 +81,11 @@ TILEWISE_FN bool skip_row(const CrossEntropyForward<T>& op, int64_t row) {
 
 template <typename T>
 TILEWISE_FN void finish_row(const CrossEntropyForward<T>& op, int64_t row, const SoftmaxStats<T>& stats) {
-  const T log_sum = natural_log(stats.sum);
+  const T log_sum = tilewise::log_sum(stats);
   const T lse = stats.max + log_sum;
   if (op.request.details) {
     op.lse[row] = lse;
-    op.entropy[row] = log_sum - stats.spread / stats.sum;
+    op.entropy[row] = log_sum - stats.spread / (T(1) + stats.sum);
     op.argmax[row] = stats.argmax;
   }
   if (is_ignored(op, row)) {
@@ -131,7 +131,7 @@ TILEWISE_FN RowGradient<T> gradient_of_row(const CrossEntropyBackward<T>& op, in
     const int64_t y = op.target[row] - op.first_class;
     if (is_outside(y, op.logits.columns)) return result;
     result.target = y;
-    result.gamma = -g * op.confidence * (op.dense.weight != nullptr ? op.dense.weight[y] : T(1));
+    result.gamma = -g * (op.confidence * (op.dense.weight != nullptr ? op.dense.weight[y] : T(1)));
   }
   return result;
 }

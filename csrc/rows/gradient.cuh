@@ -6,14 +6,6 @@
 
 namespace tilewise {
 
-// `target` is the target's place in the run; outside [0, kCount) the run does not hold it.
-template <int kCount>
-__device__ __forceinline__ void add_at_target(float (&gradient)[kCount], int target, float gamma) {
-  if (static_cast<unsigned>(target) >= kCount) return;
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) gradient[i] += target == i ? gamma : 0.0f;
-}
-
 // p_k = e^(x_k - max - log_sum) as factor 2^(x_k log2e - reference)
 struct Probability {
   float reference;
@@ -47,9 +39,13 @@ struct PlainSoftmaxGradient {
   template <int kCount>
   __device__ __forceinline__ void apply(float (&x)[kCount], Side<kCount>, int64_t, int target,
                                         const RowGradient<float>& g) const {
+    if (static_cast<unsigned>(target) < kCount) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) x[i] = gradient_at(g, x[i], target == i ? -constant - g.gamma : -constant);
+      return;
+    }
 #pragma unroll
     for (int i = 0; i < kCount; ++i) x[i] = fmaf(probability.unscaled(x[i]), scale, constant);
-    add_at_target(x, target, g.gamma);
   }
 };
 
@@ -77,22 +73,15 @@ struct FullSoftmaxGradient {
   template <int kCount>
   __device__ __forceinline__ void apply(float (&x)[kCount], const Side<kCount>& side, int64_t column, int target,
                                         const RowGradient<float>& g) const {
-    float gradient[kCount];
+    float c[kCount] = {};
+    if (dense.active) dense.coefficients(side, column, c);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       x[i] = tilewise::apply(transform, x[i]);
       const float d = fmaxf((x[i] - g.max) - g.log_sum, ExpFloor<float>::value);
-      gradient[i] = probability.unscaled(x[i]) * probability.factor * fmaf(g.beta, d, g.alpha);
+      const float share = g.dense * c[i] - (target == i ? g.gamma : 0.0f);
+      x[i] = softmax_gradient(g, probability.unscaled(x[i]) * probability.factor, d, share) * slope(transform, x[i]);
     }
-    if (dense.active) {
-      float c[kCount];
-      dense.coefficients(side, column, c);
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) gradient[i] -= g.dense * c[i];
-    }
-    add_at_target(gradient, target, g.gamma);
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) x[i] = gradient[i] * slope(transform, x[i]);
   }
 };
 
@@ -115,8 +104,7 @@ struct AffineGradient {
   __device__ __forceinline__ void apply(float (&x)[kCount], Side<kCount>, int64_t, int target,
                                         const RowGradient<float>& g) const {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) x[i] = fmaf(g.lambda, x[i] - g.mean, g.kappa);
-    add_at_target(x, target, g.gamma);
+    for (int i = 0; i < kCount; ++i) x[i] = fmaf(g.lambda, x[i] - g.mean, g.kappa) + (target == i ? g.gamma : 0.0f);
   }
 };
 

@@ -2,9 +2,10 @@
 // is its own short loop over the tile, so the plain path pays for none of them and each loop vectorises.
 #pragma once
 
+#include "common/simd.h"
 #include "rows/rows.h"
 
-namespace tilewise {
+namespace tilewise::TILEWISE_ISA {
 
 constexpr int64_t kTile = 1024;
 
@@ -137,22 +138,39 @@ struct ExpSum {
   T max;  // of x
 };
 
+// Of a tile and of the maximum before it; the sum leaves out the largest of them all. Each lane holds its own largest
+// back and sums the smaller of that and what comes.
 template <typename T>
-TILEWISE_FN ExpSum<T> tile_exp_sum(const T* x, int64_t n, T origin) {
-  T sum = 0;
-  T max = -infinity<T>();
-#pragma omp simd reduction(+ : sum) reduction(max : max)
-  for (int64_t i = 0; i < n; ++i) {
-    sum += fast_exp(x[i] - origin);
-    max = x[i] > max ? x[i] : max;
+TILEWISE_FN ExpSum<T> tile_exp_sum(const T* x, int64_t n, T running, T origin) {
+  Vector<T> max = Vector<T>{} - infinity<T>();
+  max[0] = running;
+  Vector<T> sum{};
+  const auto take = [&](Vector<T> v) __attribute__((always_inline)) {
+    const Vector<T> smaller = v > max ? max : v;  // NaN is taken
+    max = v > max ? v : max;
+    sum += fast_exp(smaller - origin);
+  };
+  int64_t i = 0;
+  for (; i + kLanes<T> <= n; i += kLanes<T>) take(load_vector(x + i));
+  if (i < n) {
+    Vector<T> rest = Vector<T>{} - infinity<T>();
+    for (int64_t lane = 0; i < n; ++lane, ++i) rest[lane] = x[i];
+    take(rest);
   }
-  return {sum, max};
+  int64_t top = 0;
+  for (int64_t lane = 1; lane < kLanes<T>; ++lane) top = max[lane] > max[top] ? lane : top;
+  ExpSum<T> result{.sum = 0, .max = max[top]};
+  max[top] = -infinity<T>();
+  sum += fast_exp(max - origin);
+  for (int64_t lane = 0; lane < kLanes<T>; ++lane) result.sum += sum[lane];
+  return result;
 }
 
-// sum e^(x-m) (x-m), with 0 e^-inf = 0
+// sum e^(x-m) (x-m) of a tile and of the maximum before it, with 0 e^-inf = 0
 template <typename T>
-TILEWISE_FN T tile_spread(const T* x, int64_t n, T max) {
-  T result = 0;
+TILEWISE_FN T tile_spread(const T* x, int64_t n, T running, T max) {
+  const T before = running - max < ExpFloor<T>::value ? ExpFloor<T>::value : running - max;
+  T result = fast_exp(before) * before;
 #pragma omp simd reduction(+ : result)
   for (int64_t i = 0; i < n; ++i) {
     const T d = x[i] - max;
@@ -187,29 +205,33 @@ static SoftmaxStats<T> softmax_statistics(const RowMatrix& logits, const Softmax
   for (int64_t begin = 0; begin < logits.columns; begin += kTile) {
     const int64_t n = logits.columns - begin < kTile ? logits.columns - begin : kTile;
     const T* x = load_logits(logits, request.transform, row, begin, n, buffer);
-    T origin = stats.max > -infinity<T>() ? stats.max : tile_max(x, n);
+    T origin = stats.max;
+    if (request.details || origin == -infinity<T>()) {
+      const T own = tile_max(x, n);
+      origin = own > origin ? own : origin;
+    }
     const bool empty = origin == -infinity<T>();
     if (empty) origin = T(0);  // nothing but -inf so far, and -inf - -inf is NaN
-    ExpSum<T> exps = tile_exp_sum(x, n, origin);
+    ExpSum<T> exps = tile_exp_sum(x, n, stats.max, origin);
     if (exps.max > origin + kSlack) {
       origin = exps.max;
-      exps = tile_exp_sum(x, n, origin);
+      exps = tile_exp_sum(x, n, stats.max, origin);
     }
-    SoftmaxStats<T> tile{.max = empty ? -infinity<T>() : origin, .sum = exps.sum, .argmax = logits.columns};
+    SoftmaxStats<T> tile{.max = empty ? -infinity<T>() : origin, .sum = exps.sum};
     if (request.details) {
-      tile.spread = tile_spread(x, n, origin);
+      tile.spread = tile_spread(x, n, stats.max, origin);
       if (exps.max > stats.max) {
-        tile.argmax = begin;
-        while (x[tile.argmax - begin] != exps.max) ++tile.argmax;
+        stats.argmax = begin;
+        while (x[stats.argmax - begin] != exps.max) ++stats.argmax;
       }
     }
     if (!is_empty(request.dense)) {
       dense_coefficients(request.dense, row, begin, n, coefficients);
       tile_targets(x, coefficients, n, origin, tile);
     }
-    const T max = exps.max > stats.max ? exps.max : stats.max;
-    rebase(tile, max);
-    merge(stats, tile);
+    rebase(tile, exps.max);
+    rebase(stats, exps.max);
+    add(stats, tile);
   }
   return stats;
 }
@@ -236,18 +258,18 @@ static MomentStats<T> moment_statistics(const RowMatrix& logits, int64_t row) {
   return stats;
 }
 
+// c: g c_k of the tile, or null for zeros.
 template <typename T>
-static void softmax_gradient_tile(const RowGradient<T>& row, const T* x, int64_t n, T* out) {
-  if (row.beta == T(0)) {
+static void softmax_gradient_tile(const RowGradient<T>& row, const T* x, const T* c, int64_t n, T* out) {
+  if (c == nullptr && row.beta == T(0)) {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) out[i] = row.alpha * fast_exp((x[i] - row.max) - row.log_sum);
-    return;
-  }
+  } else if (c == nullptr) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    const T d = (x[i] - row.max) - row.log_sum;
-    const T clamped = d < ExpFloor<T>::value ? ExpFloor<T>::value : d;
-    out[i] = fast_exp(clamped) * (row.alpha + row.beta * clamped);
+    for (int64_t i = 0; i < n; ++i) out[i] = gradient_at(row, x[i], T(0));
+  } else {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) out[i] = gradient_at(row, x[i], row.dense * c[i]);
   }
 }
 
@@ -255,9 +277,11 @@ template <bool kSoftmax, typename Op, typename T>
 static void write_gradient(const Op& op, const RowGradient<T>& row_gradient, int64_t row) {
   alignas(64) T buffer[kTile];
   alignas(64) T slopes[kTile];
+  alignas(64) T coefficients[kTile];
   alignas(64) T scratch[kTile];
   const RowGradient<T> r = row_gradient;
   const bool transformed = !is_identity(op.transform);
+  const T* c = is_empty(op.dense) || r.dense == T(0) ? nullptr : coefficients;
   for (int64_t begin = 0; begin < op.logits.columns; begin += kTile) {
     const int64_t n = op.logits.columns - begin < kTile ? op.logits.columns - begin : kTile;
     T* out = output_tile(op.gradient, row, begin, scratch);
@@ -271,18 +295,19 @@ static void write_gradient(const Op& op, const RowGradient<T>& row_gradient, int
 #pragma omp simd
       for (int64_t i = 0; i < n; ++i) slopes[i] = slope(op.transform, x[i]);
     }
+    const int64_t target = r.target >= begin && r.target < begin + n ? r.target - begin : -1;
     if constexpr (kSoftmax) {
-      softmax_gradient_tile(r, x, n, out);
+      if (c != nullptr) dense_coefficients(op.dense, row, begin, n, coefficients);
+      // Before the loop: out may be x.
+      const T rest = c != nullptr && target >= 0 ? r.dense * c[target] : T(0);
+      const T at_target = target >= 0 ? gradient_at(r, x[target], rest - r.gamma) : T(0);
+      softmax_gradient_tile(r, x, c, n, out);
+      if (target >= 0) out[target] = at_target;
     } else {
 #pragma omp simd
       for (int64_t i = 0; i < n; ++i) out[i] = r.kappa + r.lambda * (x[i] - r.mean);
+      if (target >= 0) out[target] += r.gamma;
     }
-    if (!is_empty(op.dense) && r.dense != T(0)) {
-      dense_coefficients(op.dense, row, begin, n, buffer);
-#pragma omp simd
-      for (int64_t i = 0; i < n; ++i) out[i] -= r.dense * buffer[i];
-    }
-    if (r.target >= begin && r.target < begin + n) out[r.target - begin] += r.gamma;
     if (transformed) {
 #pragma omp simd
       for (int64_t i = 0; i < n; ++i) out[i] *= slopes[i];
@@ -310,4 +335,4 @@ static void row_backward(const Op& op, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) write_gradient<kSoftmax>(op, gradient_of_row(op, row), row);
 }
 
-}  // namespace tilewise
+}  // namespace tilewise::TILEWISE_ISA

@@ -14,23 +14,19 @@ __device__ __forceinline__ T lane_sum(T value) {
   return value;
 }
 
-__device__ __forceinline__ float lane_max(float value) {
+// Leaves in x what joins a sum that holds its largest term back: of each element and the maximum so far, the smaller.
+template <int kCount>
+__device__ __forceinline__ float hold_back_max(float (&x)[kCount], float max) {
 #pragma unroll
-  for (int offset = kWarp / 2; offset > 0; offset /= 2)
-    value = fmaxf(value, __shfl_xor_sync(0xffffffffu, value, offset));
-  return value;
-}
-
-__device__ __forceinline__ int64_t lane_min(int64_t value) {
-#pragma unroll
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-    const long long other = __shfl_xor_sync(0xffffffffu, static_cast<long long>(value), offset);
-    value = other < value ? other : value;
+  for (int i = 0; i < kCount; ++i) {
+    const float smaller = x[i] > max ? max : x[i];  // NaN joins
+    max = fmaxf(max, x[i]);
+    x[i] = smaller;
   }
-  return value;
+  return max;
 }
 
-// max and sum, nothing else: five instructions per element.
+// max and sum, nothing else.
 struct PlainSoftmax {
   using Stats = SoftmaxStats<float>;
   static constexpr int kBatch = 4;
@@ -54,16 +50,13 @@ struct PlainSoftmax {
   }
 
   template <int kCount>
-  __device__ __forceinline__ void add(const float (&x)[kCount], Side<kCount>, int64_t) {
-    float top = x[0];
-#pragma unroll
-    for (int i = 1; i < kCount; ++i) top = fmaxf(top, x[i]);
-    max = fmaxf(max, top);
-    if (top > ceiling) {
-      const float next = top * kLog2E;
+  __device__ __forceinline__ void add(float (&x)[kCount], Side<kCount>, int64_t) {
+    max = hold_back_max(x, max);
+    if (max > ceiling) {
+      const float next = max * kLog2E;
       sum = sum == 0.0f ? 0.0f : sum * fast_exp2(reference - next);
       reference = next;
-      ceiling = top + kSlack;
+      ceiling = max + kSlack;
     }
     float part = fast_exp2(fmaf(x[0], kLog2E, -reference));
 #pragma unroll
@@ -79,8 +72,13 @@ struct PlainSoftmax {
   }
 
   static __device__ __forceinline__ Stats merge_lanes(Stats stats) {
-    rebase(stats, lane_max(stats.max));
-    stats.sum = lane_sum(stats.sum);
+#pragma unroll
+    for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+      Stats other;
+      other.max = __shfl_xor_sync(0xffffffffu, stats.max, offset);
+      other.sum = __shfl_xor_sync(0xffffffffu, stats.sum, offset);
+      merge(stats, other);
+    }
     return stats;
   }
 };
@@ -119,9 +117,10 @@ struct FullSoftmax {
 #pragma unroll
       for (int i = 0; i < kCount; ++i) x[i] = apply(transform, x[i]);
     }
-    float top = x[0];
+    float joining[kCount];
 #pragma unroll
-    for (int i = 1; i < kCount; ++i) top = fmaxf(top, x[i]);
+    for (int i = 0; i < kCount; ++i) joining[i] = x[i];
+    const float top = hold_back_max(joining, stats.max);
     if (details && (top > stats.max || (top == stats.max && column < stats.argmax))) {
 #pragma unroll
       for (int i = kCount - 1; i >= 0; --i) stats.argmax = x[i] == top ? column + i : stats.argmax;
@@ -131,9 +130,9 @@ struct FullSoftmax {
     const float base = stats.max > -infinity<float>() ? stats.max : 0.0f;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      const float e = fast_exp(x[i] - base);
+      const float e = fast_exp(joining[i] - base);
       stats.sum += e;
-      if (details) stats.spread += e * fmaxf(x[i] - base, ExpFloor<float>::value);
+      if (details) stats.spread += e * fmaxf(joining[i] - base, ExpFloor<float>::value);
     }
     if (dense.active) {
       float c[kCount];
@@ -149,13 +148,17 @@ struct FullSoftmax {
   __device__ Stats finish() const { return stats; }
 
   static __device__ __forceinline__ Stats merge_lanes(Stats stats) {
-    const float max = lane_max(stats.max);
-    stats.argmax = lane_min(stats.max == max ? stats.argmax : INT64_MAX);
-    rebase(stats, max);
-    stats.sum = lane_sum(stats.sum);
-    stats.mass = lane_sum(stats.mass);
-    stats.cross = lane_sum(stats.cross);
-    stats.spread = lane_sum(stats.spread);
+#pragma unroll
+    for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+      Stats other;
+      other.max = __shfl_xor_sync(0xffffffffu, stats.max, offset);
+      other.sum = __shfl_xor_sync(0xffffffffu, stats.sum, offset);
+      other.mass = __shfl_xor_sync(0xffffffffu, stats.mass, offset);
+      other.cross = __shfl_xor_sync(0xffffffffu, stats.cross, offset);
+      other.spread = __shfl_xor_sync(0xffffffffu, stats.spread, offset);
+      other.argmax = __shfl_xor_sync(0xffffffffu, static_cast<long long>(stats.argmax), offset);
+      merge(stats, other);
+    }
     return stats;
   }
 };
