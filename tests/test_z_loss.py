@@ -100,6 +100,36 @@ def test_large_mean_does_not_cancel():
     assert relative_error(ours[1], truth[1]) < 5e-6
 
 
+LOSSES = {"z_loss": {"a": 1.0, "b": 2.0}, "taylor_softmax_loss": {}, "spherical_softmax_loss": {}}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("v", [33, 3000])
+@pytest.mark.parametrize("magnitude", [1e14, 1e17, 1e19, 1e22, 1e30, 1e36])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_squares_beyond_the_type(name, v, magnitude, dtype):
+    """Losses and gradients of logits whose squares overflow float32: everywhere, in one element, or in the mean."""
+    torch.manual_seed(0)
+    logits = magnitude * torch.randn(6, v)
+    logits[1:3] /= magnitude
+    logits[1, 7] = magnitude  # one large, not the target
+    logits[2, 5:7] = torch.tensor([-magnitude, magnitude / 2])  # two large, one the target
+    logits[3] += 10 * magnitude
+    logits[4, v // 2 :] /= magnitude
+    logits, target = logits.to(dtype), torch.tensor([0, 1, 5, 3, v - 1, 5])
+    call, options = getattr(tilewise, name), LOSSES[name] | {"reduction": "none"}
+    grad = torch.full((6,), magnitude / 64)  # the gradient is of the order of 1 / magnitude
+    loss, gradient = contract.value_and_gradient(call, logits.to(DEVICE), target.to(DEVICE), grad.to(DEVICE), **options)
+    expected, slope = contract.value_and_gradient(
+        getattr(reference, name), logits.double(), target, grad.double(), **options
+    )
+    torch.testing.assert_close(loss.double(), expected, rtol=2e-5, atol=2e-6)
+    for row in range(6):
+        assert relative_error(gradient[row], slope[row]) < 2e-5 + (
+            torch.finfo(dtype).eps if dtype == torch.bfloat16 else 0
+        )
+
+
 def test_constant_row():
     logits = torch.full((2, 1030), 7.25, device=DEVICE)
     target = torch.tensor([3, 5], device=DEVICE)

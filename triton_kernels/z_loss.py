@@ -25,33 +25,69 @@ from .rows import (
     welford_rows,
 )
 
+# Squares of larger logits overflow, though losses and gradients do not: moments are those of SCALE x, a power of two.
+MOST = tl.constexpr(2.0**48)
+SCALE = tl.constexpr(2.0**-96)
+
 
 @triton.jit
-def z_epilogue(o_c, mean, m2, D, a, b):
-    """Loss, gamma, lambda, kappa of z_loss; a constant row (m2 = 0) has z = 0 and no gradient."""
-    inv_sd = tl.where(m2 > 0, 1.0 / tl.sqrt(m2 / D), 0.0)  # [ROWS]
-    z = (o_c - mean) * inv_sd
+def row_moments(
+    logits_rows, in_rows, V, stride_col, scale, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr
+):
+    """Mean and M2 of scale x."""
+    lane_mean = tl.zeros([ROWS, BLOCK], tl.float32)
+    lane_m2 = tl.zeros([ROWS, BLOCK], tl.float32)
+    for start in tl.range(0, V, BLOCK, num_stages=STAGES):
+        cols = start + tl.arange(0, BLOCK)  # [BLOCK]
+        inside = in_rows[:, None] & (cols < V)[None, :]  # [ROWS, BLOCK]
+        x = tl.load(tile_pointers(logits_rows, cols, stride_col), mask=inside, other=0.0).to(tl.float32)
+        if scale is not None:
+            x *= scale[:, None]
+        lane_mean, lane_m2 = welford_merge(lane_mean, lane_m2, x, inside, start // BLOCK)
+    lanes = tl.arange(0, BLOCK)
+    count = ((V - lanes + BLOCK - 1) // BLOCK).to(tl.float32)[None, :]  # [1, BLOCK], elements each lane has seen
+    return welford_rows(lane_mean, lane_m2, count, V)  # [ROWS]
+
+
+@triton.jit
+def z_epilogue(o_c, mean, m2, scale, D, a, b):
+    """Loss, gamma, root of lambda, kappa of z_loss; a constant row (m2 = 0) has z = 0 and no gradient."""
+    inv_sd = tl.where(m2 == 0, 0.0, 1.0 / tl.sqrt(m2 / D))  # [ROWS]
+    z = (o_c * scale - mean) * inv_sd
     t = a * (b - z)
     e = tl.exp(-tl.abs(t))
     loss = (tl.maximum(t, 0.0) + log1p(e)) / a
     s = tl.where(t >= 0, 1.0, e) / (1.0 + e)  # sigmoid(t)
-    return loss, -s * inv_sd, s * z / D * inv_sd * inv_sd, s * inv_sd / D
+    rate = scale * inv_sd
+    root = tl.sqrt(s * tl.abs(z) / D) * rate
+    return loss, -s * rate, tl.where(z < 0, -root, root), s / D * rate
 
 
 @triton.jit
-def taylor_epilogue(o_c, mean, m2, D, a, b):
-    """Loss, gamma, lambda, kappa of the Taylor softmax; 1 + o + o^2 / 2 = ((1 + o)^2 + 1) / 2 cannot cancel."""
-    n = 0.5 * ((1.0 + o_c) * (1.0 + o_c) + 1.0)  # [ROWS]
-    Z = 0.5 * (D * ((1.0 + mean) * (1.0 + mean) + 1.0) + m2)
-    return tl.log(Z) - tl.log(n), -(1.0 + o_c) / n, 1.0 / Z, (1.0 + mean) / Z
+def square_epilogue(o, mean, m2, scale, D, c):
+    """The same of -log n / Z, n = o^2 + c, Z = sum_k (o_k^2 + c), o the logits less an offset."""
+    far = tl.where((scale == 1.0) & (tl.abs(mean) >= MOST), SCALE, 1.0)
+    mean, m2, scale = mean * far, m2 * far * far, scale * far
+    near = o * scale
+    n = near * near + c * scale * scale  # [ROWS]
+    Z = m2 + D * (mean * mean + c * scale * scale)
+    # In these units n may vanish.
+    apart = tl.log(Z) - 2.0 * tl.log(scale) - tl.log(o * o + c)
+    loss = tl.where((scale == 1.0) | (n > SCALE), tl.log(Z) - tl.log(n), apart)
+    norm = tl.sqrt(Z)
+    rate = scale / norm  # 1 / sqrt(Z)
+    return loss, -2.0 / (o + c / o), 1.41421356237309505 * rate, 2.0 * (mean / norm) * rate
 
 
 @triton.jit
-def spherical_epilogue(o_c, mean, m2, D, eps, b):
-    """Loss, gamma, lambda, kappa of the spherical softmax."""
-    n = o_c * o_c + eps  # [ROWS]
-    Z = m2 + D * (mean * mean + eps)
-    return tl.log(Z) - tl.log(n), -2.0 * o_c / n, 2.0 / Z, 2.0 * mean / Z
+def taylor_epilogue(o_c, mean, m2, scale, D, a, b):
+    """1 + o + o^2 / 2 is ((1 + o)^2 + 1) / 2."""
+    return square_epilogue(1.0 + o_c, mean + scale, m2, scale, D, 1.0)
+
+
+@triton.jit
+def spherical_epilogue(o_c, mean, m2, scale, D, eps, b):
+    return square_epilogue(o_c, mean, m2, scale, D, eps)
 
 
 @triton.jit(do_not_specialize=["N", "ignore_index"])
@@ -73,33 +109,28 @@ def spherical_family_forward_kernel(
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Row losses and row state (mu, gamma, lambda, kappa). One pass."""
+    """Row losses and row state (mu, gamma, r, kappa), lambda = r |r|. One pass, two for rows of large logits."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
     in_rows = rows < N
     logits_rows = logits_ptr + rows * logits_stride_row
 
-    lane_mean = tl.zeros([ROWS, BLOCK], tl.float32)
-    lane_m2 = tl.zeros([ROWS, BLOCK], tl.float32)
-    for start in tl.range(0, V, BLOCK, num_stages=STAGES):
-        cols = start + tl.arange(0, BLOCK)  # [BLOCK]
-        inside = in_rows[:, None] & (cols < V)[None, :]  # [ROWS, BLOCK]
-        x = tl.load(tile_pointers(logits_rows, cols, logits_stride_col), mask=inside, other=0.0).to(tl.float32)
-        lane_mean, lane_m2 = welford_merge(lane_mean, lane_m2, x, inside, start // BLOCK)
-
-    lanes = tl.arange(0, BLOCK)
-    count = ((V - lanes + BLOCK - 1) // BLOCK).to(tl.float32)[None, :]  # [1, BLOCK], elements each lane has seen
-    mean, m2 = welford_rows(lane_mean, lane_m2, count, V)  # [ROWS]
+    scale = tl.full([ROWS], 1.0, tl.float32)
+    mean, m2 = row_moments(logits_rows, in_rows, V, logits_stride_col, None, ROWS, BLOCK, STAGES)  # [ROWS]
+    large = (m2 < MOST * MOST) == 0  # NaN, too
+    if tl.max(large.to(tl.int32), axis=0) > 0:
+        scale = tl.where(large, SCALE, 1.0)
+        mean, m2 = row_moments(logits_rows, in_rows, V, logits_stride_col, scale, ROWS, BLOCK, STAGES)
 
     y, kept, known = class_target(target_ptr, target_stride, rows, in_rows, ignore_index, V)
     o_c = tl.load(logits_rows + y * logits_stride_col, mask=known, other=0.0).to(tl.float32)
-    loss, gamma, lambda_, kappa = EPILOGUE(o_c, mean, m2, V, a, b)
+    loss, gamma, root, kappa = EPILOGUE(o_c, mean, m2, scale, V, a, b)
     loss = tl.where(kept, tl.where(known, loss, float("nan")), 0.0)
     tl.store(loss_ptr + rows, loss, mask=in_rows)
     state = row_state_ptr + rows
     stride = tl.cast(N, tl.int64)
-    tl.store(state, mean, mask=in_rows)
+    tl.store(state, mean / scale, mask=in_rows)
     tl.store(state + stride, gamma, mask=in_rows)
-    tl.store(state + 2 * stride, lambda_, mask=in_rows)
+    tl.store(state + 2 * stride, root, mask=in_rows)
     tl.store(state + 3 * stride, kappa, mask=in_rows)
 
 
@@ -143,7 +174,8 @@ def spherical_family_backward_kernel(
     stride = tl.cast(N, tl.int64)
     mean = tl.load(state, mask=active, other=0.0)
     gamma = g * tl.load(state + stride, mask=active, other=0.0)
-    lambda_ = g * tl.load(state + 2 * stride, mask=active, other=0.0)
+    root = tl.load(state + 2 * stride, mask=active, other=0.0)
+    lambda_, rate = (g * root)[:, None], tl.abs(root)[:, None]
     kappa = g * tl.load(state + 3 * stride, mask=active, other=0.0)
 
     first = (program % programs_per_row) * tiles_per_program * BLOCK
@@ -157,7 +189,7 @@ def spherical_family_backward_kernel(
             other=0.0,
             eviction_policy="evict_first",
         ).to(tl.float32)
-        dx = kappa[:, None] + lambda_[:, None] * (x - mean[:, None])
+        dx = kappa[:, None] + lambda_ * (rate * (x - mean[:, None]))
         dx += tl.where(cols[None, :] == y[:, None], gamma[:, None], 0.0)
         tl.store(tile_pointers(grad_rows, cols, 1), tl.where(active[:, None], dx, 0.0), mask=inside)
 

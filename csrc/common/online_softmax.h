@@ -33,15 +33,6 @@ TILEWISE_FN void rebase(SoftmaxStats<T>& stats, T max) {
   stats.max = max;
 }
 
-// Adds b to a, both relative to the same maximum.
-template <typename T>
-TILEWISE_FN void add(SoftmaxStats<T>& a, const SoftmaxStats<T>& b) {
-  a.sum += b.sum;
-  a.mass += b.mass;
-  a.cross += b.cross;
-  a.spread += b.spread;
-}
-
 // Merges b into a: the smaller maximum joins the sum. The lower index wins a tie.
 template <typename T>
 TILEWISE_FN void merge(SoftmaxStats<T>& a, SoftmaxStats<T> b) {
@@ -51,7 +42,10 @@ TILEWISE_FN void merge(SoftmaxStats<T>& a, SoftmaxStats<T> b) {
   const T joining = a.max > b.max ? b.max : a.max;
   rebase(a, max);
   rebase(b, max);
-  add(a, b);
+  a.sum += b.sum;
+  a.mass += b.mass;
+  a.cross += b.cross;
+  a.spread += b.spread;
   if (joining == -infinity<T>()) return;
   const T e = fast_exp(joining - max);
   a.sum += e;
@@ -64,17 +58,46 @@ TILEWISE_FN T log_sum(const SoftmaxStats<T>& stats) {
   return stats.max > -infinity<T>() ? natural_log1p(stats.sum + (stats.max - stats.max)) : natural_log(stats.sum);
 }
 
-// Mean and sum of squared deviations of `count` values (Welford; merged by Chan's formula).
+// A power of two that brings the largest values of a type to where their squares can be summed, and the deviation above
+// which that is needed.
+template <typename T>
+struct MomentRange;
+template <>
+struct MomentRange<float> {
+  static constexpr float scale = 0x1p-96f, most = 0x1p48f;
+};
+template <>
+struct MomentRange<double> {
+  static constexpr double scale = 0x1p-768, most = 0x1p384;
+};
+
+// Mean and sum of squared deviations of `count` values times `scale` (Welford; merged by Chan's formula).
 template <typename T>
 struct MomentStats {
   T count = 0;
   T mean = 0;
   T m2 = 0;
+  T scale = 1;
 };
 
 template <typename T>
-TILEWISE_FN void merge(MomentStats<T>& a, const MomentStats<T>& b) {
+TILEWISE_FN void shrink(MomentStats<T>& stats) {
+  constexpr T scale = MomentRange<T>::scale;
+  if (stats.scale == scale) return;
+  stats = {stats.count, stats.mean * scale, stats.m2 * scale * scale, scale};
+}
+
+template <typename T>
+TILEWISE_FN void merge(MomentStats<T>& a, MomentStats<T> b) {
   if (b.count == T(0)) return;
+  if (a.count == T(0)) {
+    a = b;
+    return;
+  }
+  if (a.scale != b.scale || !(::fabs(b.mean - a.mean) < MomentRange<T>::most)) {
+    shrink(a);
+    shrink(b);
+  }
   const T count = a.count + b.count;
   const T delta = b.mean - a.mean;
   const T share = b.count / count;

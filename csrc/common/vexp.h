@@ -54,7 +54,7 @@ TILEWISE_FN V exp_polynomial(V x) {
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
+  p = (p * r + 1.0f) * r + 1.0f;
   return x < -87.0f ? 0.0f : p * shifted_to_exponent(shifted);
 }
 

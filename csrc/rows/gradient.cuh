@@ -85,7 +85,7 @@ struct FullSoftmaxGradient {
   }
 };
 
-// lambda (x_k - mean) + kappa
+// lambda rate (x_k - mean) + kappa
 struct AffineGradient {
   static constexpr int kBatch = 4;
   static constexpr int kBlocks = 4;
@@ -104,7 +104,8 @@ struct AffineGradient {
   __device__ __forceinline__ void apply(float (&x)[kCount], Side<kCount>, int64_t, int target,
                                         const RowGradient<float>& g) const {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) x[i] = fmaf(g.lambda, x[i] - g.mean, g.kappa) + (target == i ? g.gamma : 0.0f);
+    for (int i = 0; i < kCount; ++i)
+      x[i] = fmaf(g.lambda, g.rate * (x[i] - g.mean), g.kappa) + (target == i ? g.gamma : 0.0f);
   }
 };
 

@@ -89,8 +89,9 @@ struct SoftmaxRequest {
 };
 
 // With d_k = x_k - max - log_sum and p_k = e^(d_k), the gradient of a row with respect to x is
-//   dx_k = p_k (alpha + beta d_k) + lambda (x_k - mean) + kappa - g c_k + gamma 1[k = target]
-// p is formed when kSoftmax, the affine part when not: no operator needs both.
+//   dx_k = p_k (alpha + beta d_k) + lambda rate (x_k - mean) + kappa - g c_k + gamma 1[k = target]
+// p is formed when kSoftmax, the affine part when not: no operator needs both. Its slope is two factors, for of large
+// logits it is too small a number.
 template <typename T>
 struct RowGradient {
   T max = 0;
@@ -99,6 +100,7 @@ struct RowGradient {
   T beta = 0;
   T mean = 0;
   T lambda = 0;
+  T rate = 0;
   T kappa = 0;
   T dense = 0;  // g, the factor of c_k
   T gamma = 0;

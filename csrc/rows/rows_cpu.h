@@ -138,12 +138,10 @@ struct ExpSum {
   T max;  // of x
 };
 
-// Of a tile and of the maximum before it; the sum leaves out the largest of them all. Each lane holds its own largest
-// back and sums the smaller of that and what comes.
+// The sum leaves out the maximum, once: each lane holds its own largest back and sums the smaller of that and what comes.
 template <typename T>
-TILEWISE_FN ExpSum<T> tile_exp_sum(const T* x, int64_t n, T running, T origin) {
+TILEWISE_FN ExpSum<T> tile_exp_sum(const T* x, int64_t n, T origin) {
   Vector<T> max = Vector<T>{} - infinity<T>();
-  max[0] = running;
   Vector<T> sum{};
   const auto take = [&](Vector<T> v) __attribute__((always_inline)) {
     const Vector<T> smaller = v > max ? max : v;  // NaN is taken
@@ -157,12 +155,15 @@ TILEWISE_FN ExpSum<T> tile_exp_sum(const T* x, int64_t n, T running, T origin) {
     for (int64_t lane = 0; i < n; ++lane, ++i) rest[lane] = x[i];
     take(rest);
   }
-  int64_t top = 0;
-  for (int64_t lane = 1; lane < kLanes<T>; ++lane) top = max[lane] > max[top] ? lane : top;
-  ExpSum<T> result{.sum = 0, .max = max[top]};
-  max[top] = -infinity<T>();
-  sum += fast_exp(max - origin);
-  for (int64_t lane = 0; lane < kLanes<T>; ++lane) result.sum += sum[lane];
+  ExpSum<T> result{.sum = 0, .max = -infinity<T>()};
+  for (int64_t lane = 0; lane < kLanes<T>; ++lane) result.max = max[lane] > result.max ? max[lane] : result.max;
+  const Vector<T> held = fast_exp(max - origin);
+  bool left_out = false;
+  for (int64_t lane = 0; lane < kLanes<T>; ++lane) {
+    const bool leave_out = !left_out & (max[lane] == result.max);
+    left_out |= leave_out;
+    result.sum += sum[lane] + (leave_out ? T(0) : held[lane]);
+  }
   return result;
 }
 
@@ -182,7 +183,7 @@ TILEWISE_FN T tile_spread(const T* x, int64_t n, T running, T max) {
 
 // mass = sum c;  cross = sum c (x - m), a coefficient of 0 hiding even x = -inf
 template <typename T>
-TILEWISE_FN void tile_targets(const T* x, const T* c, int64_t n, T origin, SoftmaxStats<T>& tile) {
+TILEWISE_FN void add_targets(const T* x, const T* c, int64_t n, T origin, SoftmaxStats<T>& stats) {
   T mass = 0;
   T cross = 0;
 #pragma omp simd reduction(+ : mass, cross)
@@ -190,70 +191,79 @@ TILEWISE_FN void tile_targets(const T* x, const T* c, int64_t n, T origin, Softm
     mass += c[i];
     cross += c[i] != T(0) ? c[i] * (x[i] - origin) : T(0);
   }
-  tile.mass = mass;
-  tile.cross = cross;
+  stats.mass += mass;
+  stats.cross += cross;
 }
 
-// Sums of a tile are taken relative to the maximum so far, which spares a pass for the tile's own; only a tile
-// that rises more than kSlack above it is summed again, before e^(x - origin) could overflow.
+// Sums are taken relative to an origin, the maximum of the first tile: that of the row would be a pass more. Only a tile
+// that rises more than kSlack above it is summed again and moves it, before e^(x - origin) could overflow. spread moves
+// with every maximum, because its terms cancel relative to anything smaller.
 template <typename T>
 static SoftmaxStats<T> softmax_statistics(const RowMatrix& logits, const SoftmaxRequest<T>& request, int64_t row) {
   constexpr T kSlack = 64;
   alignas(64) T buffer[kTile];
   alignas(64) T coefficients[kTile];
-  SoftmaxStats<T> stats;
+  SoftmaxStats<T> stats;  // relative to the origin, which is stats.max until the end
+  T max = -infinity<T>();
   for (int64_t begin = 0; begin < logits.columns; begin += kTile) {
     const int64_t n = logits.columns - begin < kTile ? logits.columns - begin : kTile;
     const T* x = load_logits(logits, request.transform, row, begin, n, buffer);
-    T origin = stats.max;
-    if (request.details || origin == -infinity<T>()) {
-      const T own = tile_max(x, n);
-      origin = own > origin ? own : origin;
-    }
+    T origin = stats.max > -infinity<T>() ? stats.max : tile_max(x, n);
     const bool empty = origin == -infinity<T>();
     if (empty) origin = T(0);  // nothing but -inf so far, and -inf - -inf is NaN
-    ExpSum<T> exps = tile_exp_sum(x, n, stats.max, origin);
-    if (exps.max > origin + kSlack) {
+    ExpSum<T> exps = tile_exp_sum(x, n, origin);
+    if (exps.max > origin + (request.details ? T(0) : kSlack)) {
       origin = exps.max;
-      exps = tile_exp_sum(x, n, stats.max, origin);
+      exps = tile_exp_sum(x, n, origin);
     }
-    SoftmaxStats<T> tile{.max = empty ? -infinity<T>() : origin, .sum = exps.sum};
+    if (!empty) rebase(stats, origin);
+    stats.sum += exps.sum + fast_exp((exps.max > max ? max : exps.max) - origin);
     if (request.details) {
-      tile.spread = tile_spread(x, n, stats.max, origin);
-      if (exps.max > stats.max) {
+      stats.spread += tile_spread(x, n, max, origin);
+      if (exps.max > max) {
         stats.argmax = begin;
         while (x[stats.argmax - begin] != exps.max) ++stats.argmax;
       }
     }
     if (!is_empty(request.dense)) {
       dense_coefficients(request.dense, row, begin, n, coefficients);
-      tile_targets(x, coefficients, n, origin, tile);
+      add_targets(x, coefficients, n, origin, stats);
     }
-    rebase(tile, exps.max);
-    rebase(stats, exps.max);
-    add(stats, tile);
+    max = exps.max > max ? exps.max : max;
   }
+  rebase(stats, max);
   return stats;
 }
 
 // Two loops over a cached tile, mean first and then squared deviations, are exact where sum and sum of squares
 // would cancel; Chan's merge joins the tiles.
 template <typename T>
+TILEWISE_FN MomentStats<T> tile_moments(const T* x, int64_t n) {
+  const T origin = x[0];
+  T sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) sum += x[i] - origin;
+  const T mean = origin + sum / static_cast<T>(n);
+  T m2 = 0;
+#pragma omp simd reduction(+ : m2)
+  for (int64_t i = 0; i < n; ++i) m2 += (x[i] - mean) * (x[i] - mean);
+  return {.count = static_cast<T>(n), .mean = mean, .m2 = m2};
+}
+
+template <typename T>
 static MomentStats<T> moment_statistics(const RowMatrix& logits, int64_t row) {
+  constexpr T kMost = MomentRange<T>::most;
   alignas(64) T buffer[kTile];
   MomentStats<T> stats;
   for (int64_t begin = 0; begin < logits.columns; begin += kTile) {
     const int64_t n = logits.columns - begin < kTile ? logits.columns - begin : kTile;
-    const T* x = load_tile(logits, row, begin, n, buffer);
-    const T origin = x[0];
-    T sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < n; ++i) sum += x[i] - origin;
-    const T mean = origin + sum / static_cast<T>(n);
-    T m2 = 0;
-#pragma omp simd reduction(+ : m2)
-    for (int64_t i = 0; i < n; ++i) m2 += (x[i] - mean) * (x[i] - mean);
-    merge(stats, MomentStats<T>{static_cast<T>(n), mean, m2});
+    MomentStats<T> tile = tile_moments(load_tile(logits, row, begin, n, buffer), n);
+    if (!(tile.m2 < kMost * kMost)) {
+      constexpr Transform<T> kSmaller{.scale = MomentRange<T>::scale};
+      tile = tile_moments(load_logits(logits, kSmaller, row, begin, n, buffer), n);
+      tile.scale = kSmaller.scale;
+    }
+    merge(stats, tile);
   }
   return stats;
 }
@@ -305,7 +315,7 @@ static void write_gradient(const Op& op, const RowGradient<T>& row_gradient, int
       if (target >= 0) out[target] = at_target;
     } else {
 #pragma omp simd
-      for (int64_t i = 0; i < n; ++i) out[i] = r.kappa + r.lambda * (x[i] - r.mean);
+      for (int64_t i = 0; i < n; ++i) out[i] = r.kappa + r.lambda * (r.rate * (x[i] - r.mean));
       if (target >= 0) out[target] += r.gamma;
     }
     if (transformed) {

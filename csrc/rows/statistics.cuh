@@ -165,7 +165,8 @@ struct FullSoftmax {
 
 // Mean and M2. With n values seen, a run of k and deviations d from the mean so far:
 //   mean' = mean + sum d / (n + k),   M2' = M2 + sum d^2 - (sum d)^2 / (n + k)
-// The subtraction never cancels: the first value starts the mean, and later n + k > k.
+// The subtraction never cancels: the first value starts the mean, and later n + k > k. A run whose squares are too large
+// makes the thread go on in smaller units.
 struct RowMoments {
   using Stats = MomentStats<float>;
   static constexpr int kBatch = 4;
@@ -185,19 +186,29 @@ struct RowMoments {
 
   template <int kCount>
   __device__ __forceinline__ void add(const float (&x)[kCount], Side<kCount>, int64_t) {
-    if (stats.count == 0.0f) stats.mean = x[0];
-    float sum = 0.0f;
-    float square = 0.0f;
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const float d = x[i] - stats.mean;
-      sum += d;
-      square = fmaf(d, d, square);
+    if (stats.count == 0.0f) stats.mean = x[0] * stats.scale;
+    float sum, square;
+    measure(x, sum, square);
+    constexpr float kMost = MomentRange<float>::most;
+    if (!(square < kMost * kMost)) {
+      shrink(stats);
+      measure(x, sum, square);
     }
     stats.count += kCount;
     const float step = fast_divide(sum, stats.count);
     stats.mean += step;
     stats.m2 += fmaf(-sum, step, square);
+  }
+
+  template <int kCount>
+  __device__ __forceinline__ void measure(const float (&x)[kCount], float& sum, float& square) const {
+    sum = square = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const float d = fmaf(x[i], stats.scale, -stats.mean);
+      sum += d;
+      square = fmaf(d, d, square);
+    }
   }
 
   __device__ Stats finish() const { return stats; }
@@ -210,6 +221,7 @@ struct RowMoments {
       other.count = __shfl_down_sync(0xffffffffu, stats.count, offset);
       other.mean = __shfl_down_sync(0xffffffffu, stats.mean, offset);
       other.m2 = __shfl_down_sync(0xffffffffu, stats.m2, offset);
+      other.scale = __shfl_down_sync(0xffffffffu, stats.scale, offset);
       merge(stats, other);
     }
     return stats;

@@ -7,6 +7,9 @@
 //   z_loss     L = softplus(a (b - z)) / a,  z = (o_c - mu) / sd
 //   taylor     L = log Z - log n,  n = 1 + o_c + o_c^2 / 2,  Z = sum_k of the same
 //   spherical  L = log Z - log n,  n = o_c^2 + eps,          Z = sum_k of the same
+//
+// Of large logits the squares overflow where L and its gradient do not: then the moments come in smaller units
+// (MomentStats::scale), and the row state keeps lambda as the root r of its size, with its sign: lambda = r |r|.
 #pragma once
 
 #include "common/isa.h"
@@ -27,7 +30,7 @@ struct SphericalForward {
   int64_t ignore_index = -100;
   T* loss_rows = nullptr;   // (rows,)
   T* share_rows = nullptr;  // (rows,) 1 for kept rows, 0 for ignored
-  T* row_state = nullptr;   // (4, rows): mu, gamma, lambda, kappa
+  T* row_state = nullptr;   // (4, rows): mu, gamma, r, kappa
 };
 
 template <typename T>
@@ -47,7 +50,7 @@ template <typename T>
 struct SphericalRow {
   T loss = 0;
   T gamma = 0;
-  T lambda = 0;
+  T root = 0;
   T kappa = 0;
 };
 
@@ -55,24 +58,34 @@ template <typename T>
 TILEWISE_FN SphericalRow<T> z_row(const MomentStats<T>& stats, T target_logit, T a, T b) {
   const T sd = ::sqrt(stats.m2 / stats.count);
   if (sd == T(0)) return {softplus(a * b) / a, T(0), T(0), T(0)};
-  const T z = (target_logit - stats.mean) / sd;
+  const T z = (target_logit * stats.scale - stats.mean) / sd;
   const T s = sigmoid(a * (b - z));
-  return {softplus(a * (b - z)) / a, -s / sd, s * z / (stats.count * sd * sd), s / (sd * stats.count)};
+  const T rate = stats.scale / sd;
+  const T root = ::sqrt(s * ::fabs(z) / stats.count) * rate;
+  return {softplus(a * (b - z)) / a, -s * rate, z < T(0) ? -root : root, s / stats.count * rate};
 }
 
+// L and its coefficients where n = o^2 + c and Z = sum_k (o_k^2 + c), o the logits less an offset.
 template <typename T>
-TILEWISE_FN SphericalRow<T> taylor_row(const MomentStats<T>& stats, T target_logit) {
-  const T mu = stats.mean;
-  const T n = T(1) + target_logit + T(0.5) * target_logit * target_logit;
-  const T z = stats.count * (T(1) + mu + T(0.5) * mu * mu) + T(0.5) * stats.m2;
-  return {natural_log(z / n), -(T(1) + target_logit) / n, T(1) / z, (T(1) + mu) / z};
+TILEWISE_FN SphericalRow<T> square_row(MomentStats<T> stats, T o, T c) {
+  if (!(::fabs(stats.mean) < MomentRange<T>::most)) shrink(stats);
+  const T near = o * stats.scale;
+  const T n = near * near + c * stats.scale * stats.scale;
+  const T total = stats.m2 + stats.count * (stats.mean * stats.mean + c * stats.scale * stats.scale);
+  // In these units n may vanish.
+  const T loss = stats.scale == T(1) || n > MomentRange<T>::scale
+                     ? natural_log(total / n)
+                     : natural_log(total) - T(2) * natural_log(stats.scale) - natural_log(o * o + c);
+  const T norm = ::sqrt(total);
+  const T rate = stats.scale / norm;  // 1 / sqrt(Z)
+  return {loss, T(-2) / (o + c / o), T(1.41421356237309505) * rate, T(2) * (stats.mean / norm) * rate};
 }
 
+// 1 + o + o^2 / 2 is ((1 + o)^2 + 1) / 2
 template <typename T>
-TILEWISE_FN SphericalRow<T> spherical_row(const MomentStats<T>& stats, T target_logit, T eps) {
-  const T n = target_logit * target_logit + eps;
-  const T z = stats.m2 + stats.count * (stats.mean * stats.mean + eps);
-  return {natural_log(z / n), T(-2) * target_logit / n, T(2) / z, T(2) * stats.mean / z};
+TILEWISE_FN SphericalRow<T> taylor_row(MomentStats<T> stats, T target_logit) {
+  stats.mean += stats.scale;
+  return square_row(stats, T(1) + target_logit, T(1));
 }
 
 template <typename T>
@@ -81,7 +94,7 @@ TILEWISE_FN void write_row(const SphericalForward<T>& op, int64_t row, T share, 
   op.share_rows[row] = share;
   op.row_state[row] = mu;
   op.row_state[op.logits.rows + row] = result.gamma;
-  op.row_state[2 * op.logits.rows + row] = result.lambda;
+  op.row_state[2 * op.logits.rows + row] = result.root;
   op.row_state[3 * op.logits.rows + row] = result.kappa;
 }
 
@@ -104,8 +117,8 @@ TILEWISE_FN void finish_row(const SphericalForward<T>& op, int64_t row, const Mo
   SphericalRow<T> result;
   if (op.kind == SphericalKind::kZ) result = z_row(stats, target_logit, op.a, op.b);
   if (op.kind == SphericalKind::kTaylor) result = taylor_row(stats, target_logit);
-  if (op.kind == SphericalKind::kSpherical) result = spherical_row(stats, target_logit, op.eps);
-  write_row(op, row, T(1), stats.mean, result);
+  if (op.kind == SphericalKind::kSpherical) result = square_row(stats, target_logit, op.eps);
+  write_row(op, row, T(1), stats.mean / stats.scale, result);
 }
 
 template <typename T>
@@ -117,7 +130,9 @@ TILEWISE_FN RowGradient<T> gradient_of_row(const SphericalBackward<T>& op, int64
   if (result.zero) return result;
   result.mean = op.row_state[row];
   result.gamma = g * op.row_state[op.logits.rows + row];
-  result.lambda = g * op.row_state[2 * op.logits.rows + row];
+  const T root = op.row_state[2 * op.logits.rows + row];
+  result.lambda = g * root;
+  result.rate = ::fabs(root);
   result.kappa = g * op.row_state[3 * op.logits.rows + row];
   result.target = y >= 0 && y < op.logits.columns ? y : -1;
   return result;
