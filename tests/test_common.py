@@ -122,13 +122,13 @@ def test_softmax_statistics_merge_in_any_order(maths, seed, offset):
     x[rng.permutation(n)[:2]] = x.max()  # argmax has a tie
     c = np.where(np.isinf(x), 0, rng.random(n)).astype(np.float32)
     tiles, order = random_tiles(rng, n)
-    highest, total, mass, cross, spread, argmax = maths.softmax(x, c, tiles, order)
+    highest, others, mass, cross, spread, argmax = maths.softmax(x, c, tiles, order)
 
     d = x.astype(np.float64) - x.max()
     finite = np.isfinite(d)
     assert highest == x.max()
     assert argmax == np.argmax(x)
-    np.testing.assert_allclose(total, np.exp(d).sum(), rtol=1e-5)
+    np.testing.assert_allclose(others, np.exp(d[np.arange(n) != argmax]).sum(), rtol=1e-5)
     np.testing.assert_allclose(mass, c.astype(np.float64).sum(), rtol=1e-5)
     np.testing.assert_allclose(cross, (c[finite].astype(np.float64) * d[finite]).sum(), rtol=2e-5)
     np.testing.assert_allclose(spread, (np.exp(d[finite]) * d[finite]).sum(), rtol=2e-5)
@@ -139,7 +139,16 @@ def test_softmax_statistics_of_tiles_of_minus_infinity(maths):
     x[5] = 3.0
     c = np.zeros(12, dtype=np.float32)
     for order in ([0, 1, 2], [2, 1, 0], [1, 0, 2]):
-        assert maths.softmax(x, c, [0, 4, 8, 12], order) == (3.0, 1.0, 0.0, 0.0, 0.0, 5)
+        assert maths.softmax(x, c, [0, 4, 8, 12], order) == (3.0, 0.0, 0.0, 0.0, 0.0, 5)
+
+
+def test_a_small_sum_keeps_its_digits_beside_the_maximum(maths):
+    x = np.full(1000, -18.0, dtype=np.float32)
+    for place in (0, 500, 999):
+        x[place] = 0.0
+        others = maths.softmax(x, np.zeros_like(x), [0, 300, 501, 1000], [1, 2, 0])[1]
+        np.testing.assert_allclose(others, 999 * np.exp(-18.0), rtol=1e-5)
+        x[place] = -18.0
 
 
 @pytest.mark.parametrize("mean", [0.0, 1e4])
@@ -147,7 +156,7 @@ def test_softmax_statistics_of_tiles_of_minus_infinity(maths):
 def test_moments_merge_in_any_order(maths, seed, mean):
     rng = np.random.default_rng(seed)
     x = (rng.normal(size=1000) * 3 + mean).astype(np.float32)
-    count, average, m2 = maths.moments(x, *random_tiles(rng, len(x)))
+    count, average, m2, scale = maths.moments(x, *random_tiles(rng, len(x)))
     exact = x.astype(np.float64)
     assert count == len(x)
     np.testing.assert_allclose(average, exact.mean(), rtol=1e-6, atol=1e-6)
@@ -155,8 +164,19 @@ def test_moments_merge_in_any_order(maths, seed, mean):
     np.testing.assert_allclose(m2, ((exact - exact.mean()) ** 2).sum(), rtol=1e-3 if mean else 1e-5)
 
 
+@pytest.mark.parametrize("magnitude", [1e16, 1e30, 1e38])
+def test_moments_of_large_values_come_in_smaller_units(maths, magnitude):
+    rng = np.random.default_rng(0)
+    x = (rng.uniform(-1, 1, 1000) * np.where(np.arange(1000) < 500, 1, magnitude)).astype(np.float32)
+    count, average, m2, scale = maths.moments(x, *random_tiles(rng, len(x)))
+    scaled = x.astype(np.float64) * scale
+    assert count == 1000 and scale == 2.0**-96
+    np.testing.assert_allclose(average, scaled.mean(), rtol=1e-4)
+    np.testing.assert_allclose(m2, np.square(scaled - scaled.mean()).sum(), rtol=1e-5)
+
+
 def test_moments_of_equal_values_have_no_variance(maths):
-    count, average, m2 = maths.moments(np.full(300, 0.1, dtype=np.float32), [0, 100, 150, 300], [2, 0, 1])
+    count, average, m2, scale = maths.moments(np.full(300, 0.1, dtype=np.float32), [0, 100, 150, 300], [2, 0, 1])
     assert (count, average, m2) == (300, np.float32(0.1), 0.0)
 
 

@@ -226,6 +226,24 @@ def test_large_logits(library, dtype):
         check_cross_entropy(library, (logits.double() * torch.randn(6, 1030)).to(dtype), target)
 
 
+@pytest.mark.parametrize("v", [10, 1000, 4099, 32000])
+@pytest.mark.parametrize("soft", [False, True])
+def test_small_doubts_are_exact(library, v, soft):
+    """Loss and gradient of 1 - p_y from 1e-2 to 1e-8, wherever the target is."""
+    torch.manual_seed(0)
+    target = torch.tensor([0, v // 2, v - 1] * 7)
+    doubts = torch.tensor([10.0**-k for k in range(2, 9) for _ in range(3)])
+    logits = torch.zeros(21, v)
+    logits[torch.arange(21), target] = ((v - 1) * (1 - doubts) / doubts).log()
+    targets = torch.nn.functional.one_hot(target, v).float() if soft else target
+    actual = cross_entropy(library, logits, targets, reduction="none")
+    x = logits.double().requires_grad_()
+    loss = reference(x, targets, {})["loss_rows"]
+    (gradient,) = torch.autograd.grad((loss * actual["grads"]["grad_loss"].double()).sum(), x)
+    torch.testing.assert_close(actual["loss_rows"].double(), loss.detach(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(actual["gradient"].double(), gradient, rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("v", [33, 1030])
 def test_masked_logits(library, v):
     logits, target = inputs(5, v, ignored=False)
@@ -369,6 +387,24 @@ def test_moments_do_not_cancel(library):
     softplus = torch.nn.functional.softplus(torch.tensor(1.5 * 0.25)) / 1.5
     torch.testing.assert_close(constant["loss_rows"], softplus.expand(3))
     assert not constant["gradient"].any()
+
+
+@pytest.mark.parametrize("kind", ["z", "taylor", "spherical"])
+@pytest.mark.parametrize("magnitude", [1e16, 1e19, 1e30, 1e36])
+def test_squares_beyond_the_type(library, kind, magnitude):
+    """Everywhere, in some columns, in the mean; the gradient is of the order of 1 / magnitude."""
+    for v in (33, 1030, 4099):
+        logits, target = inputs(5, v, ignored=False)
+        logits *= magnitude
+        logits[1, v // 2 :] /= magnitude
+        logits[2] += 20 * magnitude
+        target[1] = 3
+        actual = spherical(library, logits, target, kind, reduction="none")
+        x = logits.double().requires_grad_()
+        expected = spherical_reference(x, target, kind, {"a": 1.5, "b": 0.25, "eps": 1e-3})["loss_rows"]
+        (gradient,) = torch.autograd.grad((expected * actual["upstream"].double()).sum(), x)
+        close_value(f"{kind} loss, large", actual["loss_rows"], expected, 1e-5)
+        close_gradient(f"{kind} gradient, large", actual["gradient"].double() * magnitude, gradient * magnitude, 2e-5)
 
 
 # ---- the emulator itself

@@ -55,7 +55,9 @@ TILEWISE_FN void merge(SoftmaxStats<T>& a, SoftmaxStats<T> b) {
 // log sum e^(x-m) of the whole row: -inf of a row of -inf, NaN of one that holds inf or NaN.
 template <typename T>
 TILEWISE_FN T log_sum(const SoftmaxStats<T>& stats) {
-  return stats.max > -infinity<T>() ? natural_log1p(stats.sum + (stats.max - stats.max)) : natural_log(stats.sum);
+  if (stats.max == -infinity<T>()) return natural_log(stats.sum);
+  const T sum = stats.sum + (stats.max - stats.max);
+  return sum > T(1) ? natural_log(T(1) + sum) : natural_log1p(sum);
 }
 
 // A power of two that brings the largest values of a type to where their squares can be summed, and the deviation above

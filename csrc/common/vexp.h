@@ -41,8 +41,9 @@ TILEWISE_FN V shifted_to_exponent(V x) {
 // exp(x) for x <= 88 within 2 units in the last place; 0 below -87, where results would be subnormal; NaN kept.
 // Cody-Waite: x = n ln 2 + r with |r| <= ln 2 / 2, exp(x) = 2^n exp(r). Adding 1.5 2^23 + 127 rounds to the integer
 // n + 127 in the low bits of the sum: shifted into the exponent they are 2^n. V is float, or a vector of floats.
+// minus_1 is exp(x) - 1, without the cancellation near 0.
 template <typename V>
-TILEWISE_FN V exp_polynomial(V x) {
+TILEWISE_FN V exp_polynomial(V x, V& minus_1) {
   constexpr float kRound = 0x1.8p23f + 127.0f;
   const V clamped = x < -87.0f ? -87.0f : x;
   const V shifted = clamped * 1.44269504088896341f + kRound;
@@ -54,35 +55,46 @@ TILEWISE_FN V exp_polynomial(V x) {
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  p = (p * r + 1.0f) * r + 1.0f;
-  return x < -87.0f ? 0.0f : p * shifted_to_exponent(shifted);
+  p = p * r * r + r;
+  const V e = x < -87.0f ? 0.0f : (p + 1.0f) * shifted_to_exponent(shifted);
+  minus_1 = n == 0.0f ? p : e - 1.0f;
+  return e;
 }
 
 TILEWISE_FN float fast_exp(float x) {
 #if defined(__CUDA_ARCH__)
   return fast_exp2(x * 1.44269504088896341f);  // __expf spends three more instructions on subnormal results
 #else
-  return exp_polynomial(x);
+  float minus_1;
+  return exp_polynomial(x, minus_1);
 #endif
 }
 TILEWISE_FN double fast_exp(double x) { return ::exp(x); }
+
+// e^x for x <= 0, and e^x - 1.
+TILEWISE_FN float fast_exp(float x, float& minus_1) {
+#if defined(__CUDA_ARCH__)
+  const float e = fast_exp(x);
+  float p = (1.0f / 720.0f) * x + 1.0f / 120.0f;
+  p = p * x + 1.0f / 24.0f;
+  p = p * x + 1.0f / 6.0f;
+  p = p * x + 0.5f;
+  minus_1 = x > -0.25f ? p * x * x + x : e - 1.0f;
+  return e;
+#else
+  return exp_polynomial(x, minus_1);
+#endif
+}
+TILEWISE_FN double fast_exp(double x, double& minus_1) {
+  const double e = ::exp(x);
+  minus_1 = x > -0.5 ? ::expm1(x) : e - 1.0;
+  return e;
+}
 
 TILEWISE_FN float natural_log(float x) { return ::logf(x); }
 TILEWISE_FN double natural_log(double x) { return ::log(x); }
 TILEWISE_FN float natural_log1p(float x) { return ::log1pf(x); }
 TILEWISE_FN double natural_log1p(double x) { return ::log1p(x); }
-
-// e^x - 1 for x in [-1/2, 0]; a float by its series, which leaves 2e-7.
-TILEWISE_FN float exp_minus_1(float x) {
-  float p = (1.0f / 7.0f) * x + 1.0f;
-  p = p * x * (1.0f / 6.0f) + 1.0f;
-  p = p * x * (1.0f / 5.0f) + 1.0f;
-  p = p * x * (1.0f / 4.0f) + 1.0f;
-  p = p * x * (1.0f / 3.0f) + 1.0f;
-  p = p * x * (1.0f / 2.0f) + 1.0f;
-  return p * x;
-}
-TILEWISE_FN double exp_minus_1(double x) { return ::expm1(x); }
 
 // The exponent below which exp is exactly 0 in the type: log-probabilities are clamped here before they
 // multiply a probability, so that 0 * -inf is 0.
@@ -145,7 +157,10 @@ TILEWISE_FN V log1p_series(V u) {
 
 template <IsVector V>
 TILEWISE_FN V fast_exp(V x) {
-  if constexpr (sizeof(Element<V>) == sizeof(float)) return exp_polynomial(x);
+  if constexpr (sizeof(Element<V>) == sizeof(float)) {
+    V minus_1;
+    return exp_polynomial(x, minus_1);
+  }
   for (size_t i = 0; i < sizeof(V) / sizeof(Element<V>); ++i) x[i] = fast_exp(x[i]);
   return x;
 }

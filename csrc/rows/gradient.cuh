@@ -41,7 +41,7 @@ struct PlainSoftmaxGradient {
                                         const RowGradient<float>& g) const {
     if (static_cast<unsigned>(target) < kCount) {
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) x[i] = gradient_at(g, x[i], target == i ? -constant - g.gamma : -constant);
+      for (int i = 0; i < kCount; ++i) x[i] = softmax_gradient(g, x[i], target == i ? -constant - g.gamma : -constant);
       return;
     }
 #pragma unroll
@@ -58,12 +58,11 @@ struct FullSoftmaxGradient {
   using Side = Run<typename Dense::Stored, kCount>;
 
   Transform<float> transform;
-  Probability probability;
   Dense dense;
 
   template <typename Op>
-  __device__ FullSoftmaxGradient(const Op& op, int64_t row, int64_t first_run, const RowGradient<float>& g)
-      : transform(op.transform), probability(g), dense(op.dense, row, first_run) {}
+  __device__ FullSoftmaxGradient(const Op& op, int64_t row, int64_t first_run, const RowGradient<float>&)
+      : transform(op.transform), dense(op.dense, row, first_run) {}
 
   template <int kCount>
   __device__ __forceinline__ Side<kCount> fetch(int64_t column) const {
@@ -78,9 +77,7 @@ struct FullSoftmaxGradient {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       x[i] = tilewise::apply(transform, x[i]);
-      const float d = fmaxf((x[i] - g.max) - g.log_sum, ExpFloor<float>::value);
-      const float share = g.dense * c[i] - (target == i ? g.gamma : 0.0f);
-      x[i] = softmax_gradient(g, probability.unscaled(x[i]) * probability.factor, d, share) * slope(transform, x[i]);
+      x[i] = softmax_gradient(g, x[i], g.dense * c[i] - (target == i ? g.gamma : 0.0f)) * slope(transform, x[i]);
     }
   }
 };

@@ -108,20 +108,15 @@ struct RowGradient {
   bool zero = false;    // the whole row is zero; the matrix is not read
 };
 
-// p (alpha + beta d) - c with p = e^d. Of a confident row alpha and c cancel but for 1 - p, which is not left to the
+// p (alpha + beta d) - c at a logit. Of a confident row alpha and c cancel but for 1 - p, which is not left to the
 // rounding of p.
 template <typename T>
-TILEWISE_FN T softmax_gradient(const RowGradient<T>& row, T p, T d, T c) {
-  const T p_minus_1 = d > T(-0.5) ? exp_minus_1(d) : p - T(1);
+TILEWISE_FN T softmax_gradient(const RowGradient<T>& row, T x, T c) {
+  const T log_p = (x - row.max) - row.log_sum;
+  const T d = log_p < ExpFloor<T>::value ? ExpFloor<T>::value : log_p;
+  T p_minus_1;
+  const T p = fast_exp(d, p_minus_1);
   return p * ((row.alpha - c) + row.beta * d) + c * p_minus_1;
-}
-
-// The same from the logit.
-template <typename T>
-TILEWISE_FN T gradient_at(const RowGradient<T>& row, T x, T c) {
-  const T d = (x - row.max) - row.log_sum;
-  const T clamped = d < ExpFloor<T>::value ? ExpFloor<T>::value : d;
-  return softmax_gradient(row, fast_exp(clamped), clamped, c);
 }
 
 enum class Reduction : int32_t { kNone, kMean, kSum };

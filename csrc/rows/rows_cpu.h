@@ -138,7 +138,8 @@ struct ExpSum {
   T max;  // of x
 };
 
-// The sum leaves out the maximum, once: each lane holds its own largest back and sums the smaller of that and what comes.
+// The sum leaves out the maximum, once: each lane holds its own largest back and sums the smaller of that and what
+// comes.
 template <typename T>
 TILEWISE_FN ExpSum<T> tile_exp_sum(const T* x, int64_t n, T origin) {
   Vector<T> max = Vector<T>{} - infinity<T>();
@@ -151,19 +152,21 @@ TILEWISE_FN ExpSum<T> tile_exp_sum(const T* x, int64_t n, T origin) {
   int64_t i = 0;
   for (; i + kLanes<T> <= n; i += kLanes<T>) take(load_vector(x + i));
   if (i < n) {
-    Vector<T> rest = Vector<T>{} - infinity<T>();
-    for (int64_t lane = 0; i < n; ++lane, ++i) rest[lane] = x[i];
-    take(rest);
+    T rest[kLanes<T>];
+    for (int64_t lane = 0; lane < kLanes<T>; ++lane) rest[lane] = i + lane < n ? x[i + lane] : -infinity<T>();
+    take(load_vector(rest));
   }
-  ExpSum<T> result{.sum = 0, .max = -infinity<T>()};
-  for (int64_t lane = 0; lane < kLanes<T>; ++lane) result.max = max[lane] > result.max ? max[lane] : result.max;
-  const Vector<T> held = fast_exp(max - origin);
-  bool left_out = false;
+  ExpSum<T> result{.sum = 0, .max = max[0]};
+  for (int64_t lane = 1; lane < kLanes<T>; ++lane) result.max = max[lane] > result.max ? max[lane] : result.max;
+  // What equals the maximum joins as often as it is there, less once.
+  const Vector<T> equal = max == result.max ? T(1) : T(0);
+  sum += fast_exp(max - origin) * (T(1) - equal);
+  T equals = -1;
   for (int64_t lane = 0; lane < kLanes<T>; ++lane) {
-    const bool leave_out = !left_out & (max[lane] == result.max);
-    left_out |= leave_out;
-    result.sum += sum[lane] + (leave_out ? T(0) : held[lane]);
+    result.sum += sum[lane];
+    equals += equal[lane];
   }
+  if (equals > T(0)) result.sum += equals * fast_exp(result.max - origin);
   return result;
 }
 
@@ -195,9 +198,9 @@ TILEWISE_FN void add_targets(const T* x, const T* c, int64_t n, T origin, Softma
   stats.cross += cross;
 }
 
-// Sums are taken relative to an origin, the maximum of the first tile: that of the row would be a pass more. Only a tile
-// that rises more than kSlack above it is summed again and moves it, before e^(x - origin) could overflow. spread moves
-// with every maximum, because its terms cancel relative to anything smaller.
+// Sums are taken relative to an origin, the maximum of the first tile: that of the row would be a pass more. Only a
+// tile that rises more than kSlack above it is summed again and moves it, before e^(x - origin) could overflow. spread
+// moves with every maximum, because its terms cancel relative to anything smaller.
 template <typename T>
 static SoftmaxStats<T> softmax_statistics(const RowMatrix& logits, const SoftmaxRequest<T>& request, int64_t row) {
   constexpr T kSlack = 64;
@@ -217,7 +220,8 @@ static SoftmaxStats<T> softmax_statistics(const RowMatrix& logits, const Softmax
       exps = tile_exp_sum(x, n, origin);
     }
     if (!empty) rebase(stats, origin);
-    stats.sum += exps.sum + fast_exp((exps.max > max ? max : exps.max) - origin);
+    stats.sum += exps.sum;
+    if (max > -infinity<T>()) stats.sum += fast_exp((exps.max > max ? max : exps.max) - origin);
     if (request.details) {
       stats.spread += tile_spread(x, n, max, origin);
       if (exps.max > max) {
@@ -268,19 +272,25 @@ static MomentStats<T> moment_statistics(const RowMatrix& logits, int64_t row) {
   return stats;
 }
 
-// c: g c_k of the tile, or null for zeros.
+// c: of the tile, or null for zeros. Only where one column has most of the probability can a c from the user be as near
+// to it as to cancel.
 template <typename T>
-static void softmax_gradient_tile(const RowGradient<T>& row, const T* x, const T* c, int64_t n, T* out) {
-  if (c == nullptr && row.beta == T(0)) {
+static void softmax_gradient_tile(const RowGradient<T>& row, const T* x, const T* c, bool soft, int64_t n, T* out) {
+  if (soft && row.log_sum < T(0.5)) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) out[i] = softmax_gradient(row, x[i], row.dense * c[i]);
+    return;
+  }
+  if (row.beta == T(0)) {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) out[i] = row.alpha * fast_exp((x[i] - row.max) - row.log_sum);
-  } else if (c == nullptr) {
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) out[i] = gradient_at(row, x[i], T(0));
   } else {
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) out[i] = gradient_at(row, x[i], row.dense * c[i]);
+    for (int64_t i = 0; i < n; ++i) out[i] = softmax_gradient(row, x[i], T(0));
   }
+  if (c == nullptr) return;
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) out[i] -= row.dense * c[i];
 }
 
 template <bool kSoftmax, typename Op, typename T>
@@ -310,8 +320,8 @@ static void write_gradient(const Op& op, const RowGradient<T>& row_gradient, int
       if (c != nullptr) dense_coefficients(op.dense, row, begin, n, coefficients);
       // Before the loop: out may be x.
       const T rest = c != nullptr && target >= 0 ? r.dense * c[target] : T(0);
-      const T at_target = target >= 0 ? gradient_at(r, x[target], rest - r.gamma) : T(0);
-      softmax_gradient_tile(r, x, c, n, out);
+      const T at_target = target >= 0 ? softmax_gradient(r, x[target], rest - r.gamma) : T(0);
+      softmax_gradient_tile(r, x, c, c != nullptr && op.dense.soft != T(0), n, out);
       if (target >= 0) out[target] = at_target;
     } else {
 #pragma omp simd

@@ -165,8 +165,8 @@ struct FullSoftmax {
 
 // Mean and M2. With n values seen, a run of k and deviations d from the mean so far:
 //   mean' = mean + sum d / (n + k),   M2' = M2 + sum d^2 - (sum d)^2 / (n + k)
-// The subtraction never cancels: the first value starts the mean, and later n + k > k. A run whose squares are too large
-// makes the thread go on in smaller units.
+// The subtraction never cancels: the first value starts the mean, and later n + k > k. A run whose squares are too
+// large makes the thread go on in smaller units.
 struct RowMoments {
   using Stats = MomentStats<float>;
   static constexpr int kBatch = 4;

@@ -76,7 +76,8 @@ def _forward(member: str, **defaults):
         m2 = (h * torch.addmm(2 * gram[d], h, gram[:d])).sum(1)
         if bias is not None:
             m2 += deviations.dot(deviations)
-        m2.clamp_(min=0)
+        # Of squares beyond the type nothing is known: let it show, not pass for an infinite deviation.
+        m2 = m2.clamp_(min=0).masked_fill_(m2.isinf(), torch.nan)
         # The z-score is of the difference to the mean: leaving the mean out spares it the rounding of a large one.
         mu = torch.zeros_like(m2) if member == "z" else torch.mv(h, mean) + bias_mean
         o_c = mu + (h * (weight[index] - mean)).sum(1) + deviations[index]

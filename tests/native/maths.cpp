@@ -46,7 +46,7 @@ SoftmaxStats<float> tile_softmax(const float* x, const float* c, int64_t begin, 
     if (stats.max == -infinity<float>()) continue;
     const float d = x[i] - stats.max;
     const float p = fast_exp(d);
-    stats.sum += p;
+    if (i != stats.argmax) stats.sum += p;
     if (c[i] != 0) stats.cross += c[i] * d;
     if (p != 0) stats.spread += p * d;
   }
@@ -68,7 +68,7 @@ MomentStats<float> tile_moments(const float* x, int64_t begin, int64_t end) {
 Moments moments(const float* x, const int64_t* tiles, const int64_t* order, int64_t n_tiles) {
   MomentStats<float> total;
   for (int64_t i = 0; i < n_tiles; ++i) merge(total, tile_moments(x, tiles[order[i]], tiles[order[i] + 1]));
-  return {total.count, total.mean, total.m2};
+  return {total.count, total.mean, total.m2, total.scale};
 }
 
 }  // namespace

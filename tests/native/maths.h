@@ -13,7 +13,7 @@ struct Softmax {
 };
 
 struct Moments {
-  float count, mean, m2;
+  float count, mean, m2, scale;
 };
 
 // `tiles` holds the first index of every tile and the length at the end; `order` is the order of the merges.

@@ -66,7 +66,7 @@ void add_maths(py::module_& parent, const char* name, const tilewise::Maths& mat
   });
   m.def("moments", [&maths](const Array<float>& x, const Array<int64_t>& tiles, const Array<int64_t>& order) {
     const tilewise::Moments s = maths.moments(x.data(), tiles.data(), order.data(), order.size());
-    return py::make_tuple(s.count, s.mean, s.m2);
+    return py::make_tuple(s.count, s.mean, s.m2, s.scale);
   });
   m.def("multiply_float32", multiplied(maths.multiply_float));
   m.def("multiply_float64", multiplied(maths.multiply_double));
