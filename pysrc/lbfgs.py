@@ -12,6 +12,28 @@ SEARCHES = 30  # evaluations of one line search
 PATIENCE = 20  # accepted steps without progress
 
 
+class Asked:
+    """Whether any problem goes on. A GPU answers about the time of the question before, so that it has work to do while
+    the host waits; while a CUDA graph is captured it cannot be asked, and all steps are taken."""
+
+    def __init__(self, like: Tensor):
+        self.can = not like.is_meta and not (like.is_cuda and torch.cuda.is_current_stream_capturing())
+        self._before: tuple[Tensor, torch.cuda.Event] | None = None
+
+    def any(self, going: Tensor) -> bool:
+        if not self.can:
+            return True
+        if not going.is_cuda:
+            return bool(going.any())
+        answer = torch.empty((), dtype=torch.bool, device="cpu", pin_memory=True)
+        answer.copy_(going.any(), non_blocking=True)
+        before, self._before = self._before, (answer, torch.cuda.current_stream(going.device).record_event())
+        if before is None:
+            return True
+        before[1].synchronize()
+        return bool(before[0])
+
+
 def minimise(
     function: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]], x: Tensor, *, max_iter: int, tol: float
 ) -> tuple[Tensor, Tensor]:
@@ -41,8 +63,9 @@ def minimise(
     low, high = torch.zeros_like(step), torch.full_like(step, torch.inf)
     searched, stalled = torch.zeros_like(n_iter), torch.zeros_like(n_iter)
     least = error.clone()
+    asked = Asked(going)
     for evaluation in range(1, max_iter):
-        if evaluation % 10 == 0 and not going.any():
+        if evaluation % 10 == 0 and not asked.any(going):
             break
         trial = x + (step[:, None] * direction).to(x.dtype)
         value_there, gradient_there, error_there = function(trial)

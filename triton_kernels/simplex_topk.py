@@ -92,18 +92,19 @@ def find_cut(x_ptr, minus_ptr, size, k, total, tau, FIXED: tl.constexpr, BLOCK: 
     if not FIXED:
         below = tl.full([], float("-inf"), tl.float32)
         active, going = tl.full([], 0, tl.int32), size > 0
+        part = 1.0 / k  # sums stay in the range of the type whatever the scores are
         while going:
             sums, counts = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.int32)
             for begin in range(0, size, BLOCK):
                 i = begin + tl.arange(0, BLOCK)
                 s = load_scores(x_ptr, minus_ptr, i, size)
                 counted = keeps(s, i, level, equal, last) & (s - top > below)
-                sums += tl.where(counted, s - top, 0.0)
+                sums += tl.where(counted, (s - top) * part, 0.0)
                 counts += counted.to(tl.int32)
             count = tl.sum(counts, 0)
             going = (count > 0) & ((active == 0) | (count < active))
             active = count
-            below = tl.where(going, (tl.sum(sums, 0) - total) / count, below)
+            below = tl.where(going, (tl.sum(sums, 0) - total * part) / (count * part), below)
     return level, equal, last, top, below
 
 

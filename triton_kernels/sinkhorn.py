@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from tilewise.lbfgs import Asked
 from tilewise.reference.sinkhorn import value_of
 
 from .pairs import (
@@ -206,13 +207,6 @@ def sinkhorn_apply_kernel(
     tl.store(out_ptr + rows[:, None] * V + v[None, :], out, mask=(i < N)[:, None] & (v < V)[None, :])
 
 
-def all_stopped(n_iter, t):
-    """Asks the device, where that is possible."""
-    if n_iter.is_meta or (n_iter.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return False
-    return bool((n_iter < t).all())
-
-
 def solve_large(
     pairs, swapped, f, g, a, b, start, epsilon, error, n_iter, *, max_iter, tol, rho_a, rho_b, scaling, symmetric
 ):
@@ -239,9 +233,9 @@ def solve_large(
             *swapped.sizes, SYMMETRIC=False, **column_shape,
         )  # fmt: skip
 
-    decay = 1.0
+    decay, asked = 1.0, Asked(n_iter)
     for t in range(max_iter):
-        if t > 0 and t % CHECK_EVERY == 0 and all_stopped(n_iter, t):
+        if t > 0 and t % CHECK_EVERY == 0 and not asked.any(n_iter >= t):
             break
         decay = scaling**t
         update_rows(t, decay)

@@ -6,8 +6,16 @@
 
 namespace tilewise {
 
-// Calls f(begin, end) over [0, count), on one thread or on several.
-using Parallel = std::function<void(int64_t count, const std::function<void(int64_t begin, int64_t end)>& f)>;
+class Parallel {
+ public:
+  // Calls f(begin, end) over parts of [0, count), on one thread or on several; not over all of them once interrupted.
+  virtual void operator()(int64_t count, const std::function<void(int64_t begin, int64_t end)>& f) const = 0;
+  // Whether nobody will look at the result (interrupt.h).
+  virtual bool interrupted() const = 0;
+
+ protected:
+  ~Parallel() = default;
+};
 
 constexpr int64_t kPad = 16;  // a vector of any instruction set
 

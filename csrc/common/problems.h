@@ -4,8 +4,10 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <limits>
 
 #include "common/checks.h"
+#include "common/interrupt.h"
 #include "common/parallel.h"
 
 namespace tilewise {
@@ -27,6 +29,15 @@ auto with_type(const Tensor& tensor, Function f) {
   if (tensor.scalar_type() == ScalarType::Double) return f(double{});
 #endif
   return f(float{});
+}
+
+// A number of a call in the type that is computed in, where it must neither become 0 nor infinite.
+template <typename T>
+T positive(double number, const char* op, const char* name) {
+  using Limits = std::numeric_limits<T>;
+  require(number >= Limits::min() && number <= Limits::max(), op, "expected ", name,
+          " to be a finite number above 0, a normal one in ", sizeof(T) == 4 ? "float32" : "float64", ", got ", number);
+  return static_cast<T>(number);
 }
 
 // What the tensors of a call have to agree with.
@@ -94,25 +105,41 @@ void check_marginals(const char* op, int64_t batch, Marginal<T> a, Marginal<T> b
   }
 }
 
+class Threads final : public Parallel {
+ public:
+  explicit Threads(Interrupt& interrupt, bool alone = false) : interrupt_(interrupt), alone_(alone) {}
+
+  void operator()(int64_t count, const std::function<void(int64_t, int64_t)>& f) const override {
+    const auto some = [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end && !interrupt_(); ++i) f(i, i + 1);
+    };
+    alone_ ? some(0, count) : torch::stable::parallel_for(0, count, 1, some);
+  }
+  bool interrupted() const override { return interrupt_(); }
+
+ private:
+  Interrupt& interrupt_;
+  bool alone_;
+};
+
 // One problem after the other on all threads, or as many beside each other as there are threads.
 template <typename T, typename Solve>
 void each_problem(const Tensor& like, int64_t batch, int64_t elements, const Solve& solve) {
-  const Parallel all = [](int64_t count, const std::function<void(int64_t, int64_t)>& f) {
-    torch::stable::parallel_for(0, count, 1, f);
-  };
-  const Parallel alone = [](int64_t count, const std::function<void(int64_t, int64_t)>& f) { f(0, count); };
+  Interrupt interrupt;
+  const Threads all(interrupt), alone(interrupt, true);
   const int64_t threads = static_cast<int64_t>(torch::stable::get_num_threads());
   const int64_t workers = batch >= threads ? std::min(batch, threads) : 1;
   const int64_t each = padded(elements);
   const Tensor scratch = new_output(like, {workers * each + kPad}, like.scalar_type());
   T* memory = static_cast<T*>(scratch.data_ptr());
   if (workers == 1) {
-    for (int64_t index = 0; index < batch; ++index) solve(index, memory, all);
+    for (int64_t index = 0; index < batch && !interrupt(); ++index) solve(index, memory, all);
     return;
   }
   torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
     for (int64_t worker = begin; worker < end; ++worker) {
-      for (int64_t index = batch * worker / workers; index < batch * (worker + 1) / workers; ++index)
+      const int64_t last = batch * (worker + 1) / workers;
+      for (int64_t index = batch * worker / workers; index < last && !interrupt(); ++index)
         solve(index, memory + worker * each, alone);
     }
   });

@@ -119,20 +119,21 @@ __device__ __forceinline__ Cut find_cut(const Team& team, const Scores& scores, 
   // Newton's steps from below, where all that is kept counts. Fewer do at every step; where rounding takes one back,
   // one has arrived.
   cut.below = -infinity<float>();
+  const float part = 1.0f / static_cast<float>(k);  // sums stay in the range of the type whatever the scores are
   for (int64_t active = 0;;) {
     float sum = 0.0f;
     int64_t count = 0;
     for (int64_t i = team.rank(); i < size; i += team.size()) {
       const float s = scores(i);
       if (!cut.keeps(s, i) || !(s - top > cut.below)) continue;
-      sum += s - top;
+      sum += (s - top) * part;
       ++count;
     }
     sum = team.all_sum(sum);
     count = team.all_sum(count);
     if (count == 0 || (active > 0 && count >= active)) return cut;
     active = count;
-    cut.below = (sum - total) / static_cast<float>(count);
+    cut.below = (sum - total * part) / (static_cast<float>(count) * part);
   }
 }
 

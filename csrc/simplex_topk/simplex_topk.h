@@ -26,10 +26,12 @@ struct SimplexTopk {
   T* out = nullptr;
 };
 
-// Between low and high, and strictly so for some of the shares 1/5 .. 4/5 if there is a number strictly between, also
-// where these are the smallest there are.
+// Between low, which may be -inf, and high, and strictly so for some of the shares 1/5 .. 4/5 if there is a finite
+// number strictly between, also where these are the smallest there are.
 template <typename T>
 TILEWISE_FN T level_between(T low, T high, T share) {
+  constexpr T lowest = sizeof(T) == 4 ? T(-3.4028234663852886e38) : T(-1.7976931348623157e308);
+  low = low < lowest ? lowest : low;
   const T width = high - low;
   return width < infinity<T>() ? low + width * share : low * (1 - share) + high * share;
 }

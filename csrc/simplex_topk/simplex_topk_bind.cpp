@@ -83,16 +83,14 @@ Tensor simplex_topk(const Tensor& x, int64_t k, double scale) {
   const char* op = "simplex_topk";
   check_rows(x, op, "x");
   require(k >= 1 && k <= x.size(x.dim() - 1), op, "expected k to be in [1, ", x.size(x.dim() - 1), "], got ", k);
-  require(scale > 0 && std::isfinite(scale), op, "expected scale to be a finite number above 0, got ", scale);
   const DeviceScope scope(x);
   const Tensor out = output_like(x);
-  if (x.numel() == 0) return out;
   with_type(x, [&](auto zero) {
     using T = decltype(zero);
     SimplexTopk<T> call = call_of<T>(x, out);
     call.k = k;
-    call.scale = static_cast<T>(scale);
-    run(call, x, false);
+    call.scale = positive<T>(scale, op, "scale");
+    if (call.rows > 0) run(call, x, false);
   });
   return out;
 }

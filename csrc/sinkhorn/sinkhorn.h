@@ -102,6 +102,7 @@ struct SinkhornUnrolled {
 };
 
 constexpr int64_t kSmall = 64;
+constexpr int64_t kMostUnrolled = 10'000;  // iterations that are differentiated, all of which are kept
 
 template <typename T>
 TILEWISE_FN T damping(T rho, T epsilon) {

@@ -20,8 +20,8 @@ Shape shape_of_matrix(const Tensor& cost, const char* op) {
 
 Shape shape_of_points(const Tensor& x, const Tensor& y, const char* op) {
   computed(x, op, "x");
-  require(x.dim() == 3 && x.size(1) > 0, op, "expected x to have shape (batch, points, features) with points, got ",
-          shape_of(x));
+  require(x.dim() == 3 && x.size(1) > 0 && x.size(2) > 0, op,
+          "expected x to have shape (batch, points, features) with points and features, got ", shape_of(x));
   require(y.dim() == 3 && y.size(0) == x.size(0) && y.size(1) > 0 && y.size(2) == x.size(2), op,
           "expected y to have shape (batch, points, features) like x, with points, got ", shape_of(y));
   return {x, op, x.size(0), x.size(1), y.size(1)};
@@ -51,8 +51,7 @@ Pairs<T> pairs_of_points(const Shape& shape, const Tensor& x, const Tensor& y, c
 template <typename T>
 T penalty(const std::optional<double>& rho, const char* op, const char* name) {
   if (!rho.has_value()) return infinity<T>();
-  require(*rho > 0 && std::isfinite(*rho), op, "expected ", name, " to be a finite number above 0, got ", *rho);
-  return static_cast<T>(*rho);
+  return positive<T>(*rho, op, name);
 }
 
 #if defined(TILEWISE_CUDA)
@@ -75,9 +74,9 @@ void run_unrolled(const SinkhornUnrolled<float>& call, const Shape& shape) {
 
 #else
 
-// Values are looked at where that does not mean waiting for a device.
-template <typename T>
-void check_values(const SinkhornCall<T>& call, const char* op) {
+// Values are looked at where that does not mean waiting for a device: of a SinkhornCall or a SinkhornUnrolled.
+template <typename T, template <typename> typename Call>
+void check_values(const Call<T>& call, const char* op) {
   const Pairs<T>& pairs = call.pairs;
   const bool penalised = call.rho_a < infinity<T>() || call.rho_b < infinity<T>();
   check_marginals<T>(op, pairs.batch, {call.a, pairs.rows}, {call.b, pairs.columns}, !penalised,
@@ -112,6 +111,16 @@ void check_values(const SinkhornCall<T>& call, const char* op) {
   check_all(op, pairs.batch * lines, usable, "cost", "numbers or inf (forbidden pairs)");
 }
 
+// Where a solution starts: an epsilon without end would never fall, and a potential without end says nothing.
+template <typename T>
+void check_start(const SinkhornCall<T>& call, const char* op) {
+  const Pairs<T>& pairs = call.pairs;
+  const auto finite = [](const T* numbers) { return [numbers](int64_t i) { return std::isfinite(numbers[i]); }; };
+  if (call.start != nullptr) check_all(op, pairs.batch, finite(call.start), "start", "finite numbers");
+  check_all(op, pairs.batch * pairs.rows, finite(call.f), "f", "finite numbers");
+  check_all(op, pairs.batch * pairs.columns, finite(call.g), "g", "finite numbers");
+}
+
 template <typename T>
 bool is_small(const Pairs<T>& pairs) {
   return pairs.rows <= kSmall && pairs.columns <= kSmall;
@@ -123,14 +132,17 @@ template <typename T>
 void run_solve(const SinkhornCall<T>& call, const Shape& shape) {
   constexpr bool kFloat = sizeof(T) == sizeof(float);
   check_values(call, shape.op);
+  check_start(call, shape.op);
   if (is_small(call.pairs) && call.pairs.batch >= kLeastBatch) {
     const SmallSinkhornKernels& kernels = selected_small_sinkhorn_kernels();
     const int64_t lanes = kFloat ? kernels.float_lanes : kernels.double_lanes;
+    Interrupt interrupt;
+    const Threads parallel(interrupt);
     torch::stable::parallel_for(0, (call.pairs.batch + lanes - 1) / lanes, 1, [&](int64_t begin, int64_t end) {
       if constexpr (kFloat) {
-        kernels.solve_float(call, begin, end);
+        kernels.solve_float(call, begin, end, parallel);
       } else {
-        kernels.solve_double(call, begin, end);
+        kernels.solve_double(call, begin, end, parallel);
       }
     });
     return;
@@ -159,15 +171,18 @@ void run_apply(const SinkhornApply<T>& call, const Shape& shape, bool plan) {
 }
 
 template <typename T>
-void run_unrolled(const SinkhornUnrolled<T>& call, const Shape&) {
+void run_unrolled(const SinkhornUnrolled<T>& call, const Shape& shape) {
   constexpr bool kFloat = sizeof(T) == sizeof(float);
+  check_values(call, shape.op);
   const SmallSinkhornKernels& kernels = selected_small_sinkhorn_kernels();
   const int64_t lanes = kFloat ? kernels.float_lanes : kernels.double_lanes;
+  Interrupt interrupt;
+  const Threads parallel(interrupt);
   torch::stable::parallel_for(0, (call.pairs.batch + lanes - 1) / lanes, 1, [&](int64_t begin, int64_t end) {
     if constexpr (kFloat) {
-      kernels.unroll_float(call, begin, end);
+      kernels.unroll_float(call, begin, end, parallel);
     } else {
-      kernels.unroll_double(call, begin, end);
+      kernels.unroll_double(call, begin, end, parallel);
     }
   });
 }
@@ -191,7 +206,8 @@ Solved solve(const Shape& shape, const Pairs<T>& pairs, const Tensor& a, const T
              const Options& options) {
   const auto [_, op, batch, rows, columns] = shape;
   require(options.max_iter >= 1, op, "expected max_iter to be at least 1, got ", options.max_iter);
-  require(options.scaling > 0 && options.scaling < 1, op, "expected scaling to be in (0, 1), got ", options.scaling);
+  require(static_cast<T>(options.scaling) > 0 && static_cast<T>(options.scaling) < 1, op,
+          "expected scaling to be in (0, 1), got ", options.scaling);
   require(!options.symmetric || rows == columns, op, "expected a symmetric problem to be square");
   SinkhornCall<T> call{.pairs = pairs};
   call.a = shape.dense<T>(a, {batch, rows}, "a");
@@ -324,8 +340,10 @@ Tensor sinkhorn_points_apply(const Tensor& x, const Tensor& y, const std::option
   });
 }
 
-Shape small_shape(const Tensor& cost, const char* op) {
+Shape unrolled_shape(const Tensor& cost, int64_t max_iter, const char* op) {
   const Shape shape = shape_of_matrix(cost, op);
+  require(max_iter >= 1 && max_iter <= kMostUnrolled, op, "expected max_iter to be in [1, ", kMostUnrolled, "], got ",
+          max_iter);
   require(shape.rows <= kSmall && shape.columns <= kSmall, op, "expected cost to have at most ", kSmall,
           " rows and columns, got shape ", shape_of(cost));
   return shape;
@@ -334,7 +352,7 @@ Shape small_shape(const Tensor& cost, const char* op) {
 std::tuple<Tensor, Tensor> sinkhorn_unrolled(const Tensor& cost, const Tensor& a, const Tensor& b,
                                              const Tensor& epsilon, int64_t max_iter, std::optional<double> rho_a,
                                              std::optional<double> rho_b) {
-  const Shape shape = small_shape(cost, "sinkhorn_unrolled");
+  const Shape shape = unrolled_shape(cost, max_iter, "sinkhorn_unrolled");
   const DeviceScope scope(cost);
   return with_type(cost, [&](auto zero) -> std::tuple<Tensor, Tensor> {
     using T = decltype(zero);
@@ -349,7 +367,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sinkhorn_unrolled_backward(const Tens
                                                                       const Tensor& b, const Tensor& epsilon,
                                                                       int64_t max_iter, std::optional<double> rho_a,
                                                                       std::optional<double> rho_b) {
-  const Shape shape = small_shape(cost, "sinkhorn_unrolled_backward");
+  const Shape shape = unrolled_shape(cost, max_iter, "sinkhorn_unrolled_backward");
   const auto [_, op, batch, rows, columns] = shape;
   const DeviceScope scope(cost);
   const auto output = [&](std::vector<int64_t> sizes) {

@@ -98,7 +98,7 @@ class Solver {
     rescale(T(1) / now_);
     bool formed = false, stopped = false;
     int64_t t = 0;
-    for (; t < call_.max_iter; ++t) {
+    for (; t < call_.max_iter && !parallel_.interrupted(); ++t) {
       const T following = epsilon_at(start_, epsilon_, call_.scaling, t);
       if (following != now_) rescale(now_ / following);
       now_ = following;

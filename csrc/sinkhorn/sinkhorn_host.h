@@ -53,10 +53,11 @@ TILEWISE_DECLARE_KERNELS(SinkhornKernels, sinkhorn_kernels)
 struct SmallSinkhornKernels {
   int64_t float_lanes;
   int64_t double_lanes;
-  void (*solve_float)(const SinkhornCall<float>&, int64_t begin, int64_t end);  // groups of problems [begin, end)
-  void (*solve_double)(const SinkhornCall<double>&, int64_t begin, int64_t end);
-  void (*unroll_float)(const SinkhornUnrolled<float>&, int64_t begin, int64_t end);
-  void (*unroll_double)(const SinkhornUnrolled<double>&, int64_t begin, int64_t end);
+  void (*solve_float)(const SinkhornCall<float>&, int64_t begin, int64_t end,
+                      const Parallel&);  // groups of problems [begin, end)
+  void (*solve_double)(const SinkhornCall<double>&, int64_t begin, int64_t end, const Parallel&);
+  void (*unroll_float)(const SinkhornUnrolled<float>&, int64_t begin, int64_t end, const Parallel&);
+  void (*unroll_double)(const SinkhornUnrolled<double>&, int64_t begin, int64_t end, const Parallel&);
 };
 TILEWISE_DECLARE_KERNELS(SmallSinkhornKernels, small_sinkhorn_kernels)
 

@@ -11,6 +11,8 @@
 namespace tilewise::TILEWISE_ISA {
 namespace {
 
+constexpr int64_t kAsk = 16;  // iterations from one look for an interrupt to the next
+
 template <typename T>
 using Mask = decltype(Vector<T>{} < Vector<T>{});
 
@@ -72,7 +74,8 @@ class Group {
 
   static int64_t vectors(int64_t n, int64_t m) { return 2 * n * m + 8 * n + 9 * m; }
 
-  Group(int64_t n, int64_t m, T rho_a, T rho_b) : n_(n), m_(m), rho_a_(rho_a), rho_b_(rho_b), lanes_(vectors(n, m)) {
+  Group(int64_t n, int64_t m, T rho_a, T rho_b, const Parallel& parallel)
+      : n_(n), m_(m), rho_a_(rho_a), rho_b_(rho_b), parallel_(parallel), lanes_(vectors(n, m)) {
     cost_ = lanes_.take(n * m);
     kernel_ = lanes_.take(n * m);
     for (V** rows : {&a_, &f_, &u_, &next_u_, &s_, &next_f_, &row_lse_, &row_hat_}) *rows = lanes_.take(n);
@@ -133,7 +136,7 @@ class Group {
         iterate_logs();
       }
       if (t > 0) going &= ~((now_ == epsilon_) & (error_ <= call.tol));
-      if (!any<T>(going)) break;
+      if (!any<T>(going) || (t % kAsk == 0 && parallel_.interrupted())) break;
       n_iter += going ? all<T>(1) : V{};
       commit(going, formed);
       if (!formed && last_epsilon) {
@@ -309,6 +312,7 @@ class Group {
 
   int64_t n_, m_;
   T rho_a_, rho_b_;
+  const Parallel& parallel_;
   Lanes<T> lanes_;
   V *cost_, *kernel_;
   V *a_, *f_, *u_, *next_u_, *s_, *next_f_, *row_lse_, *row_hat_;
@@ -455,9 +459,10 @@ void Group<T>::unroll(const SinkhornUnrolled<T>& call, int64_t first, int64_t co
 }
 
 template <typename Call, typename T>
-void each_group(const Call& call, int64_t begin, int64_t end, void (Group<T>::*run)(const Call&, int64_t, int64_t)) {
-  Group<T> group(call.pairs.rows, call.pairs.columns, call.rho_a, call.rho_b);
-  for (int64_t index = begin; index < end; ++index) {
+void each_group(const Call& call, int64_t begin, int64_t end, const Parallel& parallel,
+                void (Group<T>::*run)(const Call&, int64_t, int64_t)) {
+  Group<T> group(call.pairs.rows, call.pairs.columns, call.rho_a, call.rho_b, parallel);
+  for (int64_t index = begin; index < end && !parallel.interrupted(); ++index) {
     const int64_t first = index * kLanes<T>;
     const int64_t left = call.pairs.batch - first;
     (group.*run)(call, first, left < kLanes<T> ? left : kLanes<T>);
@@ -465,13 +470,13 @@ void each_group(const Call& call, int64_t begin, int64_t end, void (Group<T>::*r
 }
 
 template <typename T>
-void solve(const SinkhornCall<T>& call, int64_t begin, int64_t end) {
-  each_group<SinkhornCall<T>, T>(call, begin, end, &Group<T>::solve);
+void solve(const SinkhornCall<T>& call, int64_t begin, int64_t end, const Parallel& parallel) {
+  each_group<SinkhornCall<T>, T>(call, begin, end, parallel, &Group<T>::solve);
 }
 
 template <typename T>
-void unroll(const SinkhornUnrolled<T>& call, int64_t begin, int64_t end) {
-  each_group<SinkhornUnrolled<T>, T>(call, begin, end, &Group<T>::unroll);
+void unroll(const SinkhornUnrolled<T>& call, int64_t begin, int64_t end, const Parallel& parallel) {
+  each_group<SinkhornUnrolled<T>, T>(call, begin, end, parallel, &Group<T>::unroll);
 }
 
 }  // namespace

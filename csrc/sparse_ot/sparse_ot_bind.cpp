@@ -27,7 +27,6 @@ Problems problems_of(const Tensor& costs, int64_t k, double gamma, const char* o
           "expected costs to have shape (batch, columns, rows) with rows and columns, got ", shape_of(costs));
   const int64_t rows = costs.size(2);
   require(k >= 1 && k <= rows, op, "expected k to be in [1, ", rows, "], the rows, got ", k);
-  require(gamma > 0 && std::isfinite(gamma), op, "expected gamma to be a finite number above 0, got ", gamma);
   return {{costs, op, costs.size(0), rows, costs.size(1)}, k, gamma};
 }
 
@@ -43,7 +42,7 @@ struct Lists {
   template <typename T>
   SparseColumns<T> describe(const Problems& of, const Tensor& costs) const {
     SparseColumns<T> call{.batch = of.batch, .rows = of.rows, .columns = of.columns, .k = of.k};
-    call.gamma = static_cast<T>(of.gamma);
+    call.gamma = positive<T>(of.gamma, of.op, "gamma");
     call.costs = of.dense<T>(costs, {of.batch, of.columns, of.rows}, "costs");
     call.values = static_cast<T*>(values.data_ptr());
     call.indices = static_cast<int64_t*>(indices.data_ptr());
@@ -184,7 +183,7 @@ Solved sparse_ot(const Tensor& costs, const Tensor& a, const Tensor& b, const st
     call.b = of.dense<T>(b, of.of_columns(), "b");
     call.max_iter = max_iter;
     call.tol = static_cast<T>(tol);
-    call.rate = static_cast<T>(lr);
+    if (call.method == SparseMethod::kAdam) call.rate = positive<T>(lr, of.op, "lr");
     call.alpha = static_cast<T*>(of_rows.data_ptr());
     call.value = static_cast<T*>(value.data_ptr());
     call.row_error = static_cast<T*>(row_error.data_ptr());

@@ -190,7 +190,7 @@ void solve_kernel(const SparseOtCall<T>& call, int64_t index, T* scratch, int64_
     std::memset(first, 0, sizeof(T) * size);
     std::memset(second, 0, sizeof(T) * size);
     problem.alpha = x;
-    for (double of_first = 1.0, of_second = 1.0; n_iter < call.max_iter; ++n_iter) {
+    for (double of_first = 1.0, of_second = 1.0; n_iter < call.max_iter && !parallel.interrupted(); ++n_iter) {
       solve_columns(problem, known, scratch, workers, parallel);
       const T first_left = static_cast<T>(1.0 - (of_first *= 0.9));
       const T second_left = static_cast<T>(1.0 - (of_second *= 0.999));
@@ -213,7 +213,7 @@ void solve_kernel(const SparseOtCall<T>& call, int64_t index, T* scratch, int64_
     std::memcpy(search.trial, x, sizeof(T) * size);
     problem.alpha = search.trial;
     if (dual) problem.level = search.trial + rows;
-    while (numbers.going && numbers.n_iter < call.max_iter) {
+    while (numbers.going && numbers.n_iter < call.max_iter && !parallel.interrupted()) {
       solve_columns(problem, known, scratch, workers, parallel);
       const Evaluation found = judge(problem, counts, a, b, dual ? there + rows : nullptr);
       for (int64_t i = 0; i < rows; ++i) there[i] -= a[i];

@@ -126,7 +126,13 @@ def check_integer(op: str, name: str, value: int, *, low: int = 1, high: int | N
     return value
 
 
-def check_positive(op: str, name: str, value: float) -> float:
+def check_positive(op: str, name: str, value: float, dtype: torch.dtype | None = None) -> float:
+    """A finite number above 0; with a dtype, one that is so in it."""
     if isinstance(value, Tensor) or not 0 < value < math.inf:
         raise ValueError(f"tilewise.{op}: expected {name} to be a finite number above 0, got {value!r}")
+    if dtype is not None and not torch.finfo(dtype).tiny <= value <= torch.finfo(dtype).max:
+        kind = str(dtype).removeprefix("torch.")
+        raise ValueError(
+            f"tilewise.{op}: expected {name} to be a finite number above 0, a normal one in {kind}, got {value!r}"
+        )
     return float(value)

@@ -41,8 +41,8 @@ def simplex_topk(x: Tensor, k: int, *, scale: float = 1.0) -> Tensor:
     transport.check_tensor(OP, "x", x, "n", 1)
     size = x.shape[-1]
     rows.check_integer(OP, "k", k, high=size, of="the size of x")
-    scale = rows.check_positive(OP, "scale", scale)
     wide = x.to(statistics_dtype(x)).contiguous()
+    scale = rows.check_positive(OP, "scale", scale, wide.dtype)
     return torch.ops.tilewise.simplex_topk(wide, k=k, scale=scale).to(x.dtype)
 
 

@@ -10,7 +10,7 @@ from tilewise.reference.sinkhorn import plan as plan_of_potentials
 from tilewise.reference.sinkhorn import row_error, value_of
 
 OP = "sinkhorn"
-SMALL = 64  # rows and columns of a problem that is differentiated through its iterations
+SMALL, MOST_UNROLLED = 64, 10_000  # rows and columns, iterations of a problem that is differentiated through them
 
 
 def sinkhorn(
@@ -55,7 +55,9 @@ def sinkhorn(
         epsilon_scaling: in (0, 1): begin with epsilon = max(C) and multiply by this at every iteration until epsilon is
             reached. Helps where epsilon is far below the costs.
         gradient: of ``plan()``, ``apply()``: ``"implicit"``, by a linear system, whatever the iterations were;
-            ``"unrolled"``, through all max_iter of them (tol is then not looked at), for n, m <= 64.
+            ``"unrolled"``, through all max_iter <= 10,000 of them (tol is then not looked at), for n, m <= 64; the
+            backward keeps up to 2 (n + m) max_iter numbers for each problem of the batch (on a CPU: of those that it is
+            at, a vector's lanes on every thread).
 
     Returns:
         A :class:`~tilewise.SinkhornResult`: potentials f and g, value, plan(), apply(v), transpose_apply(v), n_iter,
@@ -138,6 +140,11 @@ def _unrolled(cost: Tensor, problem: Problem, init, epsilon_scaling) -> Sinkhorn
         raise ValueError(
             f"tilewise.{OP}: expected cost to have at most {SMALL} rows and columns with gradient='unrolled', "
             f"got {tuple(cost.shape[1:])}"
+        )
+    if problem.max_iter > MOST_UNROLLED:
+        raise ValueError(
+            f"tilewise.{OP}: expected max_iter to be at most {MOST_UNROLLED} with gradient='unrolled', which keeps "
+            f"every iteration, got {problem.max_iter}"
         )
     a, b, epsilon, penalties = problem.a, problem.b, problem.epsilon, problem.penalties
     f, g = torch.ops.tilewise.sinkhorn_unrolled(cost, a, b, epsilon, max_iter=problem.max_iter, **penalties)

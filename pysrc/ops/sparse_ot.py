@@ -170,7 +170,7 @@ def check_problem(
     op: str, like: Tensor, batch: torch.Size, m: int, n: int, a, b, *, k, gamma, method, max_iter, tol, init
 ) -> SparseProblem:
     rows.check_integer(op, "k", k, high=m, of="the rows of cost")
-    gamma = rows.check_positive(op, "gamma", gamma)
+    gamma = rows.check_positive(op, "gamma", gamma, statistics_dtype(like))
     if method not in METHODS:
         raise ValueError(f"tilewise.{op}: expected method to be 'semi_dual' or 'dual', got {method!r}")
     rows.check_integer(op, "max_iter", max_iter)

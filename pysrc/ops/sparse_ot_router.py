@@ -80,5 +80,5 @@ def check_arguments(op: str, logits: Tensor, capacity: int, gamma: float, steps:
     transport.check_tensor(op, "logits", logits, "tokens, experts", 2)
     rows.check_integer(op, "capacity", capacity)
     rows.check_integer(op, "steps", steps)
-    rows.check_positive(op, "gamma", gamma)
-    rows.check_positive(op, "lr", lr)
+    rows.check_positive(op, "gamma", gamma, statistics_dtype(logits))
+    rows.check_positive(op, "lr", lr, statistics_dtype(logits))

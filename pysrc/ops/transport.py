@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tilewise.lbfgs import Asked
 from tilewise.ops import rows
 from tilewise.reference.rows import statistics_dtype
 
@@ -82,7 +83,7 @@ def check_problem(
         rows.check_device(op, "epsilon", epsilon, like, "the costs")
         epsilon = epsilon.to(wide).expand(batch).reshape(size).contiguous()
     else:
-        number = rows.check_positive(op, "epsilon", epsilon)
+        number = rows.check_positive(op, "epsilon", epsilon, wide)
         epsilon = torch.full((size,), number, dtype=wide, device=like.device)
     rows.check_integer(op, "max_iter", max_iter)
     tol = rows.check_number(op, "tol", tol, low=0.0)
@@ -90,7 +91,7 @@ def check_problem(
         reg_marginal = (reg_marginal, reg_marginal)
     if len(reg_marginal) != 2:
         raise ValueError(f"tilewise.{op}: expected reg_marginal to be a number or a pair, got {reg_marginal!r}")
-    rho_a, rho_b = (None if rho is None else rows.check_positive(op, "reg_marginal", rho) for rho in reg_marginal)
+    rho_a, rho_b = (None if rho is None else rows.check_positive(op, "reg_marginal", rho, wide) for rho in reg_marginal)
     if init is None:
         init = (None, None)
     else:
@@ -142,8 +143,8 @@ def implicit(
     """(u, v) of [diag(r) (1 + eps/rho_a), P; P^T, diag(c) (1 + eps/rho_b)] [u; v] = [of_f; of_g].
 
     Conjugate gradients on the Schur complement of v, with its diagonal c as the preconditioner; each problem stops on
-    its own. Without penalties the complement's null space, constants, is projected out. Every tenth step asks the
-    device whether all are done.
+    its own. Without penalties the complement's null space, constants, is projected out. Every tenth step asks whether
+    all are done.
     """
     rows_by = reciprocal(r if rho_a is None else r * (1 + epsilon[:, None] / rho_a))
     columns = c if rho_b is None else c * (1 + epsilon[:, None] / rho_b)
@@ -156,8 +157,9 @@ def implicit(
     size = start = (residual * direction).sum(1)
     bound = start * (1e-5 if right.dtype == torch.float32 else 1e-11) ** 2
     going = size > bound
+    asked = Asked(going)
     for step in range(min(1000, 2 * right.shape[1] + 20)):
-        if step % 10 == 0 and not going.any():
+        if step % 10 == 0 and not asked.any(going):
             break
         image = columns * direction - transpose_apply(rows_by * apply(direction))
         along = (direction * image).sum(1)
@@ -169,7 +171,7 @@ def implicit(
         direction = scaled + torch.where(going, size / before, 0)[:, None] * direction
         going = going & (size > bound) & (along > 0)
     else:
-        if bool((size > 1e-6 * start).any()):
+        if asked.can and bool((size > 1e-6 * start).any()):
             warnings.warn(
                 "tilewise: the gradient of a transport plan is not accurate: conjugate gradients did not converge; "
                 "let the problem itself converge (more iterations), or take a larger epsilon",

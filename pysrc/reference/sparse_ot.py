@@ -21,8 +21,8 @@ def project(s: Tensor, total: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, T
     values, indices = largest(s, k)
     top = values[..., :1]
     values = values - top
-    ranks = torch.arange(1, k + 1, device=s.device, dtype=s.dtype)
-    levels = (values.cumsum(-1) - total[..., None]) / ranks
+    shares = torch.arange(1, k + 1, device=s.device, dtype=s.dtype) / k
+    levels = ((values / k).cumsum(-1) - total[..., None] / k) / shares  # in the range of the type whatever the scores
     support = (values > levels).sum(-1, keepdim=True).clamp(min=1)
     return values, indices, levels.gather(-1, support - 1), top
 
