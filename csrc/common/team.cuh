@@ -73,7 +73,7 @@ class Team {
     return all_sum(total);
   }
 
- private:
+  // What any of them wrote or read before comes before what any does after.
   __device__ __forceinline__ void wait() const {
     if (blockDim.x == kWarp) {
       __syncwarp();
@@ -82,6 +82,7 @@ class Team {
     }
   }
 
+ private:
   void* shared_;
 };
 

@@ -13,7 +13,7 @@ template <int K>
 struct Shape {
   static constexpr int kLanes = K < kWarp ? K : kWarp;
   static constexpr int kLines = K / kLanes;
-  static constexpr int kThreads = K < kWarp ? 128 : 64;
+  static constexpr int kThreads = K < kWarp ? 128 : kWarp;
   static constexpr int kProblems = kThreads / kLanes;  // of a block
   static constexpr int kPitch = K + 1;
   static constexpr int kMatrix = K * kPitch;
@@ -356,7 +356,8 @@ const char* sinkhorn_small_cuda(const SinkhornCall<float>& call, void* stream) {
 const char* sinkhorn_unrolled_cuda(const SinkhornUnrolled<float>& call, float* history, void* stream) {
   return with_size(call.pairs, [&](auto size) {
     constexpr int K = decltype(size)::value;
-    const size_t floats = Shape<K>::kProblems * (Group<K>::floats(3) + 2 * K);
+    constexpr size_t floats = Shape<K>::kProblems * (Group<K>::floats(3) + 2 * K);
+    static_assert(floats * sizeof(float) <= 99 << 10, "the shared memory of a block on compute capability 8.6 to 12.0");
     return launch(unrolled_kernel<K>, grid_of<K>(call.pairs), dim3(Shape<K>::kThreads), floats * sizeof(float), stream,
                   call, history);
   });

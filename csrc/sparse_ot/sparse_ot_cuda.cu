@@ -40,6 +40,7 @@ __global__ void __launch_bounds__(256) sparse_cut_kernel(const __grid_constant__
   }
   squares = team.all_sum(squares);
   mass = team.all_sum(mass);
+  team.wait();  // the level of all threads and beta may be the same number
   if (!team.first()) return;
   search.cuts[at] = {cut.level, cut.equal, cut.top, cut.below, cut.last, squares, mass};
   call.beta[at] = call.dual && cut.top == cut.top ? level : -(cut.top + cut.below);
