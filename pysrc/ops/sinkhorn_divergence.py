@@ -121,7 +121,7 @@ def monge_gap(
         epsilon_scaling=epsilon_scaling
     )  # fmt: skip
     value = divergence(pair.x, pair.y, problem, options, debias=False)
-    entropy = 2 * torch.log(torch.tensor(float(x.shape[-2]), dtype=value.dtype)).to(value.device)
+    entropy = 2 * value.new_full((), x.shape[-2]).log()
     wide = statistics_dtype(x)
     difference = x.to(wide) - tx.to(wide)
     if cost == "cosine":

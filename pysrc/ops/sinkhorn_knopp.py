@@ -44,11 +44,12 @@ def sinkhorn_knopp(
     rows.check_floating(OP, "logits", logits)
     if 0 in logits.shape and (process_group is None or logits.shape[1] == 0):
         raise ValueError(f"tilewise.{OP}: expected logits to have rows and columns, got shape {tuple(logits.shape)}")
-    epsilon = rows.check_positive(OP, "epsilon", epsilon)
+    epsilon = rows.check_positive(OP, "epsilon", epsilon, statistics_dtype(logits))
     rows.check_integer(OP, "n_iter", n_iter)
     logits = logits.to(statistics_dtype(logits))
     if process_group is not None:
         return _over_ranks(logits, n_iter, epsilon, process_group)
+    logits = logits - logits.amax()  # what all have in common would cost digits
     # The columns first, as if all rows had the same potential; then whole iterations of rows and columns.
     g = -epsilon * torch.logsumexp(logits / epsilon, 0)
     if n_iter > 1:
@@ -62,7 +63,9 @@ def sinkhorn_knopp(
 
 
 def _over_ranks(logits: Tensor, n_iter: int, epsilon: float, group: dist.ProcessGroup) -> Tensor:
-    scores = logits / epsilon
+    common = logits.amax() if len(logits) else logits.new_full((), -torch.inf)
+    dist.all_reduce(common, dist.ReduceOp.MAX, group)
+    scores = (logits - common) / epsilon
     f = torch.zeros_like(scores[:, 0])
     g = scores.new_zeros(scores.shape[1])
     for _ in range(n_iter):
