@@ -4,7 +4,7 @@
 #include <bit>
 #include <limits>
 
-#if defined(__AVX__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -70,38 +70,57 @@ static void narrow(const T* s, int64_t size, int64_t k, int64_t limit, Bracket<T
   }
 }
 
-// Bit l is set where lane l is above `level`.
+// Bit l is set where lane l is above `level`, or NaN.
 template <typename T>
-static uint32_t lanes_above(const T* s, T level) {
+TILEWISE_FN uint32_t lanes_above(Vector<T> v, T level) {
+  constexpr bool kFloat = sizeof(T) == sizeof(float);
+  const Vector<T> levels = Vector<T>{} + level;
 #if defined(__AVX512F__)
-  if constexpr (sizeof(T) == sizeof(float)) {
-    return _mm512_cmp_ps_mask(_mm512_loadu_ps(s), _mm512_set1_ps(level), _CMP_GT_OQ);
-  } else {
-    return _mm512_cmp_pd_mask(_mm512_loadu_pd(s), _mm512_set1_pd(level), _CMP_GT_OQ);
-  }
+  if constexpr (kFloat) return _mm512_cmp_ps_mask((__m512)v, (__m512)levels, _CMP_NLE_UQ);
+  if constexpr (!kFloat) return _mm512_cmp_pd_mask((__m512d)v, (__m512d)levels, _CMP_NLE_UQ);
 #elif defined(__AVX__)
-  if constexpr (sizeof(T) == sizeof(float)) {
-    return _mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(s), _mm256_set1_ps(level), _CMP_GT_OQ));
-  } else {
-    return _mm256_movemask_pd(_mm256_cmp_pd(_mm256_loadu_pd(s), _mm256_set1_pd(level), _CMP_GT_OQ));
-  }
+  if constexpr (kFloat) return _mm256_movemask_ps(_mm256_cmp_ps((__m256)v, (__m256)levels, _CMP_NLE_UQ));
+  if constexpr (!kFloat) return _mm256_movemask_pd(_mm256_cmp_pd((__m256d)v, (__m256d)levels, _CMP_NLE_UQ));
+#elif defined(__SSE2__)
+  if constexpr (kFloat) return _mm_movemask_ps(_mm_cmpnle_ps((__m128)v, (__m128)levels));
+  if constexpr (!kFloat) return _mm_movemask_pd(_mm_cmpnle_pd((__m128d)v, (__m128d)levels));
 #else
   uint32_t bits = 0;
-  for (int64_t lane = 0; lane < kLanes<T>; ++lane) bits |= static_cast<uint32_t>(s[lane] > level) << lane;
+  for (int64_t lane = 0; lane < kLanes<T>; ++lane) bits |= static_cast<uint32_t>(!(v[lane] <= level)) << lane;
   return bits;
 #endif
 }
 
-// What is above `level`, in order, and where. Of 64 lanes few are: the first of them are written without a branch.
+// x - minus (x if null) from `i` on, -inf beyond the last.
 template <typename T>
-static int64_t gather_above(const T* s, int64_t size, T level, T* values, int64_t* where) {
+TILEWISE_FN Vector<T> scores_at(int64_t size, const T* x, const T* minus, int64_t i) {
+  if (i + kLanes<T> <= size) return minus != nullptr ? load_vector(x + i) - load_vector(minus + i) : load_vector(x + i);
+  Vector<T> v = Vector<T>{} - infinity<T>();
+  for (int64_t lane = 0; lane < size - i; ++lane)
+    v[lane] = minus != nullptr ? x[i + lane] - minus[i + lane] : x[i + lane];
+  return v;
+}
+
+// The scores x - minus (x if null) that are above `level`, or NaN, in order, and where; `top` becomes the largest of
+// all. Of 64 lanes few are: the first of them are written without a branch.
+template <typename T>
+static int64_t gather_above(int64_t size, const T* x, const T* minus, T level, T* values, int64_t* where, T& top) {
   constexpr int64_t kWord = 64, kFew = 4;
+  Vector<T> most = Vector<T>{} - infinity<T>();
   int64_t count = 0;
   for (int64_t i = 0; i < size; i += kWord) {
-    const int64_t lanes = size - i < kWord ? size - i : kWord;
     uint64_t bits = 0;
-    for (int64_t lane = 0; lane < lanes; lane += kLanes<T>)
-      bits |= static_cast<uint64_t>(lanes_above(s + i + lane, level)) << lane;
+    const auto look = [&](int64_t lane) {
+      const Vector<T> v = scores_at(size, x, minus, i + lane);
+      most = v > most ? v : most;
+      bits |= static_cast<uint64_t>(lanes_above<T>(v, level)) << lane;
+    };
+    if (i + kWord <= size) {
+#pragma GCC unroll 32
+      for (int64_t lane = 0; lane < kWord; lane += kLanes<T>) look(lane);
+    } else {
+      for (int64_t lane = 0; lane < size - i; lane += kLanes<T>) look(lane);
+    }
     const int64_t end = count + std::popcount(bits);
     const auto take = [&](int64_t place) {
       where[place] = i + std::countr_zero(bits);
@@ -111,7 +130,8 @@ static int64_t gather_above(const T* s, int64_t size, T level, T* values, int64_
     for (int64_t place = count + kFew; place < end; ++place) take(place);
     count = end;
   }
-  for (int64_t i = 0; i < count; ++i) values[i] = s[where[i]];
+  for (int64_t i = 0; i < count; ++i) values[i] = minus != nullptr ? x[where[i]] - minus[where[i]] : x[where[i]];
+  for (int64_t lane = 0; lane < kLanes<T>; ++lane) top = most[lane] > top ? most[lane] : top;
   return count;
 }
 
@@ -164,29 +184,58 @@ static Range<T> stage(int64_t size, const T* x, const T* minus, T* scores) {
   return range;
 }
 
-// Keeps the k largest of those above `low`, in order of their index; how many they are. NaN is never kept. `hint` is
-// about where the k-th lies, or NaN; it becomes what it was found to be.
+// A little below where the largest would have the total alone: what is too low gets nothing in the end.
 template <typename T>
-static int64_t keep_largest(const ProjectScratch<T>& scratch, int64_t size, int64_t k, T low, Range<T> range, T& hint) {
-  const int64_t padded = pad(scratch.scores, size);
-  Bracket<T> bracket{low, range.top, size, 0};
-  if (!(range.bottom > low)) count_above<T, 1>(scratch.scores, padded, &low, &bracket.inside);
-  const int64_t limit = k + (k > 128 ? k / 2 : 64);
-  if (bracket.inside > limit) {
-    if (hint == hint) {
-      const T width = (range.top - (range.bottom > low ? range.bottom : low)) / 128;
-      const T levels[] = {hint - 4 * width, hint - width, hint - width / 8, hint + width};
-      narrow_once<T, 4>(scratch.scores, padded, k, levels, bracket);
-    }
-    narrow(scratch.scores, padded, k, limit, bracket);
+static T lowest(T top, T total) {
+  return top - total - (top < 0 ? -top : top) * std::numeric_limits<T>::epsilon();
+}
+
+template <typename T>
+struct Largest {
+  int64_t count;  // in scratch, in order of their index
+  T top;          // NaN where there is a NaN, or no finite largest
+  T low;          // low_of(top)
+};
+
+// The k largest scores x - minus (x if null) of those above `low_of` the largest. `hint` is a little below where the
+// last of them may lie, or NaN, and becomes that of these: if it is right, one pass over the row does it. Without a
+// hint the scratch holds all scores, too.
+template <typename T, typename LowOf>
+static Largest<T> keep_largest(const ProjectScratch<T>& scratch, int64_t size, const T* x, const T* minus, int64_t k,
+                               const LowOf& low_of, T& hint) {
+  Largest<T> found{0, -infinity<T>(), quiet_nan<T>()};
+  Bracket<T> bracket{hint, quiet_nan<T>(), 0, 0};
+  bool there = false;
+  if (hint == hint) {
+    found.count = gather_above(size, x, minus, hint, scratch.values, scratch.where, found.top);
+    found.low = low_of(found.top);
+    int wrong = !(found.top < infinity<T>());
+    for (int64_t i = 0; i < found.count; ++i) wrong |= scratch.values[i] != scratch.values[i];
+    there = !wrong && (found.count >= k || !(hint > found.low));
   }
-  int64_t count = gather_above(scratch.scores, padded, bracket.low, scratch.values, scratch.where);
-  if (count <= k) return count;
-  narrow(scratch.values, pad(scratch.values, count), k, k, bracket);
-  hint = bracket.low;
+  if (!there) {
+    const Range<T> range = stage(size, x, minus, scratch.scores);
+    if (!is_usable(range)) return {0, quiet_nan<T>(), quiet_nan<T>()};
+    found = {0, range.top, low_of(range.top)};
+    const int64_t padded = pad(scratch.scores, size);
+    bracket = {found.low, range.top, size, 0};
+    if (!(range.bottom > found.low)) count_above<T, 1>(scratch.scores, padded, &found.low, &bracket.inside);
+    narrow(scratch.scores, padded, k, k + (k > 128 ? k / 2 : 64), bracket);
+    T top = range.top;
+    found.count = gather_above<T>(padded, scratch.scores, nullptr, bracket.low, scratch.values, scratch.where, top);
+  } else {
+    bracket = {hint, found.top, found.count, 0};
+    if (!(hint > found.low)) {
+      bracket.low = found.low;
+      count_above<T, 1>(scratch.values, pad(scratch.values, found.count), &found.low, &bracket.inside);
+    }
+  }
+  if (bracket.inside > k) narrow(scratch.values, pad(scratch.values, found.count), k, k, bracket);
+  hint = bracket.low - (found.top - bracket.low) / 4;
+  if (found.count <= k && bracket.inside == found.count) return found;
   const bool ties = bracket.inside > k;  // all in (low, high] are high
   int64_t equal = k - bracket.above, kept = 0;
-  for (int64_t i = 0; i < count; ++i) {
+  for (int64_t i = 0; i < found.count; ++i) {
     const T value = scratch.values[i];
     bool keep = value > (ties ? bracket.high : bracket.low);
     if (ties && value == bracket.high) keep = equal-- > 0;
@@ -194,29 +243,33 @@ static int64_t keep_largest(const ProjectScratch<T>& scratch, int64_t size, int6
     scratch.where[kept] = scratch.where[i];
     kept += keep;
   }
-  return kept;
-}
-
-// A little below where the largest would have the total alone: what is too low gets nothing in the end.
-template <typename T>
-static T lowest(T top, T total) {
-  return top - total - (top < 0 ? -top : top) * std::numeric_limits<T>::epsilon();
+  found.count = kept;
+  return found;
 }
 
 // tau - top, with sum [v - tau]_+ = total, by Newton's steps from below, where all are above it. Fewer count at every
 // step; where rounding takes one back, one has arrived.
 template <typename T>
-static T threshold(const T* values, int64_t count, T total, T top) {
+static T threshold(T* values, int64_t count, T total, T top) {
+  constexpr int64_t kWide = kLanes<double>;
+  using Part [[gnu::vector_size(kWide * sizeof(T))]] = T;
+  using Mask = decltype(Vector<double>{} > Vector<double>{});
+  const int64_t padded = pad(values, count);
   T below = -infinity<T>();
   for (int64_t active = 0;;) {
+    Vector<double> sums = {};
+    Mask counts = {};
+    for (int64_t i = 0; i < padded; i += kWide) {
+      Part value;
+      std::memcpy(&value, values + i, sizeof(value));
+      value -= top;
+      const Mask counted = __builtin_convertvector(value > below, Mask);
+      sums += counted ? __builtin_convertvector(value, Vector<double>) : Vector<double>{};
+      counts -= counted;
+    }
     double sum = 0.0;
     int64_t above = 0;
-#pragma omp simd reduction(+ : sum, above)
-    for (int64_t i = 0; i < count; ++i) {
-      const T value = values[i] - top;
-      sum += static_cast<double>(value > below ? value : T(0));
-      above += value > below ? 1 : 0;
-    }
+    for (int64_t lane = 0; lane < kWide; ++lane) sum += sums[lane], above += counts[lane];
     if (above == 0 || (active > 0 && above >= active)) return below;
     active = above;
     below = static_cast<T>((sum - static_cast<double>(total)) / static_cast<double>(above));

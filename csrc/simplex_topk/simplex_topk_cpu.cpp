@@ -8,20 +8,20 @@ namespace {
 
 template <typename T>
 void forward(const SimplexTopk<T>& call, const ProjectScratch<T>& scratch, int64_t begin, int64_t end) {
+  T hint = quiet_nan<T>();  // from row to row: as a rule they are alike
   for (int64_t row = begin; row < end; ++row) {
     const T* x = call.x + row * call.columns;
     T* out = call.out + row * call.columns;
-    const Range<T> range = stage<T>(call.columns, x, nullptr, scratch.scores);
-    if (!is_usable(range)) {
+    const auto low_of = [&](T top) { return lowest(top, call.scale); };
+    const Largest<T> found = keep_largest<T>(scratch, call.columns, x, nullptr, call.k, low_of, hint);
+    if (found.top != found.top) {
       for (int64_t i = 0; i < call.columns; ++i) out[i] = quiet_nan<T>();
       continue;
     }
-    T hint = quiet_nan<T>();  // rows are strangers
-    const int64_t kept = keep_largest(scratch, call.columns, call.k, lowest(range.top, call.scale), range, hint);
-    const T below = threshold(scratch.values, kept, call.scale, range.top);
+    const T below = threshold(scratch.values, found.count, call.scale, found.top);
     std::memset(out, 0, sizeof(T) * call.columns);
-    for (int64_t i = 0; i < kept; ++i) {
-      const T p = scratch.values[i] - range.top - below;
+    for (int64_t i = 0; i < found.count; ++i) {
+      const T p = scratch.values[i] - found.top - below;
       out[scratch.where[i]] = p > 0 ? p : T(0);
     }
   }

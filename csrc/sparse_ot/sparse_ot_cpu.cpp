@@ -27,17 +27,19 @@ SparseColumns<T> problem_of(SparseColumns<T> call, int64_t index) {
 // The entries of a column that are not 0: how many.
 template <typename T>
 int64_t solve_column(const SparseColumns<T>& call, int64_t column, const ProjectScratch<T>& scratch, T& hint) {
-  const Range<T> range = stage(call.rows, call.alpha, call.costs + column * call.rows, scratch.scores);
-  if (!is_usable(range)) {
+  const T total = call.gamma * call.level[column];
+  const auto low_of = [&](T top) { return call.dual ? -call.level[column] : lowest(top, total); };
+  const T* costs = call.costs + column * call.rows;
+  T none = quiet_nan<T>();  // a margin wants all scores
+  const auto [kept, top, low] =
+      keep_largest(scratch, call.rows, call.alpha, costs, call.k, low_of, call.margin != nullptr ? none : hint);
+  if (top != top) {
     call.beta[column] = quiet_nan<T>();
     if (call.margin != nullptr) call.margin[column] = infinity<T>();
     return 0;
   }
-  const T total = call.gamma * call.level[column];
-  const T low = call.dual ? -call.level[column] : lowest(range.top, total);
-  const int64_t kept = keep_largest(scratch, call.rows, call.k, low, range, hint);
-  const T below = call.dual ? low - range.top : threshold(scratch.values, kept, total, range.top);
-  call.beta[column] = call.dual ? call.level[column] : -(range.top + below);
+  const T below = call.dual ? low - top : threshold(scratch.values, kept, total, top);
+  call.beta[column] = call.dual ? call.level[column] : -(top + below);
   if (call.margin != nullptr) {
     T last = infinity<T>();
     for (int64_t i = 0; i < kept; ++i) {
@@ -51,7 +53,7 @@ int64_t solve_column(const SparseColumns<T>& call, int64_t column, const Project
   int64_t* indices = call.indices + column * call.k;
   int64_t count = 0;
   for (int64_t i = 0; i < kept; ++i) {
-    const T mass = (scratch.values[i] - range.top - below) / call.gamma;
+    const T mass = (scratch.values[i] - top - below) / call.gamma;
     if (!(mass > 0)) continue;
     values[count] = mass;
     indices[count++] = scratch.where[i];
@@ -59,7 +61,8 @@ int64_t solve_column(const SparseColumns<T>& call, int64_t column, const Project
   return count;
 }
 
-// What is known of each column from one evaluation to the next: how many entries it has, and where its k-th score lies.
+// What is known of each column from one evaluation to the next: how many entries it has, and a little below where its
+// k-th score lies.
 template <typename T>
 struct Known {
   int64_t* counts;
