@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 
 from tilewise import loading
+from tilewise.ops import autocast
 
 NAMES = ("auto", "cuda", "triton", "cpu", "reference")
 
@@ -167,5 +168,5 @@ def _switch(name: str) -> None:
         warnings.filterwarnings("ignore", "Warning only once for all operators")  # that a kernel is overridden
         for key, operators in functions.items():
             for operator, function in operators.items():
-                library.impl(operator, function, key)
+                library.impl(operator, autocast.unaware(function), key)
     _current, _registrations, _served = name, library, served

@@ -3,6 +3,9 @@
 Off, for float64 and for what is no floating tensor nothing is done: the checks that follow say what does not fit.
 """
 
+import contextlib
+import functools
+
 import torch
 from torch import Tensor
 
@@ -11,6 +14,22 @@ TYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
 def enabled(device: str) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def off(device: str):
+    """A context in which nothing is cast."""
+    return torch.autocast(device, enabled=False) if enabled(device) else contextlib.nullcontext()
+
+
+def unaware(kernel):
+    """A kernel of PyTorch's operators: it would see autocast again in every one of them, and round its statistics."""
+
+    @functools.wraps(kernel)
+    def uncast(*arguments, **options):
+        with off(next(t for t in arguments if isinstance(t, Tensor)).device.type):
+            return kernel(*arguments, **options)
+
+    return uncast
 
 
 def lower(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

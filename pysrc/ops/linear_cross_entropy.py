@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from tilewise.ops import register, rows
+from tilewise.ops import autocast, register, rows
 from tilewise.reference import linear_cross_entropy as reference
 from tilewise.reference.rows import statistics_dtype
 
@@ -75,6 +75,7 @@ def linear_cross_entropy(
         >>> round(loss.item(), 4), output.weight.grad.shape
         (1.3863, torch.Size([4, 3]))
     """
+    input, linear_weight, linear_bias = autocast.lower(input, linear_weight, linear_bias)
     _check_layer(input, linear_weight, linear_bias)
     rows.check_reduction(OP, reduction)
     options = {
@@ -84,11 +85,6 @@ def linear_cross_entropy(
         "softcap": None if softcap is None else rows.check_positive(OP, "softcap", softcap),
         "chunk_bytes": 0 if chunk_bytes is None else int(rows.check_positive(OP, "chunk_bytes", chunk_bytes)),
     }
-    device = input.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        input, linear_weight = input.to(dtype), linear_weight.to(dtype)
-        linear_bias = None if linear_bias is None else linear_bias.to(dtype)
     tensors = (input, linear_weight, target, linear_bias, weight)
     if linear_weight.dim() > 2:
         return _positions(*tensors, reduction=reduction, **options)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from tilewise.ops import register, rows
+from tilewise.ops import autocast, register, rows
 from tilewise.reference.rows import statistics_dtype
 
 OP = "mala"
@@ -55,7 +55,7 @@ def mala(
 
     Returns:
         (B, H, N, Dv) in the dtype of q; with return_state also (S (B, Hk, D, Dv), Z (B, Hk, D), U (B, Hk, Dv), tokens),
-        float32 or better.
+        float32 or better. Under autocast q, k and v are cast first, as in :func:`torch.matmul`.
 
     Raises:
         ValueError: a shape or an option is not as above.
@@ -67,6 +67,7 @@ def mala(
         >>> tilewise.mala(q, k, v, causal=True).shape
         torch.Size([2, 4, 100, 32])
     """
+    q, k, v = autocast.lower(q, k, v)
     _check(q, k, v, causal)
     scale = q.shape[3] ** -0.5 if scale is None else rows.check_number(OP, "scale", scale)
     eps = rows.check_number(OP, "eps", eps, low=0.0)
@@ -74,10 +75,6 @@ def mala(
         raise ValueError(f"tilewise.{OP}: expected causal=True with a state, got causal=False")
     if (state is not None or return_state) and cu_seqlens is not None:
         raise ValueError(f"tilewise.{OP}: expected no cu_seqlens with a state, got both")
-    device = q.device.type
-    if torch.is_autocast_enabled(device) and q.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     given = q.dtype
     wide = q.dtype if q.is_cuda else statistics_dtype(q)  # the C++ kernels compute in float32 or float64
     q, k, v = (_unit_stride(t.to(wide)) for t in (q, k, v))

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from tilewise.ops import autocast
+
 COMPOSITE: set[str] = set()  # operators that need no reference, for they are PyTorch's and others of tilewise's
 _library = torch.library.Library("tilewise", "IMPL")
 
@@ -42,9 +44,7 @@ def composite(op: str, function: Callable, shapes: str = "") -> None:
             raise RuntimeError(f"tilewise.{op}: expected {min(missing)} to be a tensor, got None")
         check_devices(op, tensors)
         check_shapes(op, tensors, shapes)
-        device = next(iter(tensors.values())).device.type
-        # The operators inside would see autocast again and round the statistics.
-        with torch.no_grad(), torch.autocast(device, enabled=False):
+        with torch.no_grad(), autocast.off(next(iter(tensors.values())).device.type):
             return function(*arguments, **options)
 
     _library.impl(op, alone, "CompositeExplicitAutograd")

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from tilewise.ops import autocast
 from tilewise.ops.sinkhorn_points import _centred, prepared
 from tilewise.ops.transport import Problem
 from tilewise.reference.rows import statistics_dtype
@@ -34,7 +35,7 @@ def sinkhorn_divergence(
 
     Args:
         x: (..., n, d), float64 (on a CPU), float32, bfloat16 or float16 (these two are computed in float32).
-        y: (..., m, d) of the same dtype and batch.
+        y: (..., m, d) of the same dtype (under autocast, of any) and batch.
         a, b, epsilon, cost, max_iter, tol, epsilon_scaling: as for :func:`tilewise.sinkhorn_points`.
         reg_marginal: one penalty for both marginals, or a pair of equal ones: with others x and y would have different
             divergences from themselves.
@@ -97,7 +98,7 @@ def monge_gap(
 
     Args:
         x: (..., n, d), float64 (on a CPU), float32, bfloat16 or float16 (these two are computed in float32).
-        tx: (..., n, d) of the same dtype: where the map takes each x.
+        tx: (..., n, d) of the same dtype (under autocast, of any): where the map takes each x.
         epsilon, cost, max_iter, tol, epsilon_scaling: as for :func:`tilewise.sinkhorn_points`.
 
     Returns:
@@ -114,6 +115,7 @@ def monge_gap(
         True
     """
     op = "monge_gap"
+    x, tx = autocast.widen(x, tx)
     if isinstance(tx, Tensor) and isinstance(x, Tensor) and tx.shape != x.shape:
         raise ValueError(f"tilewise.{op}: expected tx to have shape {tuple(x.shape)} like x, got {tuple(tx.shape)}")
     pair, problem, options = prepared(

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tilewise.ops import register, rows, transport
+from tilewise.ops import autocast, register, rows, transport
 from tilewise.ops.sinkhorn import _penalties, _result, _solved_shapes
 from tilewise.ops.transport import Problem, SinkhornResult, marginal_gradient
 from tilewise.reference.rows import statistics_dtype
@@ -42,7 +42,7 @@ def sinkhorn_points(
 
     Args:
         x: (..., n, d), float64 (on a CPU), float32, bfloat16 or float16 (these two are computed in float32).
-        y: (..., m, d) of the same dtype and batch.
+        y: (..., m, d) of the same dtype (under autocast, of any) and batch.
         a: (..., n) or a shape that broadcasts to it, >= 0; None is 1/n each.
         b: (..., m), with the same sum as a where marginals are constraints; None is 1/m each.
         epsilon: > 0, a number or a tensor of shape () or that of the batch, in units of the cost.
@@ -103,6 +103,7 @@ class Pair:
 
 def prepared(op, x, y, a, b, *, epsilon, cost, max_iter, tol, reg_marginal, init=None, epsilon_scaling=None):
     """Checked arguments of the operator: the points, the problem, and the options of the call."""
+    x, y = autocast.widen(x, y)
     transport.check_tensor(op, "x", x, "n, d", 2)
     transport.check_tensor(op, "y", y, "m, d", 2)
     if y.shape[:-2] != x.shape[:-2] or y.shape[-1] != x.shape[-1]:

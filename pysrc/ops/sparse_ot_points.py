@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from tilewise.ops import register, transport
+from tilewise.ops import autocast, register, transport
 from tilewise.ops.sparse_ot import SparseOTResult, check_problem, keep_solution, solved_shapes
 from tilewise.reference.rows import statistics_dtype
 from tilewise.reference.sparse_ot import solve
@@ -56,6 +56,7 @@ def sparse_ot_points(
         >>> tilewise.sparse_ot_points(x, y, k=5).values.shape
         torch.Size([80, 5])
     """
+    x, y = autocast.widen(x, y)
     transport.check_tensor(OP, "x", x, "m, d", 2)
     transport.check_tensor(OP, "y", y, "n, d", 2)
     batch, (m, d), n = x.shape[:-2], x.shape[-2:], y.shape[-2]

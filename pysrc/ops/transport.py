@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tilewise.lbfgs import Asked
-from tilewise.ops import rows
+from tilewise.ops import autocast, rows
 from tilewise.reference.rows import statistics_dtype
 
 Apply = Callable[[Tensor], Tensor]  # a plan, or its transpose, on (batch, size)
@@ -223,7 +223,8 @@ class SinkhornResult:
 
     def plan(self) -> Tensor:
         """(..., n, m): P, formed anew at every call. Differentiable, through the solution (see ``gradient``)."""
-        return self._plan()
+        with autocast.off(self.f.device.type):
+            return self._plan()
 
     def apply(self, v: Tensor) -> Tensor:
         """P v for v of shape (..., m) or (..., m, p), without forming P where no gradient is asked for (of points:
@@ -252,6 +253,7 @@ class SinkhornResult:
                 f"tilewise.sinkhorn: expected v to have shape {tuple(side.shape)} or {(*side.shape, 'p')}, "
                 f"got {tuple(v.shape)}"
             )
-        out = self._apply(matrix.to(side.dtype).reshape(-1, *matrix.shape[-2:]).contiguous(), transpose)
+        with autocast.off(side.device.type):
+            out = self._apply(matrix.to(side.dtype).reshape(-1, *matrix.shape[-2:]).contiguous(), transpose)
         out = out.reshape(*side.shape[:-1], *out.shape[1:])
         return out[..., 0] if flat else out

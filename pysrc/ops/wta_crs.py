@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from tilewise.ops import register, rows, transport
+from tilewise.ops import autocast, register, rows, transport
 
 METHODS = ("systematic", "wta", "crs")
 
@@ -76,6 +76,7 @@ def wta_crs_sample(
         torch.Size([10, 8])
         >>> q, k = (tilewise.wta_crs_linear(x, w, sample=sample) for w in (wq.requires_grad_(), wk.requires_grad_()))
     """
+    (x,) = autocast.lower(x)
     return _choose("wta_crs_sample", x, k, ratio, norms, seed, method, mix)
 
 
@@ -130,10 +131,14 @@ def wta_crs_linear(
         torch.Size([4, 8])
     """
     op = "wta_crs_linear"
+    (x,) = autocast.lower(x)  # the product casts the weight, and keeps what it cast
     transport.check_tensor(op, "x", x, "d_in", 1)
     if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
         got = tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
         raise ValueError(f"tilewise.{op}: expected weight to have shape (d_out, {x.shape[-1]}), got {got}")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None:
+            rows.check_device(op, name, tensor, x, "x")
     if sample is not None and (k is not None or ratio is not None):
         raise ValueError(f"tilewise.{op}: expected k, ratio or sample, got more than one")
     n = math.prod(x.shape[:-1])
@@ -149,6 +154,9 @@ def wta_crs_linear(
         raise ValueError(
             f"tilewise.{op}: expected the sample to have rows of {x.shape[-1]}, got {sample.rows.shape[-1]}"
         )
+    for part in sample:
+        if part is not None:
+            rows.check_device(op, "the sample", part, x, "x")
     if sample.indices is None and record is None:
         return functional.linear(x, weight, bias)
     y = _linear_of_constant(x, weight.detach(), bias)
@@ -170,15 +178,14 @@ def _choose(
     x = x.reshape(-1, x.shape[-1])
     n = len(x)
     k = check_choice(op, x, n, k, ratio, norms, method, mix)
-    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
     if k >= n:
-        return RowSample(x.to(dtype), None, None)
+        return RowSample(x, None, None)
     if norms is not None:
         norms = norms.detach().to(torch.float32).reshape(1, n).contiguous()
     x_norms = torch.ops.tilewise.wta_crs_norms(x[None])
     options = {"k": k, "method": method, "mix": float(mix)}
     indices, scales = torch.ops.tilewise.wta_crs_sample(x_norms, norms, seed_tensor(op, seed, x), **options)
-    return RowSample(torch.ops.tilewise.wta_crs_gather(x[None], indices)[0].to(dtype), indices[0], scales[0])
+    return RowSample(torch.ops.tilewise.wta_crs_gather(x[None], indices)[0], indices[0], scales[0])
 
 
 def _linear_of_constant(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -227,7 +234,7 @@ def wta_crs_matmul(
 
     Args:
         a: (..., m, n), float64 (on a CPU), float32, bfloat16 or float16.
-        b: (..., n, p) of the same dtype and batch.
+        b: (..., n, p) of the same dtype (under autocast, of any) and batch.
         k: in [1, 2^31), pairs of each product; with k >= n the result is exact.
         seed, method, mix: as for :func:`tilewise.wta_crs_sample`.
 
@@ -245,6 +252,7 @@ def wta_crs_matmul(
         torch.Size([4, 16, 8])
     """
     op = "wta_crs_matmul"
+    a, b = autocast.lower(a, b)
     transport.check_tensor(op, "a", a, "m, n", 2)
     transport.check_tensor(op, "b", b, "n, p", 2)
     n = a.shape[-1]
