@@ -7,14 +7,25 @@ from tilewise.ops.z_loss import spherical_softmax_loss, taylor_softmax_loss, z_l
 
 
 class LossModule(nn.Module):
-    """Holds a loss function's keyword options."""
+    """Holds a loss function's keyword options: attributes, of which parameters, tensors (as buffers) and modules are
+    registered as a module's always are."""
 
     def __init__(self, **options):
         super().__init__()
-        self.options = options
+        self._names = tuple(options)
+        for name, value in options.items():
+            if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+                self.register_buffer(name, value)
+            else:
+                setattr(self, name, value)
+
+    @property
+    def options(self) -> dict:
+        return {name: getattr(self, name) for name in self._names}
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+        shown = {name: value for name, value in self.options.items() if not isinstance(value, (Tensor, nn.Module))}
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 
 
 class CrossEntropyLoss(LossModule):

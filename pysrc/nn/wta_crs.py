@@ -1,5 +1,7 @@
 """Linear layers that keep a sample of their input for the gradient of the weight."""
 
+import warnings
+import weakref
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
@@ -102,7 +104,7 @@ class WTACRSLinear(nn.Linear):
         return layer
 
     def to_linear(self) -> nn.Linear:
-        """The layer itself, which becomes a plain one."""
+        """The layer itself, which becomes a plain one; its type must be this, not one that another made of it."""
         for name in ("ratio", "method", "mix", "cache", "sample_ids", "shared"):
             delattr(self, name)
         self.__class__ = nn.Linear
@@ -148,25 +150,32 @@ def _draw(x: Tensor, layers: list[WTACRSLinear]) -> RowSample:
 
 class _Shared:
     """The sample of layers that are called one after another with one tensor: drawn for the first of them, and let go
-    with the last."""
+    with the last or, where a layer is left out, with the tensor, which is not held."""
 
     def __init__(self, layers: Sequence[WTACRSLinear]):
         self.layers = list(layers)
-        self.x: Tensor | None = None
+        self.x: weakref.ref[Tensor] | None = None
         self.version = 0
         self.sample: RowSample | None = None
         self.waiting: list[WTACRSLinear] = []
 
     def draw(self, layer: WTACRSLinear, x: Tensor) -> RowSample:
         version = 0 if torch.compiler.is_compiling() else x._version  # whether x was written to since
-        if x is not self.x or version != self.version or layer not in self.waiting:
+        if self.x is None or x is not self.x() or version != self.version or layer not in self.waiting:
             self.waiting = [member for member in self.layers if member.is_sampling]
-            self.x, self.version, self.sample = x, version, _draw(x, self.waiting)
+            self.x, self.version, self.sample = weakref.ref(x, self._let_go), version, _draw(x, self.waiting)
         sample = self.sample
         self.waiting = [member for member in self.waiting if member is not layer]
         if not self.waiting:
             self.x = self.sample = None
         return sample
+
+    def _let_go(self, x: weakref.ref) -> None:
+        if x is self.x:
+            self.x = self.sample = None
+
+    def __getstate__(self) -> dict:
+        return vars(self) | {"x": None, "sample": None, "waiting": []}
 
 
 def _share(layers: Sequence[WTACRSLinear]) -> None:
@@ -237,7 +246,8 @@ def convert_linear(
 
     Layers, parameters and hooks stay the same objects, also to an optimizer; compile the model afterwards. With LoRA,
     whose frozen weights keep nothing, ``include="*lora_A*"`` samples the input that lora_A keeps. Layers of a subclass
-    stay as they are.
+    of nn.Linear and transformers' Conv1D stay as they are; a warning lists those that `include` names and `exclude`
+    does not.
 
     Args:
         model: any module.
@@ -266,6 +276,7 @@ def convert_linear(
     """
     include, exclude = (_patterns(names, default) for names, default in ((include, ("*",)), (exclude, ())))
     converted: dict[str, WTACRSLinear] = {}
+    left: dict[str, nn.Module] = {}
     for name, layer in model.named_modules(remove_duplicate=False):
         if not _matches(name, include) or _matches(name, exclude):
             continue
@@ -275,8 +286,15 @@ def convert_linear(
             converted[name] = layer
         elif layer in converted.values():  # under another name
             converted[name] = layer
+        elif type(layer).__name__ == "Conv1D" or (isinstance(layer, nn.Linear) and type(layer) is not WTACRSLinear):
+            left[name] = layer
     if not converted:
-        raise ValueError(f"tilewise.nn.convert_linear: expected the model to have an nn.Linear that {include} names")
+        found = f", got {_kinds(left)}" if left else ""
+        raise ValueError(
+            f"tilewise.nn.convert_linear: expected the model to have an nn.Linear that {include} names{found}"
+        )
+    if left:
+        warnings.warn(f"tilewise.nn.convert_linear: no nn.Linear, and left as they are: {_kinds(left)}", stacklevel=2)
     for names in groups:
         _group(converted, names)
     return model
@@ -299,10 +317,20 @@ def _group(converted: dict[str, WTACRSLinear], names: Sequence[str]) -> None:
 
 
 def restore_linear(model: nn.Module) -> nn.Module:
-    """Turns every :class:`WTACRSLinear` of a model back into nn.Linear, in place; caches are dropped."""
-    for layer in list(model.modules()):
-        if isinstance(layer, WTACRSLinear):
-            layer.to_linear()
+    """Turns every :class:`WTACRSLinear` of a model back into nn.Linear, in place; caches are dropped.
+
+    Raises:
+        ValueError: something else (a parametrization such as weight_norm, fully_shard) made another class of a layer,
+            which has to be undone first. No layer is changed then.
+    """
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, WTACRSLinear)}
+    if other := {name: layer for name, layer in layers.items() if type(layer) is not WTACRSLinear}:
+        raise ValueError(
+            f"tilewise.nn.restore_linear: expected every layer to be WTACRSLinear itself, got {_kinds(other)}: "
+            "undo first what made these classes (parametrizations, fully_shard)"
+        )
+    for layer in layers.values():
+        layer.to_linear()
     return model
 
 
@@ -313,13 +341,24 @@ def set_sample_ids(model: nn.Module, ids: Tensor) -> None:
         model: has layers of :func:`convert_linear` with `samples`.
         ids: (b,) int64, in [0, samples), on the device of the model; they hold until the next are set, as gradient
             checkpointing asks for them again in the backward.
+
+    Raises:
+        ValueError: ids are not as above (on a GPU another id is an assertion of the device, as in indexing).
     """
     if not isinstance(ids, Tensor) or ids.dim() != 1 or ids.dtype != torch.int64:
         got = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
         raise ValueError(f"tilewise.nn.set_sample_ids: expected ids to be int64 of shape (b,), got {got}")
-    for layer in model.modules():
-        if isinstance(layer, WTACRSLinear) and layer.cache is not None:
-            layer.sample_ids = ids
+    layers = [layer for layer in model.modules() if isinstance(layer, WTACRSLinear) and layer.cache is not None]
+    samples = min((len(layer.cache.norms) for layer in layers), default=0)
+    if layers and ids.device.type == "cpu" and not bool(((ids >= 0) & (ids < samples)).all()):
+        raise ValueError(f"tilewise.nn.set_sample_ids: expected ids in [0, {samples}), got {ids.tolist()}")
+    ids = wta_crs.without_wrapping(ids, samples)
+    for layer in layers:
+        layer.sample_ids = ids
+
+
+def _kinds(layers: dict[str, nn.Module]) -> str:
+    return ", ".join(f"{name} ({type(layer).__name__})" for name, layer in layers.items())
 
 
 def _patterns(names: Names, default: tuple[str, ...]) -> tuple[str, ...]:

@@ -111,9 +111,9 @@ def wta_crs_linear(
         bias: (d_out,).
         k, ratio, norms, seed, method, mix: as for :func:`tilewise.wta_crs_sample`.
         sample: of this x, instead of all these.
-        record: (table, ids), a floating table (samples, tokens) and int64 ids (b,), where x has b times t rows, t at
-            most tokens: the backward writes the norms :math:`|y_i|` of the j-th t rows to table[ids[j], :t]. Of equal
-            ids one counts.
+        record: (table, ids), a floating table (samples, tokens) and int64 ids (b,) in [0, samples), where x has b times
+            t rows, t at most tokens: the backward writes the norms :math:`|y_i|` of the j-th t rows to table[ids[j],
+            :t]. Of equal ids one counts.
 
     Returns:
         (..., d_out).
@@ -214,7 +214,7 @@ class _SampledWeightGradient(torch.autograd.Function):
         by_rows = grad.reshape(-1, grad.shape[-1])[None]
         if ctx.table is not None:
             norms = torch.ops.tilewise.wta_crs_norms(by_rows).reshape(len(ids), -1)
-            ctx.table[ids, : norms.shape[1]] = norms.to(ctx.table.dtype)
+            ctx.table[without_wrapping(ids, len(ctx.table)), : norms.shape[1]] = norms.to(ctx.table.dtype)
         chosen = by_rows if indices is None else torch.ops.tilewise.wta_crs_gather(by_rows, indices[None], scales[None])
         of_weight = chosen[0].t() @ sampled.to(grad.dtype)
         return grad, of_weight.to(ctx.dtype), None, None, None, None, None
@@ -328,6 +328,11 @@ def check_record(op: str, record: tuple[Tensor, Tensor], x: Tensor, n: int) -> N
         )
     for name, tensor in (("the table of record", table), ("the ids of record", ids)):
         rows.check_device(op, name, tensor, x, "x")
+
+
+def without_wrapping(ids: Tensor, size: int) -> Tensor:
+    """Indices of which a negative one is out of range, too, and not one from the end."""
+    return torch.where(ids < 0, size, ids)
 
 
 def seed_tensor(op: str, seed: int | Tensor | None, like: Tensor) -> Tensor:
