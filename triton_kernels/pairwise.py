@@ -105,6 +105,7 @@ def pairwise_kernel(
     of_negative = 0.0
     kept_positive = 0.0
     kept_negative = 0.0
+    below_top = 0.0
     first_positive = M
     first_negative = M
     for start in range(0, M, BLOCK):
@@ -120,6 +121,8 @@ def pairwise_kernel(
             a, b = terms(z, positive, negative, least, most, top, p0, p1, p2, LOSS)
             of_positive += tl.sum(a)
             of_negative += tl.sum(b)
+            if LOSS == "softmax":
+                below_top += tl.sum(tl.where(positive, top - z, 0.0))
             kept_positive += tl.sum(positive.to(tl.float32))
             kept_negative += tl.sum(negative.to(tl.float32))
     # A row without a kind of pair divides by one of it.
@@ -129,10 +132,10 @@ def pairwise_kernel(
     active = some_positive & some_negative
     if LOSS == "softmax":
         active = some_positive
-        loss = tl.log(of_negative) - of_positive / n_positive
+        loss = log_one_plus(0.0, (of_positive - 1.0) + of_negative) + below_top / n_positive
     elif LOSS == "decoupled_softmax":
         active = some_positive
-        lse = most + tl.log(of_negative)
+        log_sum = tl.log(of_negative)
         pull = 0.0
         of_positive = 0.0
         for start in range(0, M, BLOCK):
@@ -140,16 +143,17 @@ def pairwise_kernel(
             z, positive, negative = load_pairs(
                 s_row, y_labels_ptr, guide_row, cols, M, label, self_col, guide_most, scale, bias
             )
-            pull += tl.sum(tl.where(positive, softplus(lse - z), 0.0))
-            of_positive += tl.sum(tl.where(positive, sigmoid(lse - z), 0.0))
-        of_negative = lse
+            gap = (most - z) + log_sum
+            pull += tl.sum(tl.where(positive, softplus(gap), 0.0))
+            of_positive += tl.sum(tl.where(positive, sigmoid(gap), 0.0))
+        of_negative = log_sum
         loss = pull / n_positive
     elif LOSS == "sigmoid":
         active = n_positive > 0  # 1 at least by now: every row
         loss = of_positive + of_negative
     elif LOSS == "log_sum_exp":
         active = n_positive > 0
-        loss = top + tl.log(of_negative)
+        loss = top + tl.log(of_positive + of_negative)
     elif LOSS == "positive_sum":
         active = n_positive > 0
         loss = of_positive

@@ -85,9 +85,8 @@ def terms(z, positive, negative, least, most, top, p0, p1, p2, LOSS: tl.constexp
     """The terms that a row sums over its positives and over its negatives."""
     pull, push, pull_shift, push_shift = exponents(z, least, most, p0, p1, p2, LOSS)
     if LOSS == "softmax" or LOSS == "log_sum_exp":
-        of_positive = z - top
-        of_negative = tl.exp(z - top)
-        negative = positive | negative
+        of_positive = tl.exp(z - top)
+        of_negative = of_positive
     elif LOSS == "window_log_sum_exp":
         of_negative = tl.exp(p0 * z - top)
         of_positive = of_negative
@@ -114,12 +113,16 @@ def weights(
     """dL/dz of a tile."""
     pull, push, pull_shift, push_shift = exponents(z, least, most, p0, p1, p2, LOSS)
     if LOSS == "softmax":
-        on_negative = tl.exp(z - top) / of_negative
-        on_positive = on_negative - 1.0 / n_positive
+        # The two sums apart: a positive that takes nearly all leaves to the negatives what 1 would swallow.
+        e = tl.exp(z - top)
+        inverse = 1.0 / (of_positive + of_negative)
+        on_negative = e * inverse
+        on_positive = ((n_positive * e - of_positive) - of_negative) * (inverse / n_positive)
     elif LOSS == "decoupled_softmax":
-        # of_negative: lse of the negatives; of_positive: the sum of sigmoids
-        on_positive = -sigmoid(of_negative - z) / n_positive
-        on_negative = of_positive / n_positive * tl.exp(z - of_negative)
+        # of_negative: the log of the negatives' sum, relative to most; of_positive: the sum of sigmoids
+        gap = (most - z) + of_negative
+        on_positive = -sigmoid(gap) / n_positive
+        on_negative = of_positive / n_positive * tl.exp(-gap)
     elif LOSS == "sigmoid":
         on_positive = -sigmoid(pull)
         on_negative = sigmoid(push)
@@ -133,7 +136,7 @@ def weights(
         on_positive = tl.where(loss > 0, -tl.exp(pull) / of_positive, 0.0)
         on_negative = tl.where(loss > 0, tl.exp(push) / of_negative, 0.0)
     elif LOSS == "log_sum_exp":
-        on_negative = tl.exp(z - top) / of_negative
+        on_negative = tl.exp(z - top) / (of_positive + of_negative)
         on_positive = on_negative
     elif LOSS == "positive_sum":
         on_positive = z * 0.0 + 1.0

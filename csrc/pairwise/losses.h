@@ -53,16 +53,22 @@ TILEWISE_PROGRAM void softmax_loss(Row& row) {
   const T max = all.value[0];
   const T positives = all.value[1];
   if (positives == T(0)) return row.skip();
-  const Values<T, 2> sums = row.template fold<Sum, Sum>([=](auto z, auto relation) {
-    return values(relation != 0 ? fast_exp(z - max) : T(0), relation > 0 ? z - max : T(0));
+  const Values<T, 3> sums = row.template fold<Sum, Sum, Sum>([=](auto z, auto relation) {
+    const auto e = fast_exp(z - max);
+    return values(relation > 0 ? e : T(0), relation < 0 ? e : T(0), relation > 0 ? z - max : T(0));
   });
-  const T log_sum = natural_log(sums.value[0]);
-  row.finish(log_sum - sums.value[1] / positives);
+  // Apart: a positive that takes nearly all leaves to the negatives what 1 would swallow.
+  const T positive = sums.value[0];
+  const T negative = sums.value[1];
+  const T sum = positive + negative;
+  row.finish(natural_log1p((positive - T(1)) + negative) - sums.value[2] / positives);
   if (!row.wants_gradient()) return;
-  const T share = T(1) / positives;
-  row.write([=](auto z, auto relation) {
-    const auto p = fast_exp((z - max) - log_sum);
-    return relation != 0 ? p - (relation > 0 ? share : T(0)) : T(0);
+  const T inverse = T(1) / sum;
+  const T share = inverse / positives;
+  row.write([=](auto z, auto relation) {  // p, less 1 / #P at positives: 0 - negative of one positive
+    const auto e = fast_exp(z - max);
+    const auto pull = ((positives * e - positive) - negative) * share;
+    return relation != 0 ? (relation > 0 ? pull : e * inverse) : T(0);
   });
 }
 
@@ -82,15 +88,16 @@ TILEWISE_PROGRAM void decoupled_softmax_loss(Row& row) {
   const T sum =
       row.template fold<Sum>([=](auto z, auto relation) { return values(relation < 0 ? fast_exp(z - max) : T(0)); })
           .value[0];
-  const T lse = max + natural_log(sum);
+  const T log_sum = natural_log(sum);
+  const auto gap = [=](auto z) { return (max - z) + log_sum; };
   const Values<T, 2> terms = row.template fold<Sum, Sum>([=](auto z, auto relation) {
-    return values(relation > 0 ? softplus(lse - z) : T(0), relation > 0 ? sigmoid(lse - z) : T(0));
+    return values(relation > 0 ? softplus(gap(z)) : T(0), relation > 0 ? sigmoid(gap(z)) : T(0));
   });
   row.finish(terms.value[0] / positives);
   if (!row.wants_gradient()) return;
   const T negative = terms.value[1] / positives;
   row.write([=](auto z, auto relation) {
-    const auto value = relation > 0 ? -sigmoid(lse - z) / positives : negative * fast_exp(z - lse);
+    const auto value = relation > 0 ? -sigmoid(gap(z)) / positives : negative * fast_exp(-gap(z));
     return relation != 0 ? value : T(0);
   });
 }

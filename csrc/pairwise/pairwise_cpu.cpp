@@ -1,4 +1,5 @@
 // The pairwise engine on the CPU, for one instruction set: a row is walked by vectors, once per fold of its loss.
+#include <algorithm>
 #include <memory>
 #include <utility>
 
@@ -7,6 +8,10 @@
 
 namespace tilewise::TILEWISE_ISA {
 namespace {
+
+// Columns that a fold takes together before it adds them to its totals: a long sum of small terms keeps its digits.
+template <typename T>
+constexpr int64_t kFolded = 64 * kLanes<T>;
 
 template <typename T>
 class Row {
@@ -106,9 +111,14 @@ class Row {
   template <typename Function, typename... Ops, size_t... kIndex>
   Values<T, sizeof...(Ops)> fold_as(const Function& f, std::index_sequence<kIndex...>) const {
     Vector<T> totals[] = {Vector<T>{} + initial(Ops{})...};
-    for (int64_t j = 0; j < columns_; j += kLanes<T>) {
-      const auto found = f(z(j), relation(j));
-      ((totals[kIndex] = combined(Ops{}, totals[kIndex], found.value[kIndex])), ...);
+    for (int64_t begin = 0; begin < columns_; begin += kFolded<T>) {
+      const int64_t end = std::min(begin + kFolded<T>, columns_);
+      Vector<T> part[] = {Vector<T>{} + initial(Ops{})...};
+      for (int64_t j = begin; j < end; j += kLanes<T>) {
+        const auto found = f(z(j), relation(j));
+        ((part[kIndex] = combined(Ops{}, part[kIndex], found.value[kIndex])), ...);
+      }
+      ((totals[kIndex] = combined(Ops{}, totals[kIndex], part[kIndex])), ...);
     }
     Values<T, sizeof...(Ops)> total{initial(Ops{})...};
     for (int l = 0; l < kLanes<T>; ++l)

@@ -48,9 +48,14 @@ def _softplus(x: Tensor) -> Tensor:
 
 
 def softmax(z, positive, negative):
-    pairs = positive | negative
-    lse = _lse(z, pairs)
-    return lse[:, 0] - _mean(z, positive), positive.any(1), _exp(z - lse, pairs) - _share(positive, z)
+    top = _most(z, positive | negative)
+    pulled, pushed = (_exp(z - top, mask).sum(1, keepdim=True) for mask in (positive, negative))
+    loss = torch.log1p((pulled - 1) + pushed)[:, 0] - _mean(z - top, positive)
+    # p - 1 / #P with the two sums apart: 0 - pushed of one positive
+    count = positive.sum(1, keepdim=True)
+    e = _exp(z - top, positive | negative)
+    weights = torch.where(positive, ((count * e - pulled) - pushed) / count, e) / (pulled + pushed)
+    return loss, positive.any(1), weights
 
 
 def decoupled_softmax(z, positive, negative):
