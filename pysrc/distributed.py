@@ -51,6 +51,7 @@ def info_nce(
         TypeError: a dtype is not as above.
     """
     op = "distributed.info_nce"
+    query, key = pairwise.cast_embeddings(query, key)
     pairwise.check_embeddings(op, "query", query)
     pairwise.check_embeddings(op, "key", key, query, "query")
     if key.shape != query.shape:
@@ -86,7 +87,7 @@ def clip_loss(
         TypeError: a dtype is not as above.
     """
     op = "distributed.clip_loss"
-    contrastive.check_features(op, image, text)
+    image, text = contrastive.check_features(op, image, text)
     scale = pairwise.check_number(op, "logit_scale", logit_scale, image)
     labels = _own_indices(image, group)
     rest = (labels, labels, None, "softmax", scale, None, False, reduction, group, form)
@@ -119,7 +120,7 @@ def siglip_loss(
         TypeError: a dtype is not as above.
     """
     op = "distributed.siglip_loss"
-    contrastive.check_features(op, image, text)
+    image, text = contrastive.check_features(op, image, text)
     scale = pairwise.check_number(op, "logit_scale", logit_scale, image)
     bias = pairwise.check_number(op, "logit_bias", logit_bias, image)
     labels = _own_indices(image, group)
@@ -152,6 +153,7 @@ def supcon(
         TypeError: a dtype is not as above.
     """
     op = "distributed.supcon"
+    (embeddings,) = pairwise.cast_embeddings(embeddings)
     pairwise.check_embeddings(op, "embeddings", embeddings)
     labels = pairwise.check_labels(op, "labels", labels, embeddings, "embeddings")
     scale = pairwise.check_number(op, "temperature", temperature, embeddings, positive=True).reciprocal()
@@ -188,6 +190,7 @@ def multi_similarity_loss(
         TypeError: a dtype is not as above.
     """
     op = "distributed.multi_similarity_loss"
+    (embeddings,) = pairwise.cast_embeddings(embeddings)
     pairwise.check_embeddings(op, "embeddings", embeddings)
     labels = pairwise.check_labels(op, "labels", labels, embeddings, "embeddings")
     parameters = parameters_of(op, alpha, beta, base, epsilon)

@@ -62,7 +62,7 @@ CALLS = {
     "batch_hard_mine": references(tilewise.batch_hard_mine, constants=2, fixed_size=False),
     "clip_loss": pairs(tilewise.clip_loss, ((8, 6), (8, 6), ())),
     "cross_entropy": Call(lambda x, w: tilewise.cross_entropy(x, LABELS, w), ((8, 5), (5,)), constants=1),
-    "info_nce": pairs(lambda q, k, t: tilewise.info_nce(q, k, temperature=t.exp()), ((8, 6), (8, 6), ())),
+    "info_nce": pairs(lambda q, k, t: tilewise.info_nce(q, k, temperature=t.float().exp()), ((8, 6), (8, 6), ())),
     "linear_cross_entropy": Call(
         lambda x, w, b, c: tilewise.linear_cross_entropy(x, w, LABELS, linear_bias=b, weight=c),
         ((8, 6), (5, 6), (5,), (5,)),

@@ -1,12 +1,17 @@
-"""Pairwise losses where one pair takes nearly all of a sum: float32 keeps the digits of what is left."""
+"""Pairwise losses where one pair takes nearly all of a sum, and of huge and tiny embeddings: digits that float32 keeps."""
+
+import math
 
 import contract  # noqa: F401  (marks this module for every backend)
 import pytest
 import torch
-from contract import DEVICE
-from pairwise_problems import LOSSES, call
+import torch.nn.functional as F
+from contract import DEVICE, NATIVE_CPU
+from pairwise_problems import LOSSES, PUBLIC, call
 
+import tilewise
 from tilewise.reference.pairwise import row_losses
+from tilewise.testing import relative_error
 
 ROWS = 7  # whose positives leave 10^-2 to 10^-8 to all others
 COLUMNS = [500, 32000]
@@ -51,3 +56,53 @@ def test_confident_rows(loss, m, kind, monkeypatch):
     )
     assert_close(rows, expected)
     assert_close(gradient.t(), weights)
+
+
+def test_confident_pairs_of_a_miner():
+    """The module's loss of given pairs keeps small sums beside 1."""
+    x = torch.tensor([[20.0], [-20.0]], device=DEVICE)
+    pairs = [torch.tensor(i, device=DEVICE) for i in ([], [], [0], [1])]
+    module = tilewise.nn.MultiSimilarityLoss(beta=0.0625, base=0.0, normalize=False, reduction="sum")
+    pairs = tuple(t.long() for t in pairs)
+    expected = math.log1p(math.exp(-400 / 16)) * 16
+    assert module(x, torch.arange(2, device=DEVICE), pairs).item() == pytest.approx(expected, rel=1e-5)
+
+
+MAGNITUDES = [1e-30, 1e-10, 1e15, 1e19, 1e30]
+COSINES = [name for name in PUBLIC if name not in ("clip_loss", "siglip_loss", "triplet")]
+
+
+@pytest.mark.parametrize("magnitude", MAGNITUDES)
+@pytest.mark.parametrize("name", COSINES)
+def test_embeddings_of_any_size(name, magnitude):
+    """Rows whose squares leave float32 are normalised as float64 has them, beside ordinary rows; gradients too."""
+    torch.manual_seed(0)
+    x, y = torch.randn(2, 12, 6).unbind()
+    x[::2] *= magnitude
+    y[1::3] *= magnitude
+    labels = torch.arange(12) // 3
+
+    def run(x, y, normalize, **options):
+        x, y = x.requires_grad_(), y.requires_grad_()
+        u, v = (x, y) if normalize else (F.normalize(t, dim=1) for t in (x, y))
+        loss = PUBLIC[name](u, v, labels.to(x.device), normalize=normalize)
+        return loss, *torch.autograd.grad(loss, (x, y), allow_unused=True, materialize_grads=True)
+
+    with tilewise.backend("reference"):
+        truth = run(x.double(), y.double(), normalize=False)
+    found = run(x.to(DEVICE), y.to(DEVICE), normalize=True)
+    for mine, exact in zip(found, truth, strict=True):
+        for rows in (slice(0, None, 2), slice(1, None, 2)) if mine.dim() else (...,):
+            assert relative_error(mine[rows], exact[rows]) < 2e-5
+
+
+@pytest.mark.skipif(not NATIVE_CPU, reason="float64 belongs to the CPU kernels and the reference")
+def test_float64_embeddings_of_any_size():
+    x, labels = torch.randn(8, 5, dtype=torch.float64), torch.arange(8) // 2
+    torch.testing.assert_close(tilewise.supcon(1e300 * x, labels), tilewise.supcon(x, labels))
+
+
+def test_miners_of_any_size():
+    x, labels = torch.randn(12, 5, device=DEVICE), torch.arange(12, device=DEVICE) // 3
+    for mine in (tilewise.multi_similarity_mine, tilewise.batch_hard_mine, tilewise.semihard_mine):
+        assert all(torch.equal(a, b) for a, b in zip(mine(x, labels), mine(2.0**100 * x, labels), strict=True))

@@ -74,7 +74,7 @@ def _log_one_plus_sums(x: Tensor, anchor: Tensor, anchors: int) -> Tensor:
     with torch.no_grad():
         most = x.new_zeros(anchors).scatter_reduce(0, anchor, x, "amax")
     sums = torch.zeros_like(most).index_add(0, anchor, torch.exp(x - most[anchor]))
-    return most + torch.log(torch.exp(-most) + sums)
+    return most + torch.log1p(torch.expm1(-most) + sums)
 
 
 class MultiSimilarityMiner(LossModule):

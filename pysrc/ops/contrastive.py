@@ -5,6 +5,7 @@ from torch import Tensor
 
 from tilewise.ops import rows
 from tilewise.ops.pairwise import (
+    cast_embeddings,
     check_embeddings,
     check_number,
     check_pair_reduction,
@@ -63,6 +64,7 @@ def info_nce(
         >>> loss = tilewise.info_nce(query, key, temperature=0.1)
     """
     op = "info_nce"
+    query, key, guide_query, guide_key = cast_embeddings(query, key, guide_query, guide_key)
     check_embeddings(op, "query", query)
     check_embeddings(op, "key", key, query, "query")
     if key.shape[0] < query.shape[0]:
@@ -136,6 +138,7 @@ def nt_xent(
         >>> loss = tilewise.nt_xent(z1, z2)
     """
     op = "nt_xent"
+    z1, z2 = cast_embeddings(z1, z2)
     check_embeddings(op, "z1", z1)
     check_embeddings(op, "z2", z2, z1, "z1")
     if z1.shape != z2.shape:
@@ -215,13 +218,15 @@ def supcon(
     )
 
 
-def check_features(op: str, image: Tensor, text: Tensor) -> None:
+def check_features(op: str, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+    image, text = cast_embeddings(image, text)
     check_embeddings(op, "image", image)
     check_embeddings(op, "text", text, image, "image")
     if text.shape != image.shape:
         raise ValueError(
             f"tilewise.{op}: expected text to have shape {tuple(image.shape)} like image, got {tuple(text.shape)}"
         )
+    return image, text
 
 
 def clip_loss(image: Tensor, text: Tensor, logit_scale: float | Tensor, *, reduction: str = "mean") -> Tensor:
@@ -249,7 +254,7 @@ def clip_loss(image: Tensor, text: Tensor, logit_scale: float | Tensor, *, reduc
         >>> loss = tilewise.clip_loss(image, text, torch.tensor(14.3, requires_grad=True))
     """
     op = "clip_loss"
-    check_features(op, image, text)
+    image, text = check_features(op, image, text)
     scale = check_number(op, "logit_scale", logit_scale, image)
     index = _indices(image)
     options = {"loss": "softmax", "scale": scale, "reduction": reduction}
@@ -293,7 +298,7 @@ def siglip_loss(
         >>> loss = tilewise.siglip_loss(image, text, 10.0, torch.tensor(-10.0, requires_grad=True))
     """
     op = "siglip_loss"
-    check_features(op, image, text)
+    image, text = check_features(op, image, text)
     check_pair_reduction(op, reduction)
     index = _indices(image)
     return pairwise_loss(

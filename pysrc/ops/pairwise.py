@@ -3,14 +3,21 @@
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from tilewise.ops import register, rows
+from tilewise.ops import autocast, register, rows
+from tilewise.ops.unit_rows import unit_rows
 from tilewise.reference.pairwise import relations
 from tilewise.reference.rows import statistics_dtype
 
 REDUCTIONS = ("none", "sum", "mean", "mean_active")
+
+
+def cast_embeddings(*embeddings: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Under autocast embeddings take its type on a GPU; on a CPU nothing is lost."""
+    first = embeddings[0]
+    cast = autocast.lower if isinstance(first, Tensor) and first.is_cuda else autocast.widen
+    return cast(*embeddings)
 
 
 def check_embeddings(op: str, name: str, embeddings: Tensor, like: Tensor | None = None, like_name: str = "") -> None:
@@ -57,6 +64,7 @@ def check_number(op: str, name: str, value: float | Tensor, like: Tensor, *, pos
 
 def check_references(op: str, embeddings: Tensor, labels: Tensor, ref_embeddings: Tensor | None, ref_labels):
     """The embeddings and labels of both sides, and the offset of a row's own column: None between two sets."""
+    embeddings, ref_embeddings = cast_embeddings(embeddings, ref_embeddings)
     check_embeddings(op, "embeddings", embeddings)
     labels = check_labels(op, "labels", labels, embeddings, "embeddings")
     if (ref_embeddings is None) != (ref_labels is None):
@@ -76,25 +84,15 @@ def check_pair_reduction(op: str, reduction: str) -> None:
         )
 
 
-def normalized(x: Tensor) -> Tensor:
-    """x / max(|x|, 1e-12) by rows, with norms in float32 or better."""
-    return F.normalize(x.to(statistics_dtype(x)), dim=1).to(x.dtype if x.is_cuda else statistics_dtype(x))
-
-
 def prepared(x: Tensor, y: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
-    """What the operator takes: of at least float32 on a CPU, in autocast's type under autocast on a GPU."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device) if x.is_cuda else torch.float32
-        x, y = (x.to(dtype), y.to(dtype)) if y is not x else (x.to(dtype),) * 2
-    if y is x:
-        x = y = normalized(x) if normalize else x
-    elif normalize:
-        x, y = normalized(x), normalized(y)
-    if x.is_cuda:
-        return x, y
-    wide = statistics_dtype(x)
-    return (x.to(wide),) * 2 if y is x else (x.to(wide), y.to(wide))
+    """What the operator takes: in the type of the embeddings on a GPU, of at least float32 on a CPU."""
+    dtype = x.dtype if x.is_cuda else statistics_dtype(x)
+
+    def of(z: Tensor) -> Tensor:
+        return (unit_rows(z) if normalize else z).to(dtype)
+
+    prepared_x = of(x)
+    return prepared_x, prepared_x if y is x else of(y)
 
 
 def similarity_chunks(

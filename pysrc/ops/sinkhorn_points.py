@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tilewise.ops import autocast, register, rows, transport
 from tilewise.ops.sinkhorn import _penalties, _result, _solved_shapes
 from tilewise.ops.transport import Problem, SinkhornResult, marginal_gradient
+from tilewise.ops.unit_rows import unit_rows
 from tilewise.reference.rows import statistics_dtype
 from tilewise.reference.sinkhorn import costs_of_points
 
@@ -139,7 +139,7 @@ def prepared(op, x, y, a, b, *, epsilon, cost, max_iter, tol, reg_marginal, init
 def _centred(x: Tensor, other: Tensor | None, cost: str) -> Tensor:
     """x less the mean of both sets; for cosines on the sphere of radius 1/sqrt(2), where |x - y|^2 is 1 - cos."""
     if cost == "cosine":
-        return F.normalize(x, dim=-1) * 0.5**0.5
+        return unit_rows(x) * 0.5**0.5
     with torch.no_grad():
         centre = x.mean(-2, keepdim=True)
         if other is not None:
