@@ -26,7 +26,7 @@ from tilewise.ops.sinkhorn_points import sinkhorn_points  # noqa: E402
 from tilewise.ops.sparse_ot import SparseOTResult, sparse_ot  # noqa: E402
 from tilewise.ops.sparse_ot_points import sparse_ot_points  # noqa: E402
 from tilewise.ops.sparse_ot_router import Routing, sparse_ot_router  # noqa: E402
-from tilewise.ops.transport import SinkhornResult  # noqa: E402
+from tilewise.ops.transport import SinkhornResult, TransportLoss  # noqa: E402
 from tilewise.ops.wta_crs import RowSample, wta_crs_linear, wta_crs_matmul, wta_crs_sample  # noqa: E402
 from tilewise.ops.z_loss import spherical_softmax_loss, taylor_softmax_loss, z_loss  # noqa: E402
 from tilewise.version import __version__  # noqa: E402
@@ -38,6 +38,7 @@ __all__ = [
     "Routing",
     "RowSample",
     "SinkhornResult",
+    "TransportLoss",
     "SparseOTResult",
     "__version__",
     "backend",

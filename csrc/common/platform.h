@@ -5,11 +5,13 @@
 #include <cstdint>
 
 // Functions have internal linkage and are always inlined: a translation unit compiled for AVX-512 can
-// then never lend its copy to one that runs on an older processor.
+// then never lend its copy to one that runs on an older processor. METHOD is for members, which are not static.
 #if defined(__CUDACC__)
 #define TILEWISE_FN static __host__ __device__ __forceinline__
+#define TILEWISE_METHOD __host__ __device__ __forceinline__
 #else
 #define TILEWISE_FN static inline __attribute__((always_inline))
+#define TILEWISE_METHOD inline __attribute__((always_inline))
 #endif
 
 namespace tilewise {

@@ -1,4 +1,5 @@
-// Tiles of z (sinkhorn.h) on the CPU: a view of the given matrix, a product of points, or their distances.
+// Tiles of z (sinkhorn.h) on the CPU: a view of the given matrix, a product of points, or their distances. Squares of
+// few features come from differences, which cancel nothing: z = |x - y|^2, factor = -1/eps, s = 0.
 #pragma once
 
 #include <utility>
@@ -11,6 +12,7 @@ namespace tilewise::TILEWISE_ISA {
 
 constexpr int64_t kTileRows = 24;
 constexpr int64_t kTileColumns = 512;
+constexpr int64_t kFewestProducts = 16;  // features from which products are worth their cancellation
 
 template <typename T>
 TILEWISE_FN T largest(Vector<T> v) {
@@ -61,10 +63,9 @@ struct View {
     return result;
   }
 
-  T factor(T epsilon) const { return (cost == PairCost::kSquaredEuclidean ? T(2) : T(-1)) / epsilon; }
-  T shift(const Side<T>& side, int64_t i, T epsilon) const {
-    return cost == PairCost::kSquaredEuclidean ? side.squares[i] / epsilon : T(0);
-  }
+  bool by_products() const { return cost == PairCost::kSquaredEuclidean && features >= kFewestProducts; }
+  T factor(T epsilon) const { return (by_products() ? T(2) : T(-1)) / epsilon; }
+  T shift(const Side<T>& side, int64_t i, T epsilon) const { return by_products() ? side.squares[i] / epsilon : T(0); }
 };
 
 template <typename T>
@@ -108,7 +109,7 @@ static View<T> view_of(const Pairs<T>& pairs, int64_t index, T*& scratch) {
 }
 
 template <typename T>
-static void distances(const View<T>& view, int64_t row, int64_t rows, int64_t column, int64_t columns, T* tile) {
+static void from_differences(const View<T>& view, int64_t row, int64_t rows, int64_t column, int64_t columns, T* tile) {
   const int64_t wide = padded(view.y.count);
   for (int64_t i = 0; i < rows; ++i) {
     const T* point = view.x.points + (row + i) * view.features;
@@ -118,7 +119,7 @@ static void distances(const View<T>& view, int64_t row, int64_t rows, int64_t co
         const Vector<T> difference = point[k] - load_vector(view.y.features + k * wide + column + j);
         sum += difference * difference;
       }
-      for (int l = 0; l < kLanes<T>; ++l) sum[l] = std::sqrt(sum[l]);
+      for (int l = 0; view.cost == PairCost::kEuclidean && l < kLanes<T>; ++l) sum[l] = std::sqrt(sum[l]);
       store_vector(sum, tile + i * kTileColumns + j);
     }
   }
@@ -130,11 +131,7 @@ template <typename T>
 static const T* form_tile(const View<T>& view, int64_t row, int64_t rows, int64_t column, int64_t columns, T* tile,
                           int64_t& stride) {
   stride = kTileColumns;
-  if (view.cost == PairCost::kEuclidean) {
-    distances(view, row, rows, column, columns, tile);
-    return tile;
-  }
-  if (view.cost == PairCost::kSquaredEuclidean) {
+  if (view.by_products()) {
     Product<T> product{.rows = rows, .columns = padded(columns), .depth = view.features};
     product.a = view.x.points + row * view.features;
     product.a_row = view.features;
@@ -144,6 +141,10 @@ static const T* form_tile(const View<T>& view, int64_t row, int64_t rows, int64_
     product.c = tile;
     product.c_row = kTileColumns;
     multiply_block(product);
+    return tile;
+  }
+  if (view.cost != PairCost::kMatrix) {
+    from_differences(view, row, rows, column, columns, tile);
     return tile;
   }
   const T* from = view.matrix + row * view.row_stride + column * view.column_stride;

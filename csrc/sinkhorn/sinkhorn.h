@@ -11,7 +11,14 @@
 //
 //   sum_i |(P 1)_i - t_i| / sum_i a_i         t_i = a_i, with a penalty a_i exp(-f_i / rho)
 //
-// A symmetric problem (x = y, a = b) has f = g and goes half the way to the update of f alone.
+// With a `start` epsilon falls from there by `scaling`, each time its problem is settled. That leaves potentials which
+// are wrong for the next epsilon, in f + g as much as in f - g. The first iteration there is averaged: f and g go half
+// the way, both from the other's old value, which ends the error in f + g at once (of near sets the one that matters,
+// and the slow one for updates in turn). The others go 1.8 of the way and more, which ends the rest with the square
+// root of the iterations (Thibault et al., 2021); before a problem stops, and in its last iteration, they go 1.
+//
+// A symmetric problem (x = y, a = b) has f = g and takes averaged updates alone; at its end g is updated from f, so
+// that columns are exact there, too.
 //
 // Costs are scores -C_ij / eps = factor z_ij - s_i - s_j, where z is the matrix given or formed from points:
 //
@@ -50,7 +57,7 @@ struct SinkhornCall {
   const T* a = nullptr;        // (batch, rows)
   const T* b = nullptr;        // (batch, columns)
   const T* epsilon = nullptr;  // (batch,)
-  const T* start = nullptr;    // (batch,) epsilon of the first iteration, or null; then it falls by `scaling`
+  const T* start = nullptr;    // (batch,) epsilon of the first iteration, from which it falls by `scaling`, or null
   T scaling = T(0.5);
   T rho_a = infinity<T>();  // infinity: a constraint
   T rho_b = infinity<T>();
@@ -115,13 +122,66 @@ TILEWISE_FN T target_ratio(T f, T epsilon, T rho) {
   return rho < infinity<T>() ? fast_exp(-f * epsilon / rho) : T(1);
 }
 
-// epsilon of iteration t
+// What one iteration of a problem does. `step` is how far updates go: 1/2 (averaged), 1 (exact) or `relaxed`, which
+// grows the longer a problem takes.
 template <typename T>
-TILEWISE_FN T epsilon_at(const T* start, T epsilon, T scaling, int64_t t) {
-  if (start == nullptr) return epsilon;
-  const T now = *start * T(::pow(static_cast<double>(scaling), static_cast<double>(t)));
-  return now > epsilon ? now : epsilon;
-}
+struct Stage {
+  T epsilon;
+  T step = 1;
+  T before = 1;  // the step that the potentials come from: after 1 the columns are exact
+  T relaxed = T(1.8);
+
+  TILEWISE_METHOD bool averages() const { return step < T(1); }
+};
+
+// The stages of a problem, each from the error that the one before found.
+template <typename T>
+struct Schedule {
+  T epsilon;
+  T tol;
+  T scaling;
+  int64_t max_iter;
+  bool falls;  // from a start
+  bool symmetric;
+
+  TILEWISE_METHOD Stage<T> first(T start) const {
+    if (!falls) return {epsilon};
+    return {start > epsilon ? start : epsilon, max_iter == 1 ? T(1) : T(0.5), T(0.5)};
+  }
+
+  // Whether the potentials before iteration t, which have this error, are the solution.
+  TILEWISE_METHOD bool stops(const Stage<T>& stage, T error, int64_t t) const {
+    if (!falls) return t > 0 && error <= tol;
+    return stage.epsilon == epsilon && !stage.averages() && (stage.before == T(1) || symmetric) && error <= tol;
+  }
+
+  TILEWISE_METHOD Stage<T> next(const Stage<T>& stage, T error, int64_t t) const {
+    if (!falls) return stage;
+    const bool last = stage.epsilon == epsilon;
+    const T enough = !last && tol < T(0.005) ? T(0.005) : tol;
+    // A relaxed update leaves its own overshoot in the rows, which the next exact one takes away.
+    const T own = stage.before > T(1) && !symmetric ? 2 * (2 - stage.before) : T(1);
+    const bool settled = !stage.averages() && own * error <= enough;
+    Stage<T> following{stage.epsilon, stage.relaxed, stage.step, stage.relaxed};
+    if (!last && (settled || is_late(stage.epsilon, t))) {
+      const T fallen = stage.epsilon * scaling;
+      following = {fallen > epsilon ? fallen : epsilon, T(0.5), stage.step};
+    } else if (settled || !(error < T(0.5))) {
+      following.step = 1;
+    } else {
+      following.relaxed = 2 - 1 / (1 / (2 - stage.relaxed) + T(0.1));
+    }
+    if (t + 2 == max_iter) following.step = 1;
+    return following;
+  }
+
+ private:
+  // Half of the iterations are for the last epsilon.
+  TILEWISE_METHOD bool is_late(T now, int64_t t) const {
+    const int64_t left = max_iter / 2 - t - 1;
+    return left <= 0 || now * T(::pow(static_cast<double>(scaling), static_cast<double>(left))) > epsilon;
+  }
+};
 
 // One marginal's part of the dual objective, without the mass of P: a_i f_i, or -rho a_i (exp(-f_i / rho) - 1).
 template <typename T>

@@ -94,27 +94,33 @@ class Solver {
 
   void solve(int64_t index) {
     if (call_.symmetric) std::copy(f_, f_ + n_, g_);
-    now_ = epsilon_at(start_, epsilon_, call_.scaling, 0);
+    const Schedule<T> schedule{epsilon_, call_.tol, call_.scaling, call_.max_iter, start_ != nullptr, call_.symmetric};
+    Stage<T> stage = schedule.first(start_ != nullptr ? *start_ : epsilon_);
+    now_ = stage.epsilon;
     rescale(T(1) / now_);
     bool formed = false, stopped = false;
     int64_t t = 0;
     for (; t < call_.max_iter && !parallel_.interrupted(); ++t) {
-      const T following = epsilon_at(start_, epsilon_, call_.scaling, t);
-      if (following != now_) rescale(now_ / following);
-      now_ = following;
-      const bool last_epsilon = now_ == epsilon_;
-      const bool may_stop = t > 0 && last_epsilon;
-      Outcome outcome = formed ? iterate(may_stop) : Outcome::kDrifted;
-      if (outcome == Outcome::kDrifted) {
+      if (stage.epsilon != now_) {
+        if (std::exchange(formed, false)) absorb();
+        change_epsilon(stage.epsilon);
+      }
+      stage_ = stage;
+      const auto may_go_on = [&] {
+        stopped = schedule.stops(stage_, static_cast<T>(error_), t);
+        stage = schedule.next(stage_, static_cast<T>(error_), t);
+        return !stopped;
+      };
+      if (!formed || !iterate(may_go_on)) {
         if (formed) absorb();
-        outcome = iterate_logs(may_stop);
-        formed = kernel_ != nullptr && last_epsilon && outcome != Outcome::kStopped && t + 1 < call_.max_iter;
+        iterate_logs(may_go_on);
+        formed = kernel_ != nullptr && !stopped && stage.epsilon == now_ && t + 1 < call_.max_iter;
         if (formed) form_kernel();
       }
-      stopped = outcome == Outcome::kStopped;
       if (stopped) break;
     }
     if (!stopped) measure(formed);
+    if (call_.symmetric) update_columns_of_symmetric();
     if (formed) absorb();
     rescale(now_);
     call_.n_iter[index] = t;
@@ -123,11 +129,27 @@ class Solver {
   }
 
  private:
-  enum class Outcome { kDone, kStopped, kDrifted };
-
   void rescale(T by) {
     for (int64_t i = 0; i < n_; ++i) f_[i] *= by;
     for (int64_t j = 0; j < m_; ++j) g_[j] *= by;
+  }
+
+  void change_epsilon(T next) {
+    rescale(now_ / next);
+    now_ = next;
+  }
+
+  // From a potential toward its update, which is 0 without a pair.
+  T moved(T potential, T lse, T damp) const {
+    if (!(lse > -infinity<T>())) return T(0);
+    const T updated = -damp * lse, step = call_.symmetric ? T(0.5) : stage_.step;
+    return step == T(1) ? updated : potential + step * (updated - potential);
+  }
+
+  // The same of a factor.
+  T moved_factor(T factor, T updated) const {
+    if (call_.symmetric || stage_.averages()) return std::sqrt(factor * updated);
+    return stage_.step == T(1) ? updated : factor * std::pow(updated / factor, stage_.step);
   }
 
   void in_parallel(int64_t count, const std::function<void(int64_t, int64_t)>& f) const {
@@ -161,24 +183,22 @@ class Solver {
     error_ = mass_of_rows_ > 0 ? sum / mass_of_rows_ : 0;
   }
 
-  Outcome iterate_logs(bool may_stop) {
+  template <typename MayGoOn>
+  void iterate_logs(const MayGoOn& may_go_on) {
     factored_ = false;
     lse_of_rows();
     set_error([&](int64_t i) { return std::exp(static_cast<double>(f_[i]) + row_lse_[i]); });
-    if (may_stop && error_ <= call_.tol) return Outcome::kStopped;
+    if (!may_go_on()) return;
     const T damp_a = damping(call_.rho_a, now_), damp_b = damping(call_.rho_b, now_);
-    for (int64_t i = 0; i < n_; ++i) {
-      const T updated = row_lse_[i] > -infinity<T>() ? -damp_a * row_lse_[i] : T(0);
-      f_[i] = call_.symmetric ? (f_[i] + updated) / 2 : updated;
-    }
+    if (stage_.averages()) fill_hat(flipped_, flipped_.y, f_, a_, now_, row_hat_);
+    for (int64_t i = 0; i < n_; ++i) f_[i] = moved(f_[i], row_lse_[i], damp_a);
     if (call_.symmetric) {
       std::copy(f_, f_ + n_, g_);
-      return Outcome::kDone;
+      return;
     }
-    fill_hat(flipped_, flipped_.y, f_, a_, now_, row_hat_);
+    if (!stage_.averages()) fill_hat(flipped_, flipped_.y, f_, a_, now_, row_hat_);
     lse(flipped_, row_hat_, column_lse_);
-    for (int64_t j = 0; j < m_; ++j) g_[j] = column_lse_[j] > -infinity<T>() ? -damp_b * column_lse_[j] : T(0);
-    return Outcome::kDone;
+    for (int64_t j = 0; j < m_; ++j) g_[j] = moved(g_[j], column_lse_[j], damp_b);
   }
 
   void form_kernel() {
@@ -240,8 +260,8 @@ class Solver {
       const T sum = total<T>(s[i]);
       ratio_of(row + i) = u_[row + i] * sum;
       fine = factor_of(sum, f_[row + i], damp, row_lse_[row + i] == -infinity<T>(), u) && fine;
-      if (call_.symmetric) u = std::sqrt(u * u_[row + i]);
-      weight[i] = a_[row + i] * u;
+      u = moved_factor(u_[row + i], u);
+      weight[i] = a_[row + i] * (stage_.averages() ? u_[row + i] : u);
     }
     if (!fine || !columns) return fine;
     for (int64_t j = 0; j < wide_; j += kLanes<T>) {
@@ -276,10 +296,12 @@ class Solver {
     return fine.load();
   }
 
-  Outcome iterate(bool may_stop) {
-    if (!pass(!call_.symmetric)) return Outcome::kDrifted;
+  // False where a factor drifted: nothing is changed then.
+  template <typename MayGoOn>
+  bool iterate(const MayGoOn& may_go_on) {
+    if (!pass(!call_.symmetric)) return false;
     set_error([&](int64_t i) { return static_cast<double>(ratio_of(i)); });
-    if (may_stop && error_ <= call_.tol) return Outcome::kStopped;
+    if (!may_go_on()) return true;
     if (call_.symmetric) {
       std::swap(u_, next_u_);
       std::copy(u_, u_ + n_, v_);
@@ -291,22 +313,35 @@ class Solver {
         for (int64_t share = 1; share < shares_; ++share) sum += load_vector(partial_ + share * wide_ + j);
         store_vector(sum, partial_ + j);
       }
-      for (int64_t j = 0; fine && j < m_; ++j)
+      for (int64_t j = 0; fine && j < m_; ++j) {
         fine = factor_of(partial_[j], g_[j], damp, column_lse_[j] == -infinity<T>(), next_v_[j]);
-      if (!fine) return Outcome::kDrifted;
+        next_v_[j] = moved_factor(v_[j], next_v_[j]);
+      }
+      if (!fine) return false;
       std::swap(u_, next_u_);
       std::swap(v_, next_v_);
     }
     fill_mass();
-    return Outcome::kDone;
+    return true;
   }
 
   // The error of the potentials as they are.
   void measure(bool formed) {
-    if (formed && pass(false)) return set_error([&](int64_t i) { return static_cast<double>(ratio_of(i)); });
+    if (formed && now_ == epsilon_ && pass(false))
+      return set_error([&](int64_t i) { return static_cast<double>(ratio_of(i)); });
     if (formed) absorb();
+    if (now_ != epsilon_) change_epsilon(epsilon_);
     lse_of_rows();
     set_error([&](int64_t i) { return std::exp(static_cast<double>(f_[i]) + row_lse_[i]); });
+  }
+
+  // g from f, of what the error came from.
+  void update_columns_of_symmetric() {
+    const T damp = damping(call_.rho_a, now_);
+    for (int64_t i = 0; i < n_; ++i) {
+      if (factored_) v_[i] = next_u_[i] * next_u_[i] / u_[i];
+      if (!factored_) g_[i] = row_lse_[i] > -infinity<T>() ? -damp * row_lse_[i] : T(0);
+    }
   }
 
   // The factors enter the potentials.
@@ -340,6 +375,7 @@ class Solver {
   T epsilon_;
   const T* start_;
   T now_ = 0;
+  Stage<T> stage_{};  // of this iteration
   T *row_hat_, *row_lse_, *u_, *next_u_;
   T *column_hat_, *column_lse_, *v_, *next_v_, *mass_;
   T* partial_;           // (shares, columns)

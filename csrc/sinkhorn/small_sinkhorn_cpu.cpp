@@ -99,6 +99,8 @@ class Group {
       epsilon_[l] = epsilon[index];
     }
     now_ = epsilon_;
+    step_ = all<T>(1);
+    exact_ = true;
     factored_ = false;
     mass_of_rows_ = V{};
     for (int64_t i = 0; i < n_; ++i) mass_of_rows_ += a_[i];
@@ -106,48 +108,63 @@ class Group {
 
   void solve(const SinkhornCall<T>& call, int64_t first, int64_t count) {
     load(call.pairs, call.a, call.b, call.epsilon, first, count);
-    V start = epsilon_;
+    Stage<T> stages[kLanes<T>];
+    Schedule<T> schedules[kLanes<T>];
     for (int l = 0; l < kLanes<T>; ++l) {
       const int64_t index = first + (l < count ? l : count - 1);
       for (int64_t i = 0; i < n_; ++i) f_[i][l] = call.f[index * n_ + i];
       for (int64_t j = 0; j < m_; ++j) g_[j][l] = (call.symmetric ? call.f : call.g)[index * m_ + j];
-      if (call.start != nullptr) start[l] = call.start[index] > epsilon_[l] ? call.start[index] : epsilon_[l];
+      schedules[l] = {epsilon_[l], call.tol, call.scaling, call.max_iter, call.start != nullptr, call.symmetric};
+      stages[l] = schedules[l].first(call.start != nullptr ? call.start[index] : epsilon_[l]);
     }
-    now_ = start;
-    set_epsilon();
-    rescale(T(1) / now_);
     symmetric_ = call.symmetric;
     Mask<T> going = epsilon_ == epsilon_;
     V n_iter = {};
     bool formed = false;
-    V decay = all<T>(1);
-    for (int64_t t = 0; t < call.max_iter; ++t, decay *= call.scaling) {
-      const V following = start * decay > epsilon_ ? start * decay : epsilon_;
-      if (any<T>(following != now_)) {
-        rescale(now_ / following);
-        now_ = following;
-        set_epsilon();
-        formed = false;
+    enter(stages);
+    rescale(T(1) / now_);
+    for (int64_t t = 0; t < call.max_iter; ++t) {
+      if (t > 0 && call.start != nullptr) {
+        const V before = now_;
+        enter(stages);
+        if (any<T>(now_ != before)) {
+          absorb();
+          rescale(before / now_);
+          formed = false;
+        }
       }
-      const bool last_epsilon = !any<T>(now_ != epsilon_);
       formed = formed && iterate();
       if (!formed) {
         absorb();
         iterate_logs();
       }
-      if (t > 0) going &= ~((now_ == epsilon_) & (error_ <= call.tol));
+      if (call.start == nullptr && t > 0) going &= ~(error_ <= call.tol);
+      for (int l = 0; call.start != nullptr && l < kLanes<T>; ++l) {
+        if (going[l] && schedules[l].stops(stages[l], error_[l], t)) going[l] = 0;
+        if (going[l]) stages[l] = schedules[l].next(stages[l], error_[l], t);
+      }
       if (!any<T>(going) || (t % kAsk == 0 && parallel_.interrupted())) break;
       n_iter += going ? all<T>(1) : V{};
       commit(going, formed);
-      if (!formed && last_epsilon) {
+      if (!formed) {
         form_kernel();
         formed = true;
       }
     }
-    if (any<T>(going) && !(formed && iterate())) {  // for the error alone
-      absorb();
-      iterate_logs();
+    if (any<T>(going)) {  // for the error alone
+      if (any<T>(now_ != epsilon_)) {
+        absorb();
+        rescale(now_ / epsilon_);
+        now_ = epsilon_;
+        set_epsilon();
+        formed = false;
+      }
+      if (!(formed && iterate())) {
+        absorb();
+        iterate_logs();
+      }
     }
+    if (symmetric_) update_columns_of_symmetric();
     absorb();
     rescale(now_);
     for (int l = 0; l < count; ++l) store(call, first + l, l, static_cast<int64_t>(n_iter[l]));
@@ -164,6 +181,33 @@ class Group {
       damp_b_[l] = damping(rho_b_, now_[l]);
     }
   }
+
+  // What the lanes do in this iteration.
+  void enter(const Stage<T>* stages) {
+    for (int l = 0; l < kLanes<T>; ++l) {
+      now_[l] = stages[l].epsilon;
+      step_[l] = symmetric_ ? T(0.5) : stages[l].step;
+    }
+    exact_ = !any<T>(step_ != T(1));
+    set_epsilon();
+  }
+
+  // From potentials toward their updates, which are 0 without a pair.
+  V moved(V potential, V lse, V damp) const {
+    V updated = lse > -infinity<T>() ? -damp * lse : V{};
+    if (!exact_)
+      updated = (lse > -infinity<T>()) & (step_ != T(1)) ? potential + step_ * (updated - potential) : updated;
+    return updated;
+  }
+
+  // The same of factors.
+  V moved_factor(V factor, V updated) const {
+    if (exact_) return updated;
+    return step_ != T(1) ? factor * fast_exp(step_ * log_of<T>(updated / factor)) : updated;
+  }
+
+  // The rows' potentials or factors that the columns are updated from: averaged, the old.
+  V seen_by_columns(V old, V next) const { return !exact_ ? (step_ < T(1) ? old : next) : next; }
 
   void rescale(V by) {
     for (int64_t i = 0; i < n_; ++i) f_[i] *= by;
@@ -211,14 +255,12 @@ class Group {
     for (int64_t i = 0; i < n_; ++i) row_lse_[i] = lse(cost_ + i * m_, 1, column_hat_, m_);
     set_error([&](int64_t i) { return each<T>(f_[i] + row_lse_[i], [](T x) { return std::exp(x); }); });
     for (int64_t i = 0; i < n_; ++i) {
-      next_f_[i] = row_lse_[i] > -infinity<T>() ? -damp_a_ * row_lse_[i] : V{};
-      if (symmetric_) next_f_[i] = (f_[i] + next_f_[i]) / T(2);
-      row_hat_[i] = next_f_[i] + log_of<T>(a_[i]);
+      next_f_[i] = moved(f_[i], row_lse_[i], damp_a_);
+      row_hat_[i] = seen_by_columns(f_[i], next_f_[i]) + log_of<T>(a_[i]);
     }
     for (int64_t j = 0; j < m_; ++j) {
       column_lse_[j] = symmetric_ ? row_lse_[j] : lse(cost_ + j, m_, row_hat_, n_);
-      next_g_[j] = column_lse_[j] > -infinity<T>() ? -damp_b_ * column_lse_[j] : V{};
-      if (symmetric_) next_g_[j] = next_f_[j];
+      next_g_[j] = symmetric_ ? next_f_[j] : moved(g_[j], column_lse_[j], damp_b_);
     }
   }
 
@@ -264,17 +306,24 @@ class Group {
       for (int64_t j = 0; j < m_; ++j) sum += kernel_[i * m_ + j] * mass_[j];
       s_[i] = sum;
       next_u_[i] = factor_of(sum, f_[i], damp_a_, rho_a_, row_lse_[i], fine);
-      if (symmetric_) {
-        next_u_[i] = each<T>(next_u_[i] * u_[i], [](T x) { return std::sqrt(x); });
-        continue;
-      }
-      const V weight = a_[i] * next_u_[i];
+      next_u_[i] = moved_factor(u_[i], next_u_[i]);
+      if (symmetric_) continue;
+      const V weight = a_[i] * seen_by_columns(u_[i], next_u_[i]);
       for (int64_t j = 0; j < m_; ++j) c_[j] += kernel_[i * m_ + j] * weight;
     }
     set_error([&](int64_t i) { return u_[i] * s_[i]; });
     for (int64_t j = 0; j < m_; ++j)
-      next_v_[j] = symmetric_ ? next_u_[j] : factor_of(c_[j], g_[j], damp_b_, rho_b_, column_lse_[j], fine);
+      next_v_[j] =
+          symmetric_ ? next_u_[j] : moved_factor(v_[j], factor_of(c_[j], g_[j], damp_b_, rho_b_, column_lse_[j], fine));
     return !any<T>(~fine);
+  }
+
+  // g from f, of what the error came from.
+  void update_columns_of_symmetric() {
+    for (int64_t i = 0; i < n_; ++i) {
+      if (factored_) v_[i] = next_u_[i] * next_u_[i] / u_[i];
+      if (!factored_) g_[i] = row_lse_[i] > -infinity<T>() ? -damp_a_ * row_lse_[i] : V{};
+    }
   }
 
   void absorb() {
@@ -318,6 +367,8 @@ class Group {
   V *a_, *f_, *u_, *next_u_, *s_, *next_f_, *row_lse_, *row_hat_;
   V *b_, *g_, *v_, *next_v_, *c_, *next_g_, *column_lse_, *column_hat_, *mass_;
   V epsilon_, now_, factor_, damp_a_, damp_b_, error_, mass_of_rows_;
+  V step_;             // how far updates go
+  bool exact_ = true;  // 1 in all lanes
   bool symmetric_ = false;
   bool factored_ = false;
 };

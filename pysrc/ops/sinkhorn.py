@@ -52,8 +52,9 @@ def sinkhorn(
         reg_marginal: penalties rho > 0 in units of the cost: one for both, or a pair of which one may be None.
         mask: (..., n, m) bool, False forbids a pair. Ragged batches need none: a and b with zeros do it.
         init: (f, g) to start from, (..., n) and (..., m), such as those of an earlier result; constants.
-        epsilon_scaling: in (0, 1): begin with epsilon = max(C) and multiply by this at every iteration until epsilon is
-            reached. Helps where epsilon is far below the costs.
+        epsilon_scaling: in (0, 1): begin with epsilon = max(C) and multiply by this each time that problem is solved to
+            an error of 0.005 (at the latest, so that half of max_iter is left for epsilon itself), with averaged and relaxed
+            updates. Where epsilon is far below the costs it saves most of the iterations.
         gradient: of ``plan()``, ``apply()``: ``"implicit"``, by a linear system, whatever the iterations were;
             ``"unrolled"``, through all max_iter <= 10,000 of them (tol is then not looked at), for n, m <= 64; the
             backward keeps up to 2 (n + m) max_iter numbers for each problem of the batch (on a CPU: of those that it is

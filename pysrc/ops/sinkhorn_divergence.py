@@ -1,11 +1,13 @@
 """sinkhorn_divergence and monge_gap: what is made of the transport between sets of points."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from tilewise.ops import autocast
-from tilewise.ops.sinkhorn_points import _centred, prepared
-from tilewise.ops.transport import Problem
+from tilewise.ops.sinkhorn_points import Pair, _centred, prepared
+from tilewise.ops.transport import Problem, TransportLoss, finished
 from tilewise.reference.rows import statistics_dtype
 
 
@@ -21,14 +23,16 @@ def sinkhorn_divergence(
     tol: float = 1e-6,
     reg_marginal: float | tuple[float, float] | None = None,
     epsilon_scaling: float | None = None,
-) -> Tensor:
+    return_result: bool = False,
+) -> Tensor | TransportLoss:
     r"""The debiased transport cost between two sets of points, with O((n + m) d) memory.
 
     .. math::
         S = V(x, y) - V(x, x) / 2 - V(y, y) / 2 + \epsilon / 2\, (\textstyle\sum a - \sum b)^2
 
     with V of :func:`tilewise.sinkhorn_points`. It is 0 for equal sets and, for these costs, never below, within the
-    error of the three problems.
+    error of the three problems. They are solved by averaged and relaxed updates, with the symmetric potentials of x and
+    of y with themselves, so that sets which are near to each other have an accurate value and gradient.
 
     From "Interpolating between Optimal Transport and MMD using Sinkhorn Divergences" (Feydy et al., 2019), and
     "Sinkhorn Divergences for Unbalanced Optimal Transport" (Sejourne et al., 2019).
@@ -39,6 +43,9 @@ def sinkhorn_divergence(
         a, b, epsilon, cost, max_iter, tol, epsilon_scaling: as for :func:`tilewise.sinkhorn_points`.
         reg_marginal: one penalty for both marginals, or a pair of equal ones: with others x and y would have different
             divergences from themselves.
+        return_result: return a :class:`~tilewise.TransportLoss`, which has the error and the iterations beside the
+            value. Without, a value on a CPU that has not converged is a warning (outside of torch.compile; on a GPU it
+            is not looked at, for that would mean to wait).
 
     Returns:
         (...), differentiable in x, y, a, b and epsilon. It is ``2 * geomloss.SamplesLoss("sinkhorn", p=2,
@@ -61,18 +68,31 @@ def sinkhorn_divergence(
         op, x, y, a, b, epsilon=epsilon, cost=cost, max_iter=max_iter, tol=tol, reg_marginal=reg_marginal,
         epsilon_scaling=epsilon_scaling
     )  # fmt: skip
-    return divergence(pair.x, pair.y, problem, options).reshape(problem.batch)
+    return finished(op, divergence(pair, problem, options), return_result)
 
 
-def divergence(x: Tensor, y: Tensor, problem: Problem, options: dict, debias: bool = True) -> Tensor:
-    """(B,) of prepared points; without debias V(x, y) alone."""
+def divergence(pair: Pair, problem: Problem, options: dict, debias: bool = True) -> TransportLoss:
+    """Of prepared points; without debias V(x, y) alone."""
     a, b, epsilon = problem.a, problem.b, problem.epsilon
-    value = torch.ops.tilewise.sinkhorn_points(x, y, a, b, epsilon, **options)[2]
-    if not debias:
-        return value
-    of_x = torch.ops.tilewise.sinkhorn_points(x, x, a, a, epsilon, **options, symmetric=True)[2]
-    of_y = torch.ops.tilewise.sinkhorn_points(y, y, b, b, epsilon, **options, symmetric=True)[2]
-    return value - (of_x + of_y) / 2 + epsilon / 2 * (a.sum(1) - b.sum(1)).square()
+    _, _, value, error, n_iter = solved(pair.x, pair.y, a, b, epsilon, **options)
+    if debias:
+        of_x, of_y = (
+            solved(points, points, w, w, epsilon, **options, symmetric=True)[2:]
+            for points, w in ((pair.x, a), (pair.y, b))
+        )
+        value = value - (of_x[0] + of_y[0]) / 2 + epsilon / 2 * (a.sum(1) - b.sum(1)).square()
+        error, n_iter = (
+            torch.maximum(ours, torch.maximum(of_x[i], of_y[i])) for i, ours in ((1, error), (2, n_iter))
+        )
+    parts = (value, n_iter, error, error <= problem.tol)
+    return TransportLoss(*(t.reshape(problem.batch) for t in parts))
+
+
+def solved(x: Tensor, y: Tensor, a: Tensor, b: Tensor, epsilon: Tensor, *, start=None, **options):
+    """(f, g, value, error, n_iter); epsilon begins to fall from epsilon itself where nothing else is said, for the
+    updates that go with it."""
+    start = epsilon.detach() if start is None else start
+    return torch.ops.tilewise.sinkhorn_points(x, y, a, b, epsilon, start=start, **options)
 
 
 def monge_gap(
@@ -84,7 +104,8 @@ def monge_gap(
     max_iter: int = 1000,
     tol: float = 1e-6,
     epsilon_scaling: float | None = None,
-) -> Tensor:
+    return_result: bool = False,
+) -> Tensor | TransportLoss:
     r"""How far a map T is from an optimal one on the points x: what it pays above the cheapest way to T(x).
 
     .. math::
@@ -100,6 +121,7 @@ def monge_gap(
         x: (..., n, d), float64 (on a CPU), float32, bfloat16 or float16 (these two are computed in float32).
         tx: (..., n, d) of the same dtype (under autocast, of any): where the map takes each x.
         epsilon, cost, max_iter, tol, epsilon_scaling: as for :func:`tilewise.sinkhorn_points`.
+        return_result: as for :func:`tilewise.sinkhorn_divergence`.
 
     Returns:
         (...), differentiable in x, tx and epsilon through both terms.
@@ -122,7 +144,8 @@ def monge_gap(
         op, x, tx, None, None, epsilon=epsilon, cost=cost, max_iter=max_iter, tol=tol, reg_marginal=None,
         epsilon_scaling=epsilon_scaling
     )  # fmt: skip
-    value = divergence(pair.x, pair.y, problem, options, debias=False)
+    loss = divergence(pair, problem, options, debias=False)
+    value = loss.value
     entropy = 2 * value.new_full((), x.shape[-2]).log()
     wide = statistics_dtype(x)
     difference = x.to(wide) - tx.to(wide)
@@ -131,4 +154,5 @@ def monge_gap(
     paid = difference.square().sum(-1)
     if cost == "euclidean":
         paid = torch.where(paid > 0, torch.where(paid > 0, paid, 1).sqrt(), 0)
-    return paid.mean(-1) - (value - problem.epsilon * entropy).reshape(problem.batch)
+    gap = paid.mean(-1) - (value - (problem.epsilon * entropy).reshape(problem.batch))
+    return finished(op, replace(loss, value=gap), return_result)

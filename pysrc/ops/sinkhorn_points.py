@@ -48,7 +48,8 @@ def sinkhorn_points(
         epsilon: > 0, a number or a tensor of shape () or that of the batch, in units of the cost.
         cost: ``"sqeuclidean"`` |x - y|^2, ``"euclidean"`` |x - y|, or ``"cosine"`` 1 - cos(x, y).
         max_iter, tol, reg_marginal, init: as for :func:`tilewise.sinkhorn`.
-        epsilon_scaling: in (0, 1): begin with epsilon = the largest cost that the points' bounding box allows.
+        epsilon_scaling: in (0, 1): begin with epsilon = the largest cost that the points' bounding box allows, as for
+            :func:`tilewise.sinkhorn`.
 
     Returns:
         A :class:`~tilewise.SinkhornResult`. Gradients reach x, y, a, b and epsilon through ``value`` (twice), through
@@ -195,6 +196,8 @@ def _backward(ctx, grad_f, grad_g, grad, *_):
     if grad is None:
         return (None,) * 8
     x, y, a, b, epsilon, f, g = ctx.saved_tensors
+    if ctx.symmetric:  # g is one update from f: between them the plan is symmetric, and nearer to the solution
+        f = g = (f + g) / 2
     cost, rho_a, rho_b = ctx.options.values()
     need_x, need_y, need_a, need_b, need_epsilon = ctx.needs_input_grad[:5]
     over = {"over_distance": True} if cost == "euclidean" else {}

@@ -1,6 +1,7 @@
 """What the operators of entropic optimal transport share: checked arguments, the derivative of a solved problem, and
 the result that users hold."""
 
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -187,6 +188,49 @@ def refuse_second(op: str, of: str) -> None:
         raise RuntimeError(f"tilewise.{of}: expected no further differentiation: its gradients have no derivative here")
 
     torch.library.register_autograd(f"tilewise::{op}", refuse)
+
+
+@dataclass(frozen=True)
+class TransportLoss:
+    """A loss made of solved transport problems, with how near to the solution they are: what
+    :func:`tilewise.sinkhorn_divergence`, :func:`tilewise.monge_gap` and :class:`tilewise.nn.SamplesLoss` return when
+    ``return_result`` is True.
+
+    Attributes:
+        value: (...) the loss, differentiable.
+        n_iter: (...) int64, the most iterations that one of its problems took.
+        marginal_error: (...) the largest of its problems' errors.
+        converged: (...) whether that is at most tol.
+    """
+
+    value: Tensor
+    n_iter: Tensor
+    marginal_error: Tensor
+    converged: Tensor
+
+
+def finished(op: str, loss: TransportLoss, return_result: bool) -> Tensor | TransportLoss:
+    """What the caller wants of it; a value alone warns where it is not the solution's. Nobody waits for a device, and a
+    graph that is being compiled has no values."""
+    if return_result:
+        return loss
+    known = loss.converged.device.type == "cpu" and type(loss.converged) is Tensor
+    if known and not torch.compiler.is_compiling() and not loss.converged.all():
+        error, n_iter = float(loss.marginal_error.max()), int(loss.n_iter.max())
+        warnings.warn(
+            f"tilewise.{op}: not converged: the marginals' error is {error:.1e} after {n_iter} iterations; "
+            "let it have more (max_iter), a larger epsilon, or epsilon_scaling",
+            stacklevel=_level_of_caller(),
+        )
+    return loss.value
+
+
+def _level_of_caller() -> int:
+    """Of whoever called this library, for warnings, which are shown once for each place."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("tilewise.", "torch.nn.")):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 @dataclass(frozen=True, repr=False)

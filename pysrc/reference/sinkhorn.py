@@ -6,6 +6,9 @@ Potentials are kept in units of epsilon, f / epsilon, and the cost C as scores -
 import torch
 from torch import Tensor
 
+SETTLED = 0.005  # the error with which epsilon falls on
+RELAXED = 1.8  # how far updates go, to begin with, where epsilon falls
+
 
 def costs_of_points(x: Tensor, y: Tensor, cost: str, by_products: bool = False) -> Tensor:
     """The matrix of costs (B, n, m): from differences or, of squares where memory matters, from products."""
@@ -45,34 +48,63 @@ def row_error(scores: Tensor, f: Tensor, g: Tensor, a: Tensor, b: Tensor, epsilo
     return torch.where(mass > 0, (sums - target).abs().sum(1) / mass, 0)
 
 
+def after_iteration(t, error, stage, epsilon, *, max_iter, tol, scaling, symmetric):
+    """The stage (epsilon, step, step before, relaxed) that follows that of iteration t, and whether the problem stops
+    before it; csrc/sinkhorn/sinkhorn.h says why."""
+    now, step, before, relaxed = stage
+    last, begun = now == epsilon, step >= 1
+    stop = last & begun & ((before == 1) | symmetric) & (error <= tol)
+    own = torch.where((before > 1) & (not symmetric), 2 * (2 - before), 1)
+    settled = begun & (own * error <= torch.where(last, tol, max(tol, SETTLED)))
+    late = now * scaling ** max(max_iter // 2 - t - 1, 0) > epsilon
+    falls = ~last & (settled | late)
+    is_exact = settled | ~(error < 0.5)
+    following = torch.where(falls, 0.5, torch.where(is_exact, 1.0, relaxed))
+    if t + 2 == max_iter:
+        following = torch.ones_like(following)
+    further = torch.where(is_exact, relaxed, 2 - 1 / (1 / (2 - relaxed) + 0.1))
+    fallen = torch.where(falls, torch.maximum(now * scaling, epsilon), now)
+    return (fallen, following, step, torch.where(falls, RELAXED, further)), stop
+
+
 def solve(cost, a, b, epsilon, f, g, start, *, max_iter, tol, rho_a, rho_b, scaling, symmetric=False):
     """Potentials, value, error of the rows and the number of iterations of every problem, each stopped on its own."""
-    start = epsilon if start is None else torch.maximum(start, epsilon)
-    now = start
-    f = cost.new_zeros(cost.shape[:2]) if f is None else f / now[:, None]
-    g = cost.new_zeros(cost.shape[0], cost.shape[2]) if g is None else g / now[:, None]
+    now = epsilon if start is None else torch.maximum(start, epsilon)
+    step = torch.full_like(epsilon, 1.0 if start is None or max_iter == 1 else 0.5)
+    stage = now, step, torch.full_like(epsilon, 0.5), torch.full_like(epsilon, RELAXED)
+    f = torch.zeros_like(a) if f is None else f
+    g = torch.zeros_like(b) if g is None else g
+    if symmetric:
+        g = f
     n_iter = torch.zeros(len(cost), dtype=torch.int64, device=cost.device)
     going = torch.ones(len(cost), dtype=torch.bool, device=cost.device)
+
     for t in range(max_iter):
-        following = torch.maximum(start * scaling**t, epsilon)
-        f, g = (p * (now / following)[:, None] for p in (f, g))
-        now = following
-        scores = -cost / now[:, None, None]
-        if t > 0:
-            done = row_error(scores, f, g, a, b, now, rho_a) <= tol
-            going = going & ~((now == epsilon) & done)
-        damp_a, damp_b = damping(now, rho_a), damping(now, rho_b)
-        next_f = updated(scores, g, b, damp_a)
-        if symmetric:
-            next_f = next_g = (f + next_f) / 2
-        else:
-            next_g = updated(scores.mT, next_f, a, damp_b)
-        f, g = (torch.where(going[:, None], p, old) for p, old in ((next_f, f), (next_g, g)))
-        n_iter += going
+        now, step = stage[0], stage[1][:, None]
+        scores, unit = -cost / now[:, None, None], now[:, None]
+        error = row_error(scores, f / unit, g / unit, a, b, now, rho_a)
+        following, stop = stage, (error <= tol) & (t > 0)
+        if start is not None:
+            options = {"max_iter": max_iter, "tol": tol, "scaling": scaling, "symmetric": symmetric}
+            following, stop = after_iteration(t, error, stage, epsilon, **options)
+        going = going & ~stop
         if not going.any():
             break
-    error = row_error(-cost / now[:, None, None], f, g, a, b, now, rho_a)
-    f, g = f * now[:, None], g * now[:, None]
+        updated_f = unit * updated(scores, g / unit, b, damping(now, rho_a))
+        if symmetric:
+            next_f = next_g = (f + updated_f) / 2
+        else:
+            next_f = torch.where(step == 1, updated_f, f + step * (updated_f - f))
+            seen = torch.where(step < 1, f, next_f)
+            updated_g = unit * updated(scores.mT, seen / unit, a, damping(now, rho_b))
+            next_g = torch.where(step == 1, updated_g, g + step * (updated_g - g))
+        f, g = (torch.where(going[:, None], p, old) for p, old in ((next_f, f), (next_g, g)))
+        n_iter += going
+        stage = following
+    scores, unit = -cost / epsilon[:, None, None], epsilon[:, None]
+    error = row_error(scores, f / unit, g / unit, a, b, epsilon, rho_a)
+    if symmetric:
+        g = unit * updated(scores, f / unit, a, damping(epsilon, rho_a))
     return f, g, value_of(f, g, a, b, epsilon, rho_a, rho_b), error, n_iter
 
 
