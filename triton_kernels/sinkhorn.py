@@ -25,11 +25,12 @@ from .pairs import (
 )
 from .rows import softmax_merge
 from .small_sinkhorn import solve_small
+from .transport_stages import first_stages, moved, stage_after
 
 CHECK_EVERY = 16  # iterations after which the host asks whether all problems have stopped
 
 
-@triton.jit(do_not_specialize=["t", "max_iter"])
+@triton.jit(do_not_specialize=["t", "max_iter", "averaged_offset"])
 def sinkhorn_half_step_kernel(
     x_ptr,
     y_ptr,
@@ -37,11 +38,13 @@ def sinkhorn_half_step_kernel(
     y_squares_ptr,
     f_ptr,
     g_ptr,
+    averaged_offset,
     new_f_ptr,
     log_b_ptr,
     a_ptr,
     mass_ptr,
-    start_ptr,
+    stage_ptr,
+    next_ptr,
     epsilon_ptr,
     partial_ptr,
     ticket_ptr,
@@ -49,9 +52,10 @@ def sinkhorn_half_step_kernel(
     n_iter_ptr,
     t,
     max_iter,
-    decay,
+    scaling,
     tol,
     rho,
+    B,
     N,
     M,
     x_batch,
@@ -65,15 +69,22 @@ def sinkhorn_half_step_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """The update of f from g, of a problem that has done t iterations. With a it also takes the error of f: the last
-    program of the problem adds up those of all, and unless that stops the problem it counts the iteration."""
+    """The update of f from g, of a problem that has done t iterations; averaged, from the g before. With a it also
+    takes the error of f: the last program of the problem adds up those of all, and unless that stops the problem it
+    counts the iteration and says what the next one does."""
     programs = tl.cdiv(N, BLOCK_N)
     problem = (tl.program_id(0) // programs).to(tl.int64)
     block = tl.program_id(0) % programs
     if tl.load(n_iter_ptr + problem) < t:
         return
     epsilon = tl.load(epsilon_ptr + problem)
-    now = tl.maximum(tl.load(start_ptr + problem) * decay, epsilon)
+    now, step = epsilon, 1.0
+    if stage_ptr is not None:
+        now = tl.load(stage_ptr + problem)
+        step = tl.load(stage_ptr + B + problem)
+        if a_ptr is not None:
+            now = tl.where(t == max_iter, epsilon, now)
+        g_ptr += tl.where(step < 1, averaged_offset, 0)
     inverse = 1.0 / now
     i = block * BLOCK_N + tl.arange(0, BLOCK_N)
     in_rows, rows = i < N, problem * N + i
@@ -91,10 +102,13 @@ def sinkhorn_half_step_kernel(
     if x_squares_ptr is not None:
         lse -= tl.load(x_squares_ptr + rows, mask=in_rows, other=0.0) * inverse
     new_f = now * updated(lse, damping(now, rho))
-    if a_ptr is not None:
+    if stage_ptr is not None or a_ptr is not None:
         f = tl.load(f_ptr + rows, mask=in_rows, other=0.0)
         if SYMMETRIC:
             new_f = (f + new_f) * 0.5
+        elif stage_ptr is not None:
+            new_f = moved(f, new_f, step)
+    if a_ptr is not None:
         a = tl.load(a_ptr + rows, mask=in_rows, other=0.0)
         partials = partial_ptr + problem * programs
         tl.store(partials + block, tl.sum(row_errors(a, f, lse, inverse, rho)))
@@ -106,7 +120,16 @@ def sinkhorn_half_step_kernel(
             mass = tl.load(mass_ptr + problem)
             error = tl.where(mass > 0, error / mass, 0.0)
             tl.store(error_ptr + problem, error)
-            stops = (t > 0) & (now == epsilon) & (error <= tol)
+            stops = (t > 0) & (error <= tol)
+            if stage_ptr is not None:
+                before, relaxed = tl.load(stage_ptr + 2 * B + problem), tl.load(stage_ptr + 3 * B + problem)
+                now, step, before, relaxed, stops = stage_after(
+                    now, step, before, relaxed, error, t, epsilon, max_iter, tol, scaling, SYMMETRIC
+                )
+                tl.store(next_ptr + problem, now)
+                tl.store(next_ptr + B + problem, step)
+                tl.store(next_ptr + 2 * B + problem, before)
+                tl.store(next_ptr + 3 * B + problem, relaxed)
             tl.store(n_iter_ptr + problem, tl.where(stops, t, tl.minimum(t + 1, max_iter)).to(tl.int64))
     tl.store(new_f_ptr + rows, new_f, mask=in_rows)
 
@@ -218,34 +241,38 @@ def solve_large(
     partials = f.new_empty(programs)
     tickets = torch.zeros_like(n_iter, dtype=torch.int32)
     log_a, log_b, mass = a.log(), b.log(), a.sum(1)
-    state = (start, epsilon, partials, tickets, error, n_iter)
+    stages = (None, None) if start is None else first_stages(start, epsilon, max_iter)
+    state = (epsilon, partials, tickets, error, n_iter)
+    options = (max_iter, scaling, tol)
 
-    def update_rows(t, decay):
+    def update_rows(t):
         f, new_f = buffers[t % 2], buffers[1 - t % 2]
         sinkhorn_half_step_kernel[(programs,)](
-            *pairs.tensors, f, f if symmetric else g, new_f, log_b, a, mass, *state, t, max_iter, decay, tol, rho_a,
-            *pairs.sizes, SYMMETRIC=symmetric, **shape,
+            *pairs.tensors, f, f if symmetric else g, 0, new_f, log_b, a, mass, stages[t % 2], stages[1 - t % 2],
+            *state, t, *options, rho_a, len(f), *pairs.sizes, SYMMETRIC=symmetric, **shape,
         )  # fmt: skip
 
-    def update_columns(t, decay):
+    def update_columns(t):
+        new_f = buffers[1 - t % 2]
+        before = f.numel() * (1 if t % 2 else -1)  # where the f of before lies
         sinkhorn_half_step_kernel[(column_programs,)](
-            *swapped.tensors, None, buffers[t % 2], g, log_a, None, None, *state, t, max_iter, decay, tol, rho_b,
-            *swapped.sizes, SYMMETRIC=False, **column_shape,
+            *swapped.tensors, g, new_f, before, g, log_a, None, None, stages[t % 2], None, *state, t + 1, *options,
+            rho_b, len(f), *swapped.sizes, SYMMETRIC=False, **column_shape,
         )  # fmt: skip
 
-    decay, asked = 1.0, Asked(n_iter)
+    asked = Asked(n_iter)
     for t in range(max_iter):
         if t > 0 and t % CHECK_EVERY == 0 and not asked.any(n_iter >= t):
             break
-        decay = scaling**t
-        update_rows(t, decay)
+        update_rows(t)
         if not symmetric:
-            update_columns(t + 1, decay)
+            update_columns(t)
     else:
-        update_rows(max_iter, decay)  # for the error alone
-    torch.where((n_iter % 2 == 0)[:, None], *buffers, out=f)
-    if symmetric:
-        g.copy_(f)
+        update_rows(max_iter)  # for the error alone
+    is_even = (n_iter % 2 == 0)[:, None]
+    torch.where(is_even, *buffers, out=f)
+    if symmetric:  # the other buffer has the mean of f and its update
+        torch.where(is_even, *buffers.flip(0), out=g).mul_(2).sub_(f)
 
 
 def solve(
@@ -256,7 +283,7 @@ def solve(
     g = torch.zeros_like(b) if g is None else g.clone()
     error, n_iter = torch.empty_like(epsilon), torch.zeros_like(epsilon, dtype=torch.int64)
     options = {"max_iter": max_iter, "tol": tol, "rho_a": rho_a, "rho_b": rho_b, "scaling": scaling}
-    arguments = (f, g, a, b, epsilon if start is None else start, epsilon, error, n_iter)
+    arguments = (f, g, a, b, start, epsilon, error, n_iter)
     if pairs.batch > 0:
         with torch.cuda.device_of(a):
             if pairs.small:

@@ -6,6 +6,7 @@ import triton.language as tl
 
 from .pairs import SMALL, damping, log_sum_exp, pairs_of_matrix, pairs_of_tile, row_errors, updated
 from .rows import finite_max
+from .transport_stages import moved, stage_after
 
 
 @triton.jit(do_not_specialize=["max_iter"])
@@ -50,27 +51,46 @@ def sinkhorn_small_kernel(
     log_b = tl.load(log_b_ptr + columns, mask=j < M, other=float("-inf"))
     costs = pairs_of_tile(x_ptr, y_ptr, problem, i, j, N, M, x_batch, y_batch, row_stride, column_stride, D, KIND, 1)
     mass = tl.sum(a)
-    start, epsilon = tl.load(start_ptr + problem), tl.load(epsilon_ptr + problem)
-    decay, error, t = mass * 0.0 + 1.0, mass * 0.0, max_iter * 0
+    epsilon = tl.load(epsilon_ptr + problem)
+    now, step, before, relaxed = epsilon, epsilon * 0.0 + 1.0, epsilon * 0.0 + 0.5, epsilon * 0.0 + 1.8
+    if start_ptr is not None:
+        now = tl.maximum(tl.load(start_ptr + problem), epsilon)
+        step = tl.where(max_iter == 1, 1.0, before)
+    error, t = mass * 0.0, max_iter * 0
     going = t < max_iter
     while going:
-        now = tl.maximum(start * decay, epsilon)
+        if start_ptr is not None:
+            now = tl.where(t == max_iter, epsilon, now)
         inverse = 1.0 / now
         scores = costs * -inverse
         lse = log_sum_exp(scores + (g * inverse + log_b)[None, :], 1)
         error = tl.where(mass > 0, tl.sum(row_errors(a, f, lse, inverse, rho_a)) / mass, 0.0)
-        going = (t < max_iter) & ((t == 0) | (now > epsilon) | (error > tol))
+        going = (t < max_iter) & ((t == 0) | (error > tol))
         new_f = now * updated(lse, damping(now, rho_a))
         if SYMMETRIC:
-            new_f = (f + new_f) * 0.5
             new_g = new_f
+            new_f = (f + new_f) * 0.5
         else:
-            lse = log_sum_exp(scores + (new_f * inverse + log_a)[:, None], 0)
+            if start_ptr is not None:
+                new_f = moved(f, new_f, step)
+            seen = tl.where(step < 1, f, new_f)
+            lse = log_sum_exp(scores + (seen * inverse + log_a)[:, None], 0)
             new_g = now * updated(lse, damping(now, rho_b))
+            if start_ptr is not None:
+                new_g = moved(g, new_g, step)
+        if start_ptr is not None:
+            next_now, next_step, next_before, next_relaxed, stops = stage_after(
+                now, step, before, relaxed, error, t, epsilon, max_iter, tol, scaling, SYMMETRIC
+            )
+            going = (t < max_iter) & (stops == 0)
+            now = tl.where(going, next_now, now)
+            step, before, relaxed = next_step, next_before, next_relaxed
         f = tl.where(going, new_f, f)
-        g = tl.where(going, new_g, g)
+        if SYMMETRIC:
+            g = tl.where(going, f, new_g)  # in the end the update of f
+        else:
+            g = tl.where(going, new_g, g)
         t += going.to(tl.int32)
-        decay = tl.where(t < max_iter, decay * scaling, decay)
     tl.store(f_ptr + rows, f, mask=i < N)
     tl.store(g_ptr + columns, g, mask=j < M)
     tl.store(error_ptr + problem, error)

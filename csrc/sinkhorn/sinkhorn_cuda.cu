@@ -8,8 +8,11 @@
 namespace tilewise {
 namespace {
 
-__device__ __forceinline__ float epsilon_now(const SinkhornDecision& decision, int64_t problem) {
-  return fmaxf(decision.start[problem] * decision.decay, decision.epsilon[problem]);
+// Of the iteration, or of the pass after the last.
+__device__ __forceinline__ Stage<float> stage_of(const SinkhornDecision& decision, int64_t problem) {
+  const float epsilon = decision.epsilon[problem];
+  if (decision.stages == nullptr || decision.t == decision.max_iter) return {epsilon};
+  return decision.stages[problem];
 }
 
 __device__ __forceinline__ float total_error(const SinkhornDecision& decision, int64_t problem, float* shared) {
@@ -20,14 +23,17 @@ __device__ __forceinline__ float total_error(const SinkhornDecision& decision, i
   return decision.mass[problem] > 0.0f ? sum / decision.mass[problem] : 0.0f;
 }
 
-// Whether iteration t counts, the same in every block of a problem; the first says so.
+// Whether iteration t counts, the same in every block of a problem; the first says so, and what follows.
 __device__ __forceinline__ bool goes_on(const SinkhornDecision& decision, int64_t problem, bool first, float* shared) {
   const float error = total_error(decision, problem, shared);
-  const bool at_last = epsilon_now(decision, problem) == decision.epsilon[problem];
-  const bool on = decision.t == 0 || !at_last || !(error <= decision.tol);
+  const Schedule<float> schedule{decision.epsilon[problem],  decision.tol,      decision.scaling, decision.max_iter,
+                                 decision.stages != nullptr, decision.symmetric};
+  const Stage<float> stage = stage_of(decision, problem);
+  const bool on = !schedule.stops(stage, error, decision.t);
   if (first && threadIdx.x == 0) {
     decision.error[problem] = error;
     if (on) decision.n_iter[problem] = decision.t + 1;
+    if (schedule.falls) decision.following[problem] = schedule.next(stage, error, decision.t);
   }
   return on;
 }
@@ -42,9 +48,10 @@ __global__ void __launch_bounds__(kThreads) half_step_kernel(const __grid_consta
   const int64_t problem = flat_block() / tiles, tile = flat_block() % tiles;
   if (problem >= pairs.batch || step.decision.n_iter[problem] < step.decision.t) return;
   if (step.own == nullptr && !goes_on(step.decision, problem, tile == 0, sums)) return;
-  const float now = epsilon_now(step.decision, problem), inverse = 1.0f / now, factor = factor_of<kCost>(inverse);
+  const Stage<float> stage = stage_of(step.decision, problem);
+  const float now = stage.epsilon, inverse = 1.0f / now, factor = factor_of<kCost>(inverse);
   const int64_t row = tile * kTile;
-  const Side side{step.from, step.y_squares, step.other};
+  const Side side{stage.averages() ? step.averaged_from : step.from, step.y_squares, step.other};
   float top[4], total[4];
 #pragma unroll
   for (int r = 0; r < 4; ++r) top[r] = -infinity<float>(), total[r] = 0.0f;
@@ -86,12 +93,13 @@ __global__ void __launch_bounds__(kThreads) half_step_kernel(const __grid_consta
     float lse = dead ? -infinity<float>() : top[r] + ::logf(total[r]);
     if (step.x_squares != nullptr) lse -= step.x_squares[at] * inverse;
     float after = dead ? 0.0f : -now * damping(step.rho, now) * lse;
+    const float how_far = step.symmetric ? 0.5f : stage.step;
+    const float was = how_far != 1.0f || step.own != nullptr ? step.before[at] : 0.0f;
     if (step.own != nullptr) {
-      const float before = step.before[at], a = step.own[at];
-      const float ratio = target_ratio(before * inverse, now, step.rho);
-      if (a > 0.0f) error += a * fabsf(::expf(before * inverse + lse) - ratio);
-      if (step.symmetric) after = 0.5f * (before + after);
+      const float a = step.own[at], ratio = target_ratio(was * inverse, now, step.rho);
+      if (a > 0.0f) error += a * fabsf(::expf(was * inverse + lse) - ratio);
     }
+    if (how_far != 1.0f) after = was + how_far * (after - was);
     step.after[at] = after;
   }
   if (step.own == nullptr) return;
@@ -115,7 +123,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 __global__ void __launch_bounds__(kThreads)
-    prepare_kernel(const __grid_constant__ SinkhornCall<float> call, float* mass) {
+    prepare_kernel(const __grid_constant__ SinkhornCall<float> call, float* mass, Stage<float>* stages) {
   const int64_t problem = flat_block();
   if (problem >= call.pairs.batch) return;
   double sum = 0.0;
@@ -124,6 +132,9 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x != 0) return;
   mass[problem] = static_cast<float>(sum);
   call.n_iter[problem] = 0;
+  if (stages == nullptr) return;
+  const Schedule<float> schedule{call.epsilon[problem], call.tol, call.scaling, call.max_iter, true, call.symmetric};
+  stages[problem] = schedule.first(call.start[problem]);
 }
 
 __global__ void __launch_bounds__(kThreads)
@@ -142,9 +153,11 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const __grid_constant_
   double dual = 0.0, of_a = 0.0, of_b = 0.0, mass = 0.0;
   for (int64_t i = threadIdx.x; i < rows; i += kThreads) {
     const int64_t at = problem * rows + i;
-    const float f = copies ? finish.second[at] : call.f[at];
+    const float here = call.f[at], there = finish.second != nullptr ? finish.second[at] : here;
+    const float f = copies ? there : here;
     if (copies) call.f[at] = f;
-    if (call.symmetric) call.g[at] = f;
+    // The other buffer has the mean of f and its update.
+    if (call.symmetric && finish.second != nullptr) call.g[at] = 2.0f * (copies ? here : there) - f;
     dual += dual_term(call.a[at], f, call.rho_a);
     of_a += call.a[at];
   }
@@ -174,9 +187,9 @@ const char* sinkhorn_squares_cuda(const float* points, int64_t count, int64_t fe
                 count, features, squares);
 }
 
-const char* sinkhorn_prepare_cuda(const SinkhornCall<float>& call, float* mass, void* stream) {
+const char* sinkhorn_prepare_cuda(const SinkhornCall<float>& call, float* mass, Stage<float>* stages, void* stream) {
   return launch(prepare_kernel, flat_grid(call.pairs.batch), dim3(kThreads), kThreads / kWarp * sizeof(double), stream,
-                call, mass);
+                call, mass, stages);
 }
 
 const char* sinkhorn_half_step_cuda(const SinkhornHalfStep& step, void* stream) {

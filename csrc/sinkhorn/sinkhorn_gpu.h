@@ -18,9 +18,11 @@ TILEWISE_FN int64_t row_tiles(int64_t rows) { return (rows + kTileRows - 1) / kT
 struct SinkhornDecision {
   int64_t t = 0;
   int64_t max_iter = 0;
-  float decay = 1.0f;  // now = max(start decay, epsilon)
   float tol = 0.0f;
-  const float* start = nullptr;
+  float scaling = 0.5f;
+  bool symmetric = false;
+  const Stage<float>* stages = nullptr;  // (batch,) of this iteration; null: epsilon does not fall
+  Stage<float>* following = nullptr;     // of the next
   const float* epsilon = nullptr;
   const float* partials = nullptr;  // (batch, tiles)
   int64_t tiles = 0;
@@ -29,14 +31,16 @@ struct SinkhornDecision {
   int64_t* n_iter = nullptr;
 };
 
-// Half an iteration: new potentials `after` of the rows of `pairs`, which are the columns of the problem in turn. With
-// `own` it also takes the error of the rows in their potentials `before`; without, it decides first whether it counts.
+// Half an iteration: new potentials `after` of the rows of `pairs`, which are the columns of the problem in turn, from
+// those that they had `before`. With `own` it also takes the error of the rows in these; without, it decides first
+// whether it counts.
 struct SinkhornHalfStep {
   Pairs<float> pairs;
   const float* x_squares = nullptr;
   const float* y_squares = nullptr;
-  const float* from = nullptr;   // (batch, columns): the potentials of the other side
-  const float* other = nullptr;  // their marginal
+  const float* from = nullptr;           // (batch, columns): the potentials of the other side
+  const float* averaged_from = nullptr;  // and of an averaged update
+  const float* other = nullptr;          // their marginal
   const float* own = nullptr;
   const float* before = nullptr;
   float* after = nullptr;
@@ -54,7 +58,7 @@ struct SinkhornFinish {
 };
 
 const char* sinkhorn_squares_cuda(const float* points, int64_t count, int64_t features, float* squares, void* stream);
-const char* sinkhorn_prepare_cuda(const SinkhornCall<float>& call, float* mass, void* stream);
+const char* sinkhorn_prepare_cuda(const SinkhornCall<float>& call, float* mass, Stage<float>* stages, void* stream);
 const char* sinkhorn_half_step_cuda(const SinkhornHalfStep& step, void* stream);
 const char* sinkhorn_decide_cuda(const SinkhornDecision& decision, int64_t batch, void* stream);
 const char* sinkhorn_finish_cuda(const SinkhornFinish& finish, void* stream);
@@ -84,7 +88,7 @@ class SinkhornLaunches {
   static int64_t solve_bytes(const SinkhornCall<float>& call) {
     const Pairs<float>& pairs = call.pairs;
     if (is_small(pairs)) return 0;
-    return bytes(pairs.batch * (pairs.rows + row_tiles(pairs.rows) + 1) + squares_floats(pairs));
+    return bytes(pairs.batch * (pairs.rows + row_tiles(pairs.rows) + 1) + squares_floats(pairs)) + stage_bytes(call);
   }
   static int64_t apply_bytes(const SinkhornApply<float>& call) { return bytes(squares_floats(call.pairs)); }
   static int64_t unrolled_bytes(const SinkhornUnrolled<float>& call) { return bytes(unrolled_floats(call)); }
@@ -99,12 +103,14 @@ class SinkhornLaunches {
     float* second = take(pairs.batch * pairs.rows);
     float* partials = take(pairs.batch * row_tiles(pairs.rows));
     float* mass = take(pairs.batch);
-    run(sinkhorn_prepare_cuda(call, mass, stream_));
+    Stage<float>* stages = call.start == nullptr ? nullptr : reinterpret_cast<Stage<float>*>(next_);
+    run(sinkhorn_prepare_cuda(call, mass, stages, stream_));
 
     SinkhornDecision decision;
     decision.max_iter = call.max_iter;
     decision.tol = call.tol;
-    decision.start = call.start != nullptr ? call.start : call.epsilon;
+    decision.scaling = call.scaling;
+    decision.symmetric = call.symmetric;
     decision.epsilon = call.epsilon;
     decision.partials = partials;
     decision.tiles = row_tiles(pairs.rows);
@@ -121,18 +127,22 @@ class SinkhornLaunches {
     rows.symmetric = call.symmetric;
     SinkhornHalfStep columns{.pairs = swapped(pairs), .x_squares = squares.y, .y_squares = squares.x};
     columns.other = call.a;
-    columns.after = call.g;
+    columns.before = columns.after = call.g;
     columns.rho = call.rho_b;
     // A pass after the last iteration is for its error alone.
     for (int64_t t = 0; t <= call.max_iter && error_ == nullptr; ++t) {
-      const int64_t last = t < call.max_iter ? t : call.max_iter - 1;
       decision.t = t;
-      decision.decay = static_cast<float>(::pow(static_cast<double>(call.scaling), static_cast<double>(last)));
+      if (stages != nullptr) {
+        decision.stages = stages + t % 2 * pairs.batch;
+        decision.following = stages + (t + 1) % 2 * pairs.batch;
+      }
       rows.decision = columns.decision = decision;
       rows.before = t % 2 == 0 ? call.f : second;
       rows.after = t % 2 == 0 ? second : call.f;
       if (call.symmetric) rows.from = rows.before;
+      rows.averaged_from = rows.from;
       columns.from = rows.after;
+      columns.averaged_from = rows.before;
       run(sinkhorn_half_step_cuda(rows, stream_));
       if (t == call.max_iter) break;
       run(call.symmetric ? sinkhorn_decide_cuda(decision, pairs.batch, stream_)
@@ -155,6 +165,9 @@ class SinkhornLaunches {
   }
 
  private:
+  static int64_t stage_bytes(const SinkhornCall<float>& call) {
+    return call.start == nullptr ? 0 : 2 * call.pairs.batch * static_cast<int64_t>(sizeof(Stage<float>));
+  }
   static int64_t bytes(int64_t floats) { return floats * static_cast<int64_t>(sizeof(float)); }
   static int64_t unrolled_floats(const SinkhornUnrolled<float>& call) {
     return call.pairs.batch * call.max_iter * (call.pairs.rows + call.pairs.columns);

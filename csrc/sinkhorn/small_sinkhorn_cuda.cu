@@ -149,13 +149,17 @@ __global__ void __launch_bounds__(Shape<K>::kThreads) small_kernel(const __grid_
   const Lines<kLines> log_a = group.load_log(call.a, rows), log_b = group.load_log(call.b, columns);
   const float mass = group.sum(a);
   const float epsilon = group.live() ? call.epsilon[group.problem()] : 1.0f;
-  const float start = group.live() && call.start != nullptr ? call.start[group.problem()] : epsilon;
-  float decay = 1.0f, error = 0.0f;
+  const Schedule<float> schedule{epsilon, call.tol, call.scaling, call.max_iter, call.start != nullptr, call.symmetric};
+  Stage<float> stage = schedule.first(group.live() && call.start != nullptr ? call.start[group.problem()] : epsilon);
+  float error = 0.0f;
   int64_t n_iter = 0;
   bool going = true;
   // What comes after the last iteration is for its error alone.
   for (int64_t t = 0; __any_sync(0xffffffffu, going); ++t) {
-    const float now = fmaxf(start * decay, epsilon), inverse = 1.0f / now;
+    if (going && t == call.max_iter) stage = {epsilon};
+    const float now = stage.epsilon, inverse = 1.0f / now, step = call.symmetric ? 0.5f : stage.step;
+    const bool averages = stage.averages();
+    const auto moved = [&](float from, float to) { return step == 1.0f ? to : fmaf(step, to - from, from); };
     group.each_line([&](int u, int j) { group.column_hats()[j] = fmaf(g.value[u], inverse, log_b.value[u]); });
     group.sync();
     float wrong = 0.0f;
@@ -166,25 +170,29 @@ __global__ void __launch_bounds__(Shape<K>::kThreads) small_kernel(const __grid_
         const float scaled = f.value[u] * inverse;
         wrong += a.value[u] * fabsf(::expf(scaled + lse) - target_ratio(scaled, now, call.rho_a));
       }
-      new_f.value[u] = now * updated(lse, damping(call.rho_a, now));
-      if (call.symmetric) new_f.value[u] = 0.5f * (f.value[u] + new_f.value[u]);
-      group.row_hats()[i] = fmaf(new_f.value[u], inverse, log_a.value[u]);
+      new_f.value[u] = moved(f.value[u], now * updated(lse, damping(call.rho_a, now)));
+      group.row_hats()[i] = fmaf(averages ? f.value[u] : new_f.value[u], inverse, log_a.value[u]);
     });
     wrong = group.sum(wrong);
+    const bool counted = going;
     if (going) {
       error = mass > 0.0f ? wrong / mass : 0.0f;
-      going = group.live() && t < call.max_iter && (t == 0 || now > epsilon || !(error <= call.tol));
+      going = group.live() && t < call.max_iter && !schedule.stops(stage, error, t);
+      if (going) stage = schedule.next(stage, error, t);
     }
     group.sync();
     group.each_line([&](int u, int j) {
       const float lse = log_sum_exp<K>(group.matrix(0) + j, Shape<K>::kPitch, group.row_hats(), -inverse);
-      new_g.value[u] = call.symmetric ? new_f.value[u] : now * updated(lse, damping(call.rho_b, now));
+      new_g.value[u] =
+          call.symmetric ? new_f.value[u] : moved(g.value[u], now * updated(lse, damping(call.rho_b, now)));
     });
+    // In the end g of a symmetric problem is the update of f, of which new_f is the mean with f.
+    if (counted && !going && call.symmetric)
+      group.each_line([&](int u, int) { g.value[u] = 2.0f * new_f.value[u] - f.value[u]; });
     if (!going) continue;
     f = new_f;
     g = new_g;
     n_iter = t + 1;
-    if (n_iter < call.max_iter) decay *= call.scaling;
   }
   group.store(call.f, rows, f);
   group.store(call.g, columns, g);

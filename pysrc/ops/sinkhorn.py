@@ -53,7 +53,7 @@ def sinkhorn(
         mask: (..., n, m) bool, False forbids a pair. Ragged batches need none: a and b with zeros do it.
         init: (f, g) to start from, (..., n) and (..., m), such as those of an earlier result; constants.
         epsilon_scaling: in (0, 1): begin with epsilon = max(C) and multiply by this each time that problem is solved to
-            an error of 0.005 (at the latest, so that half of max_iter is left for epsilon itself), with averaged and relaxed
+            an error of 0.005 (in time for half of max_iter to be left for epsilon itself), with averaged and relaxed
             updates. Where epsilon is far below the costs it saves most of the iterations.
         gradient: of ``plan()``, ``apply()``: ``"implicit"``, by a linear system, whatever the iterations were;
             ``"unrolled"``, through all max_iter <= 10,000 of them (tol is then not looked at), for n, m <= 64; the

@@ -81,9 +81,7 @@ def divergence(pair: Pair, problem: Problem, options: dict, debias: bool = True)
             for points, w in ((pair.x, a), (pair.y, b))
         )
         value = value - (of_x[0] + of_y[0]) / 2 + epsilon / 2 * (a.sum(1) - b.sum(1)).square()
-        error, n_iter = (
-            torch.maximum(ours, torch.maximum(of_x[i], of_y[i])) for i, ours in ((1, error), (2, n_iter))
-        )
+        error, n_iter = (torch.maximum(ours, torch.maximum(of_x[i], of_y[i])) for i, ours in ((1, error), (2, n_iter)))
     parts = (value, n_iter, error, error <= problem.tol)
     return TransportLoss(*(t.reshape(problem.batch) for t in parts))
 
