@@ -88,7 +88,7 @@ class SinkhornLaunches {
   static int64_t solve_bytes(const SinkhornCall<float>& call) {
     const Pairs<float>& pairs = call.pairs;
     if (is_small(pairs)) return 0;
-    return bytes(pairs.batch * (pairs.rows + row_tiles(pairs.rows) + 1) + squares_floats(pairs)) + stage_bytes(call);
+    return bytes(pairs.batch * (pairs.rows + row_tiles(pairs.rows) + 1) + squares_floats(pairs) + stage_floats(call));
   }
   static int64_t apply_bytes(const SinkhornApply<float>& call) { return bytes(squares_floats(call.pairs)); }
   static int64_t unrolled_bytes(const SinkhornUnrolled<float>& call) { return bytes(unrolled_floats(call)); }
@@ -103,7 +103,8 @@ class SinkhornLaunches {
     float* second = take(pairs.batch * pairs.rows);
     float* partials = take(pairs.batch * row_tiles(pairs.rows));
     float* mass = take(pairs.batch);
-    Stage<float>* stages = call.start == nullptr ? nullptr : reinterpret_cast<Stage<float>*>(next_);
+    float* of_stages = take(stage_floats(call));
+    Stage<float>* stages = call.start == nullptr ? nullptr : reinterpret_cast<Stage<float>*>(of_stages);
     run(sinkhorn_prepare_cuda(call, mass, stages, stream_));
 
     SinkhornDecision decision;
@@ -165,8 +166,9 @@ class SinkhornLaunches {
   }
 
  private:
-  static int64_t stage_bytes(const SinkhornCall<float>& call) {
-    return call.start == nullptr ? 0 : 2 * call.pairs.batch * static_cast<int64_t>(sizeof(Stage<float>));
+  static int64_t stage_floats(const SinkhornCall<float>& call) {
+    constexpr int64_t kFloats = sizeof(Stage<float>) / sizeof(float);
+    return call.start == nullptr ? 0 : 2 * kFloats * call.pairs.batch;  // of this iteration and the next
   }
   static int64_t bytes(int64_t floats) { return floats * static_cast<int64_t>(sizeof(float)); }
   static int64_t unrolled_floats(const SinkhornUnrolled<float>& call) {
