@@ -156,7 +156,7 @@ def test_a_small_sum_keeps_its_digits_beside_the_maximum(maths):
 def test_moments_merge_in_any_order(maths, seed, mean):
     rng = np.random.default_rng(seed)
     x = (rng.normal(size=1000) * 3 + mean).astype(np.float32)
-    count, average, m2, scale = maths.moments(x, *random_tiles(rng, len(x)))
+    count, average, m2, _ = maths.moments(x, *random_tiles(rng, len(x)))
     exact = x.astype(np.float64)
     assert count == len(x)
     np.testing.assert_allclose(average, exact.mean(), rtol=1e-6, atol=1e-6)
@@ -176,7 +176,7 @@ def test_moments_of_large_values_come_in_smaller_units(maths, magnitude):
 
 
 def test_moments_of_equal_values_have_no_variance(maths):
-    count, average, m2, scale = maths.moments(np.full(300, 0.1, dtype=np.float32), [0, 100, 150, 300], [2, 0, 1])
+    count, average, m2, _ = maths.moments(np.full(300, 0.1, dtype=np.float32), [0, 100, 150, 300], [2, 0, 1])
     assert (count, average, m2) == (300, np.float32(0.1), 0.0)
 
 

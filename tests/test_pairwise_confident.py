@@ -1,4 +1,4 @@
-"""Pairwise losses where one pair takes nearly all of a sum, and of huge and tiny embeddings: digits that float32 keeps."""
+"""Pairwise losses where one pair takes nearly all of a sum, and of huge and tiny embeddings, keep their digits."""
 
 import math
 
