@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import os
 import pkgutil
+import threading
 import warnings
 from collections.abc import Callable
 
@@ -14,6 +15,8 @@ from tilewise.ops import autocast
 
 NAMES = ("auto", "cuda", "triton", "cpu", "reference")
 
+_switching = threading.RLock()
+_chosen: list["backend"] = []  # that act, the one in use last
 _current = "auto"
 _registrations: torch.library.Library | None = None  # what the current backend put over the compiled kernels
 _served: dict[str, str] = {}  # dispatch key -> who serves it, or why nobody does
@@ -22,8 +25,10 @@ _served: dict[str, str] = {}  # dispatch key -> who serves it, or why nobody doe
 class backend:
     """Chooses the kernels that serve every tilewise operator, for the whole process.
 
-    Acts at once; as a context manager it restores the previous backend at the end, like ``torch.set_grad_enabled``.
-    The environment variable ``TILEWISE_BACKEND`` sets it when tilewise is imported.
+    Acts at once; as a context manager it ends at the end of the block, like ``torch.set_grad_enabled``, may be entered
+    again, and may end before one that was entered later. The environment variable ``TILEWISE_BACKEND`` sets it when
+    tilewise is imported. Switching changes what the operators of all threads are: no other thread may be calling one
+    meanwhile.
 
     Args:
         name: ``"auto"`` (the default): the C++ kernels for CPU tensors; for CUDA tensors the CUDA library when it is
@@ -53,14 +58,27 @@ class backend:
         if reason := why_not(name):
             raise RuntimeError(f"tilewise.backend: {name!r} cannot be used: {reason}")
         self.name = name
-        self.previous = _current
-        _switch(name)
+        self.entered = 0  # blocks that it is in
+        self._begin()
 
     def __enter__(self) -> "backend":
+        if self.entered or self not in _chosen:
+            self._begin()
+        self.entered += 1
         return self
 
     def __exit__(self, *exception) -> None:
-        _switch(self.previous)
+        with _switching:
+            self.entered -= 1
+            last = len(_chosen) - 1 - _chosen[::-1].index(self)
+            later = [other for other in _chosen[last + 1 :] if other.entered]  # others end with the block they are in
+            _chosen[last:] = later
+            _switch(_chosen[-1].name if _chosen else "auto")
+
+    def _begin(self) -> None:
+        with _switching:
+            _switch(self.name)
+            _chosen.append(self)
 
     def __repr__(self) -> str:
         return f"tilewise.backend({self.name!r})"
@@ -162,11 +180,11 @@ def _plan(name: str) -> tuple[dict[str, str], dict[str, dict[str, Callable]]]:
 def _switch(name: str) -> None:
     global _current, _registrations, _served
     served, functions = _plan(name)
-    _registrations = None  # destroys the previous registrations: the compiled kernels are back
     library = torch.library.Library("tilewise", "IMPL")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Warning only once for all operators")  # that a kernel is overridden
         for key, operators in functions.items():
             for operator, function in operators.items():
                 library.impl(operator, autocast.unaware(function), key)
+    # Destroys the previous registrations: where there are no new ones the compiled kernels are back.
     _current, _registrations, _served = name, library, served

@@ -5,6 +5,7 @@ import inspect
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -55,8 +56,61 @@ def test_acts_at_once_without_with(loss, fake_reference):
         assert module.current() == "reference"
     finally:
         tilewise.backend("auto")
-    assert (chosen.name, chosen.previous) == ("reference", "auto")
+    assert chosen.name == "reference"
     assert loss() == COMPILED
+
+
+def test_one_object_serves_again_and_inside_itself(loss, fake_reference):
+    chosen = tilewise.backend("reference")
+    for _ in range(2):
+        with chosen:
+            assert loss() == 42.0
+            with chosen:
+                assert loss() == 42.0
+            assert loss() == 42.0
+        assert loss() == COMPILED
+
+
+def test_blocks_may_overlap(loss, fake_reference):
+    first, second = tilewise.backend("reference"), tilewise.backend("cpu")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert (loss(), module.current()) == (COMPILED, "cpu")
+    second.__exit__(None, None, None)
+    assert (loss(), module.current()) == (COMPILED, "auto")
+
+
+def test_a_choice_inside_a_block_ends_with_it(loss, fake_reference):
+    with tilewise.backend("cpu"):
+        tilewise.backend("reference")
+        assert loss() == 42.0
+    assert loss() == COMPILED
+
+
+def test_a_failing_switch_leaves_the_old_backend(loss, fake_reference, monkeypatch):
+    with tilewise.backend("reference"):
+        with monkeypatch.context() as broken:
+            broken.setattr(module.autocast, "unaware", lambda function: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                with tilewise.backend("reference"):
+                    pass
+        assert loss() == 42.0
+    assert loss() == COMPILED
+
+
+def test_threads_may_switch_one_after_the_other(loss, fake_reference):
+    def choose():
+        for _ in range(20):
+            with tilewise.backend("reference"):
+                pass
+
+    threads = [threading.Thread(target=choose) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (loss(), module.current()) == (COMPILED, "auto")
 
 
 def test_an_exception_restores_too(loss, fake_reference):
