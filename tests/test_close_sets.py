@@ -121,6 +121,9 @@ def test_a_small_blur_is_exact_transport(n, m, blur):
 
 
 def test_what_has_not_converged_says_so(recwarn):
+    def said():
+        return [w for w in recwarn if "tilewise" in str(w.message)]  # the interpreter's NumPy warns of its own
+
     x, y = (p.to(DEVICE) for p in near(1e-2, 40))
     calls = {
         "nn.SamplesLoss": lambda **result: SamplesLoss(max_iter=3, **result)(x, y),
@@ -130,18 +133,18 @@ def test_what_has_not_converged_says_so(recwarn):
     for op, call in calls.items():
         recwarn.clear()
         result = call(return_result=True)
-        assert not recwarn and not result.converged and result.n_iter == 3
+        assert not said() and not result.converged and result.n_iter == 3
         assert result.marginal_error > 1e-3 and result.value.isfinite()
         value = call()
         torch.testing.assert_close(value, result.value)
         if DEVICE == "cpu":
-            assert len(recwarn) == 1 and f"tilewise.{op}: not converged" in str(recwarn[0].message)
-            assert recwarn[0].filename == __file__
+            (warning,) = said()
+            assert f"tilewise.{op}: not converged" in str(warning.message) and warning.filename == __file__
         else:
-            assert not recwarn
+            assert not said()
     recwarn.clear()
     tilewise.sinkhorn_divergence(x, y, epsilon=1.0, tol=1e-3)
-    assert not recwarn
+    assert not said()
 
 
 @pytest.mark.skipif(INTERPRETED, reason="torch.compile does not trace into the interpreter's NumPy")

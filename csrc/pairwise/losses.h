@@ -95,9 +95,10 @@ TILEWISE_PROGRAM void decoupled_softmax_loss(Row& row) {
   });
   row.finish(terms.value[0] / positives);
   if (!row.wants_gradient()) return;
-  const T negative = terms.value[1] / positives;
+  const T share = T(1) / positives;
+  const T negative = terms.value[1] * share / sum;
   row.write([=](auto z, auto relation) {
-    const auto value = relation > 0 ? -sigmoid(gap(z)) / positives : negative * fast_exp(-gap(z));
+    const auto value = relation > 0 ? -sigmoid(gap(z)) * share : negative * fast_exp(z - max);
     return relation != 0 ? value : T(0);
   });
 }
