@@ -1,7 +1,5 @@
 """cross_entropy: the contract, and what is its own: options, statistics, second derivatives, invariances."""
 
-import math
-
 import contract
 import hypothesis
 import hypothesis.strategies as st
@@ -112,53 +110,6 @@ def test_confident_rows_keep_the_gradient():
     _, expected = contract.value_and_gradient(truth, logits.cpu().double(), target.cpu(), reduction="sum")
     assert relative_error(gradient, expected) < 4e-3
     assert (expected[0, 0] > -2e-3) and (expected[0, 0] < 0)
-
-
-def row_of_doubt(doubt: float, v: int, place: int) -> torch.Tensor:
-    """A float32 row whose probability at `place` is 1 - doubt, give or take."""
-    row = torch.rand(v)
-    others = row.double().exp().sum() - row[place].double().exp()
-    row[place] = (others * (1 - doubt) / doubt).log()
-    return row
-
-
-@pytest.mark.parametrize("v", [10, 1000, 32000, 50257])
-@pytest.mark.parametrize("soft", [False, True])
-def test_small_doubts_are_exact(v, soft):
-    """Loss and gradient of 1 - p_y from 1e-2 to 1e-8, wherever the target is."""
-    torch.manual_seed(0)
-    rows = [(10.0**-k, place) for k in range(2, 9) for place in (0, v // 2, v - 1)]
-    logits, places = torch.stack([row_of_doubt(doubt, v, y) for doubt, y in rows]), torch.tensor([y for _, y in rows])
-    target = F.one_hot(places, v).float() if soft else places
-    loss, gradient = contract.value_and_gradient(
-        tilewise.cross_entropy, logits.to(DEVICE), target.to(DEVICE), reduction="none"
-    )
-    wide = target.double() if soft else target
-    expected, slope = contract.value_and_gradient(truth, logits.double(), wide, reduction="none")
-    torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=0)
-    torch.testing.assert_close(gradient.double(), slope, rtol=1e-4, atol=0)
-
-
-def test_a_tied_maximum_is_among_the_others():
-    """n equal maxima: the loss is log n, however many tiles and lanes they lie in."""
-    for v, places in [(7, [1, 5]), (1500, [0, 1, 8, 1499]), (5000, [3, 1024, 4999])]:
-        logits = torch.full((1, v), -60.0, device=DEVICE)
-        logits[0, places] = 30.0
-        loss, gradient = contract.value_and_gradient(
-            tilewise.cross_entropy, logits, torch.tensor(places[-1:]).to(DEVICE)
-        )
-        assert loss.item() == pytest.approx(math.log(len(places)), rel=1e-6)
-        torch.testing.assert_close(gradient[0, places].sum(), torch.tensor(0.0), rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("value", [torch.inf, torch.nan])
-@pytest.mark.parametrize("v", [5, 3000])
-def test_what_is_no_number_is_not_hidden(value, v):
-    for place in (0, v // 2, v - 1):
-        logits = torch.zeros(2, v, device=DEVICE)
-        logits[0, place] = value
-        loss = tilewise.cross_entropy(logits, torch.tensor([1, 1], device=DEVICE), reduction="none")
-        assert loss.isnan().tolist() == [True, False]
 
 
 def test_statistics():

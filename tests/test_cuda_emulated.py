@@ -230,18 +230,17 @@ def test_large_logits(library, dtype):
 @pytest.mark.parametrize("soft", [False, True])
 def test_small_doubts_are_exact(library, v, soft):
     """Loss and gradient of 1 - p_y from 1e-2 to 1e-8, wherever the target is."""
-    torch.manual_seed(0)
     target = torch.tensor([0, v // 2, v - 1] * 7)
     doubts = torch.tensor([10.0**-k for k in range(2, 9) for _ in range(3)])
     logits = torch.zeros(21, v)
     logits[torch.arange(21), target] = ((v - 1) * (1 - doubts) / doubts).log()
     targets = torch.nn.functional.one_hot(target, v).float() if soft else target
     actual = cross_entropy(library, logits, targets, reduction="none")
-    x = logits.double().requires_grad_()
-    loss = reference(x, targets, {})["loss_rows"]
-    (gradient,) = torch.autograd.grad((loss * actual["grads"]["grad_loss"].double()).sum(), x)
-    torch.testing.assert_close(actual["loss_rows"].double(), loss.detach(), rtol=1e-4, atol=0)
-    torch.testing.assert_close(actual["gradient"].double(), gradient, rtol=1e-4, atol=0)
+    others = (-logits.amax(1).double()).exp() * (v - 1)  # in float64, too, they are lost beside a 1
+    torch.testing.assert_close(actual["loss_rows"].double(), others.log1p(), rtol=2e-5, atol=0)
+    slope = (-logits.amax(1, True).double()).exp().expand(-1, v).scatter(1, target[:, None], -others[:, None])
+    slope = slope * (actual["grads"]["grad_loss"].double() / (1 + others))[:, None]
+    torch.testing.assert_close(actual["gradient"].double(), slope, rtol=2e-5, atol=0)
 
 
 @pytest.mark.parametrize("v", [33, 1030])
