@@ -51,6 +51,18 @@ def test_simplex_topk_of_equal_numbers_and_nan(library):
     assert p[1:].isnan().all()
 
 
+@pytest.mark.parametrize("k", [3, 17, 20])
+@pytest.mark.parametrize("scale", [3.4e38, 1.0])
+def test_simplex_topk_of_rows_that_span_the_type(library, k, scale):
+    torch.manual_seed(0)
+    most, guards = torch.finfo(torch.float32).max, Guards()
+    x = torch.stack([(torch.rand(20, dtype=torch.float64) * 2 - 1) * most, -most * (1 - 1e-6 * torch.rand(20))]).float()
+    p = guards.empty(2, 20)
+    checked(library.simplex_topk(pointer(guards.put(x)), None, pointer(p), 2, 20, k, scale))
+    expected = REFERENCE["simplex_topk"](x.double(), k=k, scale=scale)
+    torch.testing.assert_close(p.double(), expected, rtol=1e-4, atol=1e-4 * scale)
+
+
 class Problem:
     def __init__(self, batch, rows, columns, k, gamma=0.5):
         torch.manual_seed(0)
