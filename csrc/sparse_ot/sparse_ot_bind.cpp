@@ -66,9 +66,9 @@ void run(const SparseOtCall<float>& call, const Problems& of) {
 
 #else
 
-// Workers of one problem: one where problems lie beside each other, or where waking a thread takes longer.
+// Workers of one problem: one where problems lie beside each other, or where there is little to do.
 int64_t workers_of(const Problems& of) {
-  constexpr int64_t kLeast = 16384;  // costs
+  constexpr int64_t kLeast = 1 << 17;  // costs: fewer take less time than threads need to meet where cores are busy
   const bool alone = of.rows * of.columns < kLeast;
   return alone || of.batch >= static_cast<int64_t>(torch::stable::get_num_threads()) ? 1
                                                                                      : std::min(of.columns, kWorkers);
