@@ -120,10 +120,10 @@ class Pairs:
     def small(self):
         return max(self.sizes[:2]) <= SMALL
 
-    def small_constants(self):
-        """One tile of the whole problem, with 16 pairs a thread."""
+    def small_constants(self, pairs=16):
+        """One tile of the whole problem, with as many pairs a thread."""
         blocks = [max(16, triton.next_power_of_2(size)) for size in self.sizes[:2]]
-        return {"BLOCK_N": blocks[0], "BLOCK_M": blocks[1], "num_warps": max(1, blocks[0] * blocks[1] // 512)}
+        return {"BLOCK_N": blocks[0], "BLOCK_M": blocks[1], "num_warps": max(1, blocks[0] * blocks[1] // (32 * pairs))}
 
     def constants(self, most_rows=64):
         """As many rows a program as leave every multiprocessor two programs."""

@@ -217,7 +217,7 @@ def sinkhorn_unrolled_backward(grad_f, grad_g, cost, a, b, epsilon, *, max_iter,
         with torch.cuda.device_of(cost):
             sinkhorn_unrolled_backward_kernel[(pairs.batch,)](
                 cost, a, b, a.log(), b.log(), epsilon, grad_f, grad_g, history, *gradients, max_iter, rho_a, rho_b,
-                *pairs.sizes, **pairs.small_constants(),
+                *pairs.sizes, **pairs.small_constants(pairs=8),
             )  # fmt: skip
     return tuple(gradients)
 
