@@ -11,6 +11,8 @@ Two forms. ``"gather"``: the columns are gathered, O(world N d) on every rank, a
 ``"ring"``: the columns and their gradients travel from rank to rank, O(N d) at a time.
 """
 
+import math
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -265,10 +267,23 @@ def sparse_ot_router(
 def gather_rows(x: Tensor, group: Group = None) -> Tensor:
     """(world N, d): every rank's rows in the order of ranks; a gradient goes back to the rank whose rows they are.
 
+    The ranks compare their numbers of rows first, for which a GPU is waited for.
+
     Args:
-        x: (N, ...) of this rank, N the same on all.
+        x: (N, ...) of this rank, of one shape on all.
         group: the process group; None is the whole world.
+
+    Raises:
+        ValueError: on every rank, where they bring different numbers of rows or rows of different sizes.
     """
+    op = "distributed.gather_rows"
+    if x.dim() == 0:
+        raise ValueError(f"tilewise.{op}: expected x to have rows, got shape ()")
+    _check_same_rows(op, x, group)
+    return _gathered(x, group)
+
+
+def _gathered(x: Tensor, group: Group) -> Tensor:
     return GatherRows.apply(x, group) if dist.get_world_size(group) > 1 else x
 
 
@@ -277,13 +292,15 @@ def _own_indices(x: Tensor, group: Group) -> Tensor:
 
 
 def _check_same_rows(op: str, x: Tensor, group: Group) -> None:
-    """Ranks that bring different numbers of rows would hang, or read what nobody sent."""
-    count = torch.tensor([len(x)], device=x.device)
-    gathered = [torch.empty_like(count) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(gathered, count, group=group)
-    counts = torch.cat(gathered).tolist()
+    """Ranks that bring different numbers of rows, or of their bytes, would hang, or read what nobody sent."""
+    own = torch.tensor([len(x), math.prod(x.shape[1:]) * x.element_size()], device=x.device)
+    gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(gathered, own, group=group)
+    counts, sizes = torch.stack(gathered, 1).tolist()
     if len(set(counts)) > 1:
         raise ValueError(f"tilewise.{op}: expected all ranks to have the same number of rows, got {counts}")
+    if len(set(sizes)) > 1:
+        raise ValueError(f"tilewise.{op}: expected all ranks to have rows of the same size, got {sizes} bytes")
 
 
 def _loss(
@@ -299,9 +316,9 @@ def _loss(
         return pairwise.pairwise_loss(
             op,
             x,
-            gather_rows(y, group),
+            _gathered(y, group),
             x_labels,
-            gather_rows(y_labels, group),
+            _gathered(y_labels, group),
             loss=loss,
             parameters=parameters,
             scale=scale,

@@ -67,7 +67,7 @@ def test_blocks_equal_the_whole(library, dtype, soft):
 
 
 @pytest.mark.parametrize("dtype", [BFLOAT, HALF])
-@pytest.mark.parametrize("count", [1, 1024, 2500])
+@pytest.mark.parametrize("count", [0, 1, 1024, 2500])
 def test_sums_of_16_bit_products(library, count, dtype):
     """The sum is float32's, and is rounded once."""
     torch.manual_seed(0)

@@ -118,6 +118,9 @@ def refuse_uneven(rank, world):
     for form in ("gather", "ring"):
         with pytest.raises(ValueError, match=r"the same number of rows, got \[3, 4"):
             distributed.supcon(x, labels, form=form)
+    for uneven, message in [(x, r"gather_rows: .*the same number of rows, got \[3, 4"), (x[:3, rank:], "same size")]:
+        with pytest.raises(ValueError, match=message):
+            distributed.gather_rows(uneven)
     for options, message in [({"reduction": "mean_active"}, "'none', 'sum' or 'mean'"), ({"form": "tree"}, "'ring'")]:
         with pytest.raises(ValueError, match=message):
             distributed.supcon(x, labels, **options)

@@ -188,7 +188,7 @@ def test_miners_and_functions_under_autocast():
     m=st.integers(1, 40),
     classes=st.integers(1, 8),
     scale=st.floats(-20, 20),
-    offset=st.one_of(st.none(), st.integers(-3, 15)),
+    offset=st.one_of(st.none(), st.integers(-3, 15), st.sampled_from([-(2**63), 2**63 - 1])),
     seed=st.integers(0, 1000),
 )
 def test_any_batch(loss, n, m, classes, scale, offset, seed):

@@ -266,7 +266,7 @@ def run_chunks(
                 active[part],
                 bias_rows[part],
                 M,
-                0 if self_offset is None else self_offset + begin,
+                0 if self_offset is None else min(max(self_offset, -N), M) + begin,
                 0 if upstream is None or upstream.dim() == 0 else upstream.stride(0),
                 guide_margin,
                 p0,

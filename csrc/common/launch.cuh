@@ -21,6 +21,7 @@ inline constexpr int kWarp = 32;
 template <typename... Parameters, typename... Arguments>
 const char* launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
                    const Arguments&... arguments) {
+  if (grid.x == 0) return nullptr;  // nothing to do
   cudaError_t status = cudaSuccess;
   if (shared_bytes > 48 * 1024)  // more has to be asked for
     status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
@@ -39,10 +40,10 @@ __device__ __forceinline__ void* dynamic_shared() {
 
 #endif
 
-// A grid of at least `blocks` blocks, numbered by flat_block(): one dimension ends at 2^31 - 1.
+// A grid of at least `blocks` blocks, numbered by flat_block(): one dimension ends at 2^31 - 1. An empty one of 0.
 inline dim3 flat_grid(int64_t blocks) {
   constexpr int64_t kMaxX = 0x7fffffff;
-  const int64_t y = (blocks + kMaxX - 1) / kMaxX;
+  const int64_t y = blocks == 0 ? 1 : (blocks + kMaxX - 1) / kMaxX;
   return dim3(static_cast<unsigned>((blocks + y - 1) / y), static_cast<unsigned>(y));
 }
 

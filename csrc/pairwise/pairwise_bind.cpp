@@ -5,6 +5,8 @@
 //   grad_x = G Y      grad_y += G^T X      grad_bias = G 1
 //
 // The gradients are those of z = s + bias: with z = scale s + bias a caller multiplies them by scale.
+#include <algorithm>
+
 #include "common/gemm.h"
 #include "common/operator.h"
 #include "pairwise/pairwise.h"
@@ -133,7 +135,9 @@ PairwiseChunk<T> whole(const Problem& problem) {
   chunk.relations.x_labels = labels_of(problem.x_labels, problem.x, "x_labels");
   chunk.relations.y_labels = labels_of(problem.y_labels, problem.y, "y_labels");
   chunk.relations.excludes_self = problem.self_offset.has_value();
-  chunk.relations.self_offset = problem.self_offset.value_or(0);
+  // Beyond these no row has a column of its own, and the sum of offset and row fits.
+  chunk.relations.self_offset =
+      std::clamp<int64_t>(problem.self_offset.value_or(0), -problem.x.size(0), problem.y.size(0));
   chunk.relations.guide_margin = static_cast<T>(problem.guide_margin);
   chunk.loss = loss.loss;
   for (size_t i = 0; i < loss.parameters; ++i) chunk.parameters[i] = static_cast<T>(problem.parameters[i]);
