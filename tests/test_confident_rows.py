@@ -5,7 +5,7 @@ import math
 import contract
 import pytest
 import torch
-from contract import DEVICE
+from contract import DEVICE, INTERPRETED
 
 import tilewise
 
@@ -24,7 +24,7 @@ def truth(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, tor
     return others.log1p()[:, 0], odds.scatter(1, index, -others) / (1 + others)
 
 
-@pytest.mark.parametrize("v", [10, 1000, 32000, 50257])
+@pytest.mark.parametrize("v", [10, 1000] + ([] if INTERPRETED else [32000, 50257]))
 @pytest.mark.parametrize("soft", [False, True])
 def test_cross_entropy(v, soft):
     torch.manual_seed(0)
@@ -42,7 +42,7 @@ def test_cross_entropy(v, soft):
 
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])
-@pytest.mark.parametrize("v", [10, 1000, 32000])
+@pytest.mark.parametrize("v", [10, 1000] + ([] if INTERPRETED else [32000]))
 def test_linear_cross_entropy(v, reduction):
     """The input of a row picks one feature, so that products are exact."""
     target, rows = places(v), torch.arange(21)
