@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from tilewise.ops import autocast
 from tilewise.ops.pairwise import (
     check_pair_reduction,
     check_references,
@@ -179,7 +180,7 @@ class _Gradients:
             upstream = torch.ones_like(losses) if upstream is None else upstream.to(losses.dtype)
             (g,) = torch.autograd.grad(losses, similarities, upstream, materialize_grads=True)
             x, y = self.of
-            with torch.autocast(x.device.type, enabled=False):
+            with autocast.off(x.device.type):
                 if self.x is not None:
                     self.x[part] = g @ y
                 if self.y is not None:

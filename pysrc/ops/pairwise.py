@@ -58,8 +58,14 @@ def check_number(op: str, name: str, value: float | Tensor, like: Tensor, *, pos
             )
         rows.check_device(op, name, value, like, "the embeddings")
         return value.reshape(()).to(statistics_dtype(like))
-    number = rows.check_positive(op, name, value) if positive else rows.check_number(op, name, value)
-    return torch.full((), number, dtype=statistics_dtype(like), device=like.device)
+    wide = statistics_dtype(like)
+    most = torch.finfo(wide).max
+    number = (
+        rows.check_positive(op, name, value, wide)
+        if positive
+        else rows.check_number(op, name, value, low=-most, high=most)
+    )
+    return torch.full((), number, dtype=wide, device=like.device)
 
 
 def check_references(op: str, embeddings: Tensor, labels: Tensor, ref_embeddings: Tensor | None, ref_labels):
@@ -106,7 +112,7 @@ def similarity_chunks(
     for begin in range(0, len(x), size):
         part = slice(begin, begin + size)
         own = None if self_offset is None else self_offset + begin
-        with torch.autocast(x.device.type, enabled=False):
+        with autocast.off(x.device.type):
             similarities = x[part].to(wide) @ columns
         yield part, similarities, *relations(x_labels[part], y_labels, own)
 
