@@ -241,9 +241,7 @@ def fault_of(call: Call) -> str | None:
             results.append(tensors_in(call.run()))
         except CLEAR as error:
             named = str(error).startswith("tilewise.") or "can't allocate memory" in str(error)
-            named = named or all(
-                t.is_meta for t in tensors_in((call.args, call.kwargs))
-            )  # torch says what has no shape
+            named |= all(t.is_meta for t in tensors_in((call.args, call.kwargs)))  # torch says which have no shapes
             strange = call.op.startswith("tilewise.") and not named
             return f"unclear: {type(error).__name__}: {error}" if strange or ACCIDENT.search(str(error)) else None
         except Exception as error:
