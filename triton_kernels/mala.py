@@ -237,7 +237,8 @@ class Plan:
         self.group = self.heads // self.key_heads
         self.causal = causal
         self.block_d = max(16, triton.next_power_of_2(self.D))
-        # 16-bit operands lose nothing in tf32, which the tensor cores multiply; float32 ones need small tiles.
+        # 16-bit inputs are multiplied in tf32 by the tensor cores, which rounds phi and the sums to 10 bits, as many as
+        # float16 has; float32 ones keep all theirs and need small tiles.
         precise = q.dtype == torch.float32
         wide = self.block_d > 64
         self.block_n, block_v = (16, 16) if precise or causal else (32, 16) if wide else (64, 64)

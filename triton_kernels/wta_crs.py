@@ -110,18 +110,19 @@ def wta_crs_sample_kernel(
         totals += weights_at(x_ptr, y_ptr, begin + tl.arange(0, BLOCK), N, largest, whole, mean, mix, MIX_BITS)
     total = tl.sum(totals, 0)
     kept, left, rest = K * 0, K, total
-    going = CERTAIN & (N > 0)
-    while going:
-        counts, heavy = tl.zeros([BLOCK], tl.int64), tl.zeros([BLOCK], tl.int64)
-        for begin in range(0, N, BLOCK):
-            i = begin + tl.arange(0, BLOCK)
-            weights = weights_at(x_ptr, y_ptr, i, N, largest, whole, mean, mix, MIX_BITS)
-            keep = (i < N) & (weights * left >= rest)
-            counts += keep.to(tl.int64)
-            heavy += tl.where(keep, weights, 0)
-        count = tl.sum(counts, 0)
-        going = count != kept
-        kept, left, rest = count, K - count, total - tl.sum(heavy, 0)
+    if CERTAIN:
+        going = N > 0
+        while going:
+            counts, heavy = tl.zeros([BLOCK], tl.int64), tl.zeros([BLOCK], tl.int64)
+            for begin in range(0, N, BLOCK):
+                i = begin + tl.arange(0, BLOCK)
+                weights = weights_at(x_ptr, y_ptr, i, N, largest, whole, mean, mix, MIX_BITS)
+                keep = (i < N) & (weights * left >= rest)
+                counts += keep.to(tl.int64)
+                heavy += tl.where(keep, weights, 0)
+            count = tl.sum(counts, 0)
+            going = count != kept
+            kept, left, rest = count, K - count, total - tl.sum(heavy, 0)
     seed, stream = tl.load(seed_ptr), problem * K
     start = random_below(rest, seed, stream)
     certain_before, before = K * 0, K * 0
