@@ -173,12 +173,10 @@ def test_no_tensor_is_made_on_the_default_device(name):
         return found, *torch.autograd.grad(found.square().sum(), x)
 
     expected = run()
-    before = torch.get_default_device()
     try:
-        torch.set_default_device("meta")
-        found = run()
+        with torch.device("meta"):
+            found = run()
     finally:
-        torch.set_default_device(before)
         x.requires_grad_(False)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
