@@ -32,6 +32,7 @@ STACK_LIMIT = {
     "sinkhorn_half_step_kernel": 8,
     "cross_entropy_forward_kernel": 128,
     "spherical_family_forward_kernel": 128,
+    "spherical_family_backward_kernel": 128,
 }
 SPARSE = ["simplex_topk_kernel", "simplex_topk_backward_kernel"] + [
     f"sparse_{part}_kernel" for part in ("cut", "rows", "lists")
