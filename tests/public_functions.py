@@ -130,7 +130,7 @@ def values_and_gradients(outputs: Tensor | tuple, tensors: list[Tensor]) -> tupl
     outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
     leaves = [t for t in tensors if t.requires_grad]
     differentiable = [t for t in outputs if t.requires_grad]
-    if not leaves:
-        return outputs, ()
+    if not leaves or not differentiable:
+        return [t.detach() for t in outputs], ()
     total = sum((t * torch.linspace(1, 2, t.numel(), device=t.device).reshape(t.shape)).sum() for t in differentiable)
     return [t.detach() for t in outputs], torch.autograd.grad(total, leaves, allow_unused=True)
