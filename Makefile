@@ -13,7 +13,7 @@ NATIVE_SOURCES := $(wildcard tests/native/* csrc/common/*)
 PY_FILES := setup.py pysrc triton_kernels tests bench
 
 .DELETE_ON_ERROR:
-.PHONY: help venv build native lint format test test-cpu test-triton bench headlines bench-compare readme inplace gpu check-cuda wheel check-wheel clean
+.PHONY: help venv build native lint format test test-cpu test-triton sanitize bench headlines bench-compare readme inplace gpu check-cuda wheel check-wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -68,6 +68,21 @@ test-cpu:
 test-triton:
 	@echo "the contract again, on the Triton kernels in their interpreter"
 	@TILEWISE_BACKEND=triton TRITON_INTERPRET=1 $(PY) -m pytest -x -q -m contract tests
+
+SANITIZED := build/sanitize/package
+# -print-file-name: Python itself is not built with sanitizers, so their libraries are loaded before it.
+SANITIZED_PY = PYTHONPATH=$(CURDIR)/$(SANITIZED) OMP_NUM_THREADS=1 \
+	LD_PRELOAD=$$(for name in asan ubsan stdc++; do c++ -print-file-name=lib$$name.so; done | paste -sd:) \
+	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:detect_odr_violation=0 \
+	UBSAN_OPTIONS=print_stacktrace=1 $(PY)
+FUZZ_CALLS ?= 20000
+
+sanitize: venv ## the contract and the fuzzer on a CPU library with AddressSanitizer and UndefinedBehaviorSanitizer
+	@TILEWISE_CUDA=0 TILEWISE_SANITIZE=1 $(PY) setup.py -q build_ext --build-temp build/sanitize/cmake --build-lib $(SANITIZED)
+	@ln -sfn $(CURDIR)/triton_kernels $(filter-out %/lib,$(wildcard $(CURDIR)/pysrc/*)) $(SANITIZED)/tilewise
+	@$(SANITIZED_PY) -m pytest -x -q -p no:cacheprovider -m "contract and not slow" \
+		-k "not 50257 and not 20011 and not memory and not compile" tests
+	@$(SANITIZED_PY) tests/fuzz.py --memory 0 --calls $(FUZZ_CALLS)
 
 bench: build ## benchmarks on this machine, and the language model trained both ways
 	@$(PY) bench/run.py

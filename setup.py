@@ -1,7 +1,7 @@
 """Compiles csrc/ with CMake and Ninja into tilewise/lib. The rest of the package is described in pyproject.toml.
 
 Environment: TILEWISE_CUDA=auto|1|0 (default auto: when nvcc is found), TILEWISE_CUDA_ARCHS="80;90;100" (or "native"),
-CXX, CUDACXX, CUDA_HOME, MAX_JOBS.
+TILEWISE_SANITIZE=0|1 (make sanitize), CXX, CUDACXX, CUDA_HOME, MAX_JOBS.
 """
 
 import importlib.metadata
@@ -133,6 +133,7 @@ class CMakeBuild(build_ext):
             "TILEWISE_TORCH_VERSION": importlib.metadata.version("torch"),
             "TILEWISE_NO_CUDA_REASON": no_cuda_reason,
             "TILEWISE_CUDA_ARCHS": os.environ.get("TILEWISE_CUDA_ARCHS", ""),
+            "TILEWISE_SANITIZE": os.environ.get("TILEWISE_SANITIZE", "0"),
         }
         if nvcc:
             options["CMAKE_CUDA_COMPILER"] = nvcc

