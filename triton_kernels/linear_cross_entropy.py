@@ -10,57 +10,63 @@ chunk of rows of logits is written after all, for it becomes the gradient G of t
 Other gradients are formed by blocks of classes in the backward, as the C++ kernels do.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from triton import knobs
 
-from .cross_entropy import launch_backward, launch_forward
-from .rows import check_logits, effective_logit, finite_max, reduce_rows, soft_coefficients, store_rows
+from .cross_entropy import Classes, Saved, launch_backward, launch_forward, upstream_of
+from .rows import (
+    RowOutputs,
+    Statistics,
+    Target,
+    check_logits,
+    effective_logit,
+    finite_max,
+    matrix_of,
+    options_of,
+    reduce_rows,
+    soft_coefficients,
+    store_rows,
+    target_of,
+)
 
 LEAST_BYTES, MOST_BYTES, SHARE, LEAST_ROWS, LEAST_CLASSES = 128 << 20, 512 << 20, 22, 64, 256
 STATISTICS = 5  # m, sum of exp(x - m) less m's own 1, W, sum of c (x - m), the target's logit
 FULL_GRID = 512  # programs that fill a large GPU
 
 
-@triton.jit(do_not_specialize=["N", "ignore_index", "tiles_per_share"])
+class Vector(NamedTuple):
+    ptr: torch.Tensor
+    stride: int
+
+
+class ProductTile(NamedTuple):
+    ROWS: int
+    BLOCK: int
+    DEPTH: int
+    STAGES: int
+    UPCAST: bool
+
+
+@triton.jit(do_not_specialize=["N", "tiles_per_share"])
 def linear_cross_entropy_forward_kernel(
-    input_ptr,
-    weight_ptr,
-    bias_ptr,
-    target_ptr,
-    class_weight_ptr,
-    statistics_ptr,
-    N,
-    V,
-    D,
-    input_stride_row,
-    input_stride_col,
-    weight_stride_row,
-    weight_stride_col,
-    bias_stride,
-    target_stride_row,
-    target_stride_col,
-    tiles_per_share,
-    label_smoothing,
-    softcap,
-    PROBABILITIES: tl.constexpr,
-    UPCAST: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    DEPTH: tl.constexpr,
-    STAGES: tl.constexpr,
+    input, weight, bias, target, statistics_ptr, N, V, D, tiles_per_share, options, tile: tl.constexpr
 ):
     """statistics[share, :, row] of the program's classes; logits are rounded to the type of the input, as the backward
     will see them."""
-    SOFT: tl.constexpr = PROBABILITIES or label_smoothing is not None
+    SOFT: tl.constexpr = target.column is not None or options.label_smoothing is not None
+    ROWS: tl.constexpr = tile.ROWS
+    BLOCK: tl.constexpr = tile.BLOCK
+    DEPTH: tl.constexpr = tile.DEPTH
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
     in_rows = rows < N
     depth = tl.arange(0, DEPTH)
-    input_rows = input_ptr + rows * input_stride_row
-    target_rows = target_ptr + rows * target_stride_row
-    if not PROBABILITIES:
-        y = tl.load(target_rows, mask=in_rows, other=-1)  # [ROWS]
+    input_rows = input.ptr + rows * input.row
+    if target.column is None:
+        y = tl.load(target.ptr + rows * target.row, mask=in_rows, other=-1)  # [ROWS]
 
     row_max = tl.full([ROWS], float("-inf"), tl.float32)
     sum_exp = tl.zeros([ROWS], tl.float32)
@@ -71,28 +77,28 @@ def linear_cross_entropy_forward_kernel(
     for start in range(first, tl.minimum(first + tiles_per_share * BLOCK, V), BLOCK):
         cols = start + tl.arange(0, BLOCK)  # [BLOCK]
         inside = in_rows[:, None] & (cols < V)[None, :]  # [ROWS, BLOCK]
-        weight_cols = weight_ptr + cols.to(tl.int64)[None, :] * weight_stride_row
+        weight_cols = weight.ptr + cols.to(tl.int64)[None, :] * weight.row
         product = tl.zeros([ROWS, BLOCK], tl.float32)
-        for k in tl.range(0, D, DEPTH, num_stages=STAGES):
+        for k in tl.range(0, D, DEPTH, num_stages=tile.STAGES):
             in_depth = k + depth < D
             a = tl.load(
-                input_rows[:, None] + (k + depth)[None, :] * input_stride_col,
+                input_rows[:, None] + (k + depth)[None, :] * input.column,
                 mask=in_rows[:, None] & in_depth[None, :],
                 other=0.0,
             )  # [ROWS, DEPTH]
             b = tl.load(
-                weight_cols + (k + depth)[:, None] * weight_stride_col,
+                weight_cols + (k + depth)[:, None] * weight.column,
                 mask=in_depth[:, None] & (cols < V)[None, :],
                 other=0.0,
             )  # [DEPTH, BLOCK]
-            if UPCAST:
+            if tile.UPCAST:
                 a = a.to(tl.float32)
                 b = b.to(tl.float32)
             product = tl.dot(a, b, product, input_precision="ieee")
-        if bias_ptr is not None:
-            product += tl.load(bias_ptr + cols * bias_stride, mask=cols < V, other=0.0).to(tl.float32)[None, :]
-        raw = product.to(input_ptr.dtype.element_ty)
-        x = tl.where(inside, effective_logit(raw, None, softcap), float("-inf"))
+        if bias is not None:
+            product += tl.load(bias.ptr + cols * bias.stride, mask=cols < V, other=0.0).to(tl.float32)[None, :]
+        raw = product.to(input.ptr.dtype.element_ty)
+        x = tl.where(inside, effective_logit(raw, None, options.softcap), float("-inf"))
         tile_max = tl.max(x, axis=1)
         new_max = tl.maximum(row_max, tile_max)
         shift = finite_max(new_max)  # [ROWS]
@@ -103,12 +109,10 @@ def linear_cross_entropy_forward_kernel(
         sum_exp = sum_exp * tl.exp(row_max - shift) + tl.exp(tl.minimum(row_max, tile_max) - shift)
         sum_exp += tl.sum(joins, axis=1) + equals * tl.exp(tile_max - shift)
         if SOFT:
-            c = soft_coefficients(
-                target_rows, target_stride_col, class_weight_ptr, cols, inside, V, V, label_smoothing, PROBABILITIES
-            )
+            c = soft_coefficients(target, rows, cols, inside, V, V, options.label_smoothing)
             soft_dot += soft_sum * (finite_max(row_max) - shift) + tl.sum(tl.where(c != 0, c * d, 0.0), axis=1)
             soft_sum += tl.sum(c, axis=1)
-        if not PROBABILITIES:
+        if target.column is None:
             x_y += tl.sum(tl.where(cols[None, :] == y[:, None], x, 0.0), axis=1)
         row_max = new_max
 
@@ -121,23 +125,9 @@ def linear_cross_entropy_forward_kernel(
     tl.store(out + 4 * stride, x_y, mask=in_rows)
 
 
-@triton.jit(do_not_specialize=["N", "shares", "state_stride", "ignore_index"])
+@triton.jit(do_not_specialize=["N", "shares", "state_stride"])
 def linear_cross_entropy_merge_kernel(
-    statistics_ptr,
-    target_ptr,
-    class_weight_ptr,
-    loss_ptr,
-    row_state_ptr,
-    N,
-    V,
-    shares,
-    target_stride_row,
-    state_stride,
-    ignore_index,
-    label_smoothing,
-    lse_square_scale,
-    PROBABILITIES: tl.constexpr,
-    ROWS: tl.constexpr,
+    statistics_ptr, target, out, N, V, shares, state_stride, options, ROWS: tl.constexpr
 ):
     """Merges the shares of each row, and ends as cross_entropy does."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
@@ -162,81 +152,36 @@ def linear_cross_entropy_merge_kernel(
         soft_sum += part_sum
         x_y += tl.load(part + 4 * stride, mask=in_rows, other=0.0)
         row_max = new_max
-    store_rows(
-        row_max, sum_exp, soft_sum, soft_dot, x_y, target_ptr, class_weight_ptr, None, loss_ptr, row_state_ptr, rows,
-        in_rows, V, target_stride_row, state_stride, ignore_index, label_smoothing, lse_square_scale, PROBABILITIES
-    )  # fmt: skip
+    statistics = Statistics(row_max, sum_exp, soft_sum, soft_dot, x_y)
+    store_rows(statistics, target, out, rows, in_rows, V, state_stride, options)
 
 
-def fused_forward(
-    row_loss,
-    row_state,
-    input,
-    linear_weight,
-    target,
-    linear_bias,
-    weight,
-    *,
-    ignore_index,
-    label_smoothing,
-    lse_square_scale,
-    softcap,
-):
+def fused_forward(out, input, linear_weight, linear_bias, target, options):
     """Row losses and row state from tiles of logits that never leave the multiprocessor."""
     (N, D), V = input.shape, linear_weight.shape[0]
     if N == 0:
         return
-    probabilities = target.is_floating_point()
-    plain = not probabilities and label_smoothing == 0 and softcap is None
+    plain = target.column is None and options.label_smoothing is None and options.softcap is None
+    interpreted = knobs.runtime.interpret  # whose 16-bit products are wrong
     if input.dtype == torch.float32:  # no tensor cores: full precision
-        tile = {"ROWS": 32, "BLOCK": 64, "DEPTH": 16, "STAGES": 2}
+        tile = ProductTile(32, 64, 16, 2, interpreted)
+    elif plain:
+        tile = ProductTile(128, 128, 64, 3, interpreted)
     else:
-        tile = {"ROWS": 128 if plain else 64, "BLOCK": 128 if plain else 64, "DEPTH": 64, "STAGES": 3}
-    tile["ROWS"] = min(tile["ROWS"], max(16, triton.next_power_of_2(N)))
-    groups, tiles = triton.cdiv(N, tile["ROWS"]), triton.cdiv(V, tile["BLOCK"])
+        tile = ProductTile(64, 64, 64, 3, interpreted)
+    tile = tile._replace(ROWS=min(tile.ROWS, max(16, triton.next_power_of_2(N))))
+    groups, tiles = triton.cdiv(N, tile.ROWS), triton.cdiv(V, tile.BLOCK)
     tiles_per_share = triton.cdiv(tiles, max(1, FULL_GRID // groups))
     shares = triton.cdiv(tiles, tiles_per_share)
-    statistics = row_loss.new_empty((shares, STATISTICS, N))
-    target_strides = (target.stride(0), target.stride(1) if probabilities else 0)
+    statistics = out.loss.new_empty((shares, STATISTICS, N))
+    bias = None if linear_bias is None else Vector(linear_bias, linear_bias.stride(0))
     with torch.cuda.device_of(input):
         linear_cross_entropy_forward_kernel[(groups, shares)](
-            input,
-            linear_weight,
-            linear_bias,
-            target,
-            weight,
-            statistics,
-            N,
-            V,
-            D,
-            *input.stride(),
-            *linear_weight.stride(),
-            0 if linear_bias is None else linear_bias.stride(0),
-            *target_strides,
-            tiles_per_share,
-            label_smoothing or None,
-            softcap,
-            PROBABILITIES=probabilities,
-            UPCAST=knobs.runtime.interpret,  # the interpreter's 16-bit products are wrong
-            num_warps=8,
-            **tile,
-        )
+            matrix_of(input), matrix_of(linear_weight), bias, target, statistics, N, V, D, tiles_per_share, options,
+            tile, num_warps=8,
+        )  # fmt: skip
         linear_cross_entropy_merge_kernel[(triton.cdiv(N, 128),)](
-            statistics,
-            target,
-            weight,
-            row_loss,
-            row_state,
-            N,
-            V,
-            shares,
-            target_strides[0],
-            row_state.stride(0),
-            ignore_index,
-            label_smoothing or None,
-            lse_square_scale,
-            PROBABILITIES=probabilities,
-            ROWS=128,
+            statistics, target, out, N, V, shares, out.state.stride(0), options, ROWS=128
         )
 
 
@@ -255,23 +200,32 @@ def form_logits(out, input, linear_weight, linear_bias):
     return torch.addmm(linear_bias, input, linear_weight.t(), out=out)
 
 
-def formed_gradients(row_loss, row_state, tensors, wanted, chunk_bytes, options):
+def rows_of_target(target: Target, part: slice) -> Target:
+    return target._replace(ptr=target.ptr[part])
+
+
+def classes_of_target(target: Target, part: slice) -> Target:
+    return target._replace(
+        ptr=target.ptr if target.column is None else target.ptr[:, part],
+        weight=None if target.weight is None else target.weight[part],
+    )
+
+
+def forward_with_gradients(out, input, linear_weight, linear_bias, target, options, needs_grad, chunk_bytes):
     """Losses, row state and the gradients of the summed loss, by chunks of rows."""
-    input, linear_weight, target, linear_bias, weight = tensors
     N, V = len(input), len(linear_weight)
-    dx = torch.empty_like(input, memory_format=torch.contiguous_format) if wanted[0] else None
-    dw = torch.zeros(linear_weight.shape, dtype=input.dtype, device=input.device) if wanted[1] else None
-    db = input.new_zeros(V) if wanted[2] else None
-    one = torch.ones_like(row_loss[:1]).squeeze(0) if N else None
+    dx = torch.empty_like(input, memory_format=torch.contiguous_format) if needs_grad[0] else None
+    dw = torch.zeros(linear_weight.shape, dtype=input.dtype, device=input.device) if needs_grad[1] else None
+    db = input.new_zeros(V) if needs_grad[2] else None
+    one = torch.ones_like(out.loss[:1]).squeeze(0) if N else None
     rows = lines_at_a_time(max(N, 1), V, input.element_size(), chunk_bytes, 1 if chunk_bytes else LEAST_ROWS)
     buffer = input.new_empty(rows, V)
     for begin in range(0, N, rows):
         part = slice(begin, begin + rows)
-        x, state = input[part], row_state[:, part]
+        x, targets, state = input[part], rows_of_target(target, part), out.state[:, part]
         logits = form_logits(buffer[: len(x)], x, linear_weight, linear_bias)
-        launch_forward(row_loss[part], state, None, logits, target[part], weight, None, **options)
-        saved = (logits, target[part], weight, None, None, state, one)
-        launch_backward(logits, one, None, None, *saved, **options, reduction="sum")
+        launch_forward(RowOutputs(out.loss[part], state), logits, targets, options)
+        launch_backward(logits, upstream_of(one, None, None), logits, targets, Saved(None, state, None), options)
         if dx is not None:
             torch.mm(logits, linear_weight, out=dx[part])
         if dw is not None:
@@ -282,63 +236,31 @@ def formed_gradients(row_loss, row_state, tensors, wanted, chunk_bytes, options)
 
 
 def linear_cross_entropy(
-    input,
-    linear_weight,
-    target,
-    linear_bias=None,
-    weight=None,
-    *,
-    ignore_index=-100,
-    label_smoothing=0.0,
-    lse_square_scale=0.0,
-    softcap=None,
-    reduction="mean",
-    chunk_bytes=0,
-    form_input_grad=False,
-    form_weight_grad=False,
-    form_bias_grad=False,
-):
+    input, linear_weight, target, linear_bias=None, weight=None, *, ignore_index=-100, label_smoothing=0.0,
+    lse_square_scale=0.0, softcap=None, reduction="mean", chunk_bytes=0, form_input_grad=False, form_weight_grad=False,
+    form_bias_grad=False
+):  # fmt: skip
     """(loss, row_state, total, grad_input, grad_weight, grad_bias); gradients of the summed loss, or empty."""
     check_logits("linear_cross_entropy", input)
-    tensors = (input, linear_weight, target, linear_bias, weight)
-    options = {
-        "ignore_index": ignore_index,
-        "label_smoothing": label_smoothing,
-        "lse_square_scale": lse_square_scale,
-        "softcap": softcap,
-    }
     row_loss = torch.empty(len(input), dtype=torch.float32, device=input.device)
-    row_state = row_loss.new_empty((3, len(input)))
-    wanted = (form_input_grad, form_weight_grad, form_bias_grad and linear_bias is not None)
+    out = RowOutputs(row_loss, row_loss.new_empty((3, len(input))))
+    target = target_of(target, weight)
+    arguments = (out, input, linear_weight, linear_bias, target)
+    options = options_of(ignore_index, label_smoothing, lse_square_scale, softcap)
+    needs_grad = (form_input_grad, form_weight_grad, form_bias_grad and linear_bias is not None)
     gradients = (None, None, None)
-    if any(wanted) and reduction != "none" and input.dtype == torch.float32:
-        gradients = formed_gradients(row_loss, row_state, tensors, wanted, chunk_bytes, options | {"logit_scale": 1.0})
+    if any(needs_grad) and reduction != "none" and input.dtype == torch.float32:
+        gradients = forward_with_gradients(*arguments, options, needs_grad, chunk_bytes)
     else:
-        fused_forward(row_loss, row_state, *tensors, **options)
-    classes = None if target.is_floating_point() else target
-    with torch.cuda.device_of(input):
-        loss, total = reduce_rows(
-            row_loss, classes, weight, V=len(linear_weight), ignore_index=ignore_index, reduction=reduction
-        )
-    return loss, row_state, total, *(input.new_empty(0) if g is None else g for g in gradients)
+        fused_forward(*arguments, options)
+    loss, total = reduce_rows(row_loss, target, V=len(linear_weight), ignore_index=ignore_index, reduction=reduction)
+    return loss, out.state, total, *(input.new_empty(0) if g is None else g for g in gradients)
 
 
 def linear_cross_entropy_backward(
-    grad_loss,
-    input,
-    linear_weight,
-    target,
-    linear_bias,
-    weight,
-    row_state,
-    total,
-    *,
-    chunk_bytes,
-    input_grad,
-    weight_grad,
-    bias_grad,
-    **options,
-):
+    grad_loss, input, linear_weight, target, linear_bias, weight, row_state, total, *, reduction, chunk_bytes,
+    input_grad, weight_grad, bias_grad, **options
+):  # fmt: skip
     """(grad_input, grad_weight, grad_bias), empty where not wanted, by blocks of classes of all rows."""
     check_logits("linear_cross_entropy_backward", input)
     N, V = len(input), len(linear_weight)
@@ -346,24 +268,23 @@ def linear_cross_entropy_backward(
     dx = torch.zeros(input.shape, dtype=torch.float32, device=input.device) if input_grad else None
     dw = input.new_empty(linear_weight.shape) if weight_grad else None
     db = input.new_empty(V) if bias_grad else None
+    upstream, target, options = upstream_of(grad_loss, None, None), target_of(target, weight), options_of(**options)
+    saved = Saved(None, row_state, total if reduction == "mean" else None)
     width = lines_at_a_time(V, N, input.element_size(), chunk_bytes, LEAST_CLASSES)
     buffer = input.new_empty(N, width)
     for first in range(0, V, width):
         part = slice(first, first + width)
         w = linear_weight[part]
         block = form_logits(buffer[:, : len(w)], input, w, None if linear_bias is None else linear_bias[part])
-        targets = target[:, part] if target.is_floating_point() else target
-        weights = None if weight is None else weight[part]
-        saved = (block, targets, weights, None, None, row_state, total)
-        launch_backward(block, grad_loss, None, None, *saved, **options, logit_scale=1.0, first_class=first, classes=V)
+        launch_backward(block, upstream, block, classes_of_target(target, part), saved, options, Classes(first, V))
         if dx is not None:
             dx += block @ w
         if dw is not None:
             torch.mm(block.t(), input, out=dw[part])
         if db is not None:
             torch.sum(block, 0, out=db[part])
-    found = (None if dx is None else dx.to(input.dtype), dw, db)
-    return tuple(input.new_empty(0) if g is None else g for g in found)
+    gradients = (None if dx is None else dx.to(input.dtype), dw, db)
+    return tuple(input.new_empty(0) if g is None else g for g in gradients)
 
 
 OPS = {"linear_cross_entropy": linear_cross_entropy, "linear_cross_entropy_backward": linear_cross_entropy_backward}

@@ -2,7 +2,11 @@
 
 A program owns ROWS rows and walks along them in tiles of BLOCK columns: tiles are (ROWS, BLOCK), row values (ROWS,).
 Everything is float32 from the load to the store. An option that is not wanted is None, so its code is never compiled.
+
+Kernels take NamedTuples: of tensors with their strides (in elements), of sizes, and of constants.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -15,6 +19,75 @@ SHORT_ROW = 1024
 REDUCE_BLOCK = 4096
 # Programs that fill a large GPU several times over: with more tiles than this a program takes several.
 FULL_GRID = 8192
+
+
+class Matrix(NamedTuple):
+    ptr: torch.Tensor
+    row: int
+    column: int
+
+
+class Target(NamedTuple):
+    """Class indices, which have no columns, or probabilities; the weights of classes and of rows."""
+
+    ptr: torch.Tensor
+    row: int
+    column: int | None
+    weight: torch.Tensor | None = None
+    row_weight: torch.Tensor | None = None
+
+
+class Options(NamedTuple):
+    ignore_index: int
+    label_smoothing: float | None
+    lse_square_scale: float
+    softcap: float | None
+    logit_scale: float | None
+
+
+class Statistics(NamedTuple):
+    """What one pass over a row finds: see store_rows."""
+
+    row_max: tl.tensor
+    sum_exp: tl.tensor
+    weight_sum: tl.tensor
+    weighted_dot: tl.tensor
+    x_y: tl.tensor
+
+
+class RowOutputs(NamedTuple):
+    loss: torch.Tensor
+    state: torch.Tensor
+    lse: torch.Tensor | None = None
+    entropy: torch.Tensor | None = None
+    argmax: torch.Tensor | None = None
+
+
+class Tile(NamedTuple):
+    ROWS: int
+    BLOCK: int
+    STAGES: int
+
+
+class Groups(NamedTuple):
+    """How many tiles of a row one backward program takes, and how many such programs share a row."""
+
+    tiles: int
+    programs: int
+
+
+def matrix_of(tensor: torch.Tensor) -> Matrix:
+    return Matrix(tensor, *tensor.stride())
+
+
+def target_of(target: torch.Tensor, weight=None, row_weight=None) -> Target:
+    column = target.stride(1) if target.is_floating_point() else None
+    return Target(target, target.stride(0), column, weight, row_weight)
+
+
+def options_of(ignore_index, label_smoothing, lse_square_scale, softcap, logit_scale=1.0) -> Options:
+    scale = None if logit_scale == 1.0 else logit_scale
+    return Options(ignore_index, label_smoothing or None, lse_square_scale, softcap, scale)
 
 
 def check_logits(op: str, logits: torch.Tensor, name: str = "logits") -> None:
@@ -30,8 +103,8 @@ def check_float32(op: str, tensor: torch.Tensor) -> None:
         raise TypeError(f"tilewise.{op}: the Triton backend takes float32, got {tensor.dtype}")
 
 
-def tile_shape(logits: torch.Tensor, elements_per_thread: int, max_warps: int) -> dict[str, int]:
-    """Launch constants for the rows of `logits`, in few buckets so that a new V rarely compiles a new kernel.
+def tile_of(logits: torch.Tensor, elements_per_thread: int, max_warps: int) -> tuple[Tile, int]:
+    """The tile and the warps for the rows of `logits`, in few buckets so that a new V rarely compiles a new kernel.
 
     `elements_per_thread` is 16 (two 16-byte loads of bfloat16) for kernels that keep few vectors in registers, else 8.
     """
@@ -45,22 +118,14 @@ def tile_shape(logits: torch.Tensor, elements_per_thread: int, max_warps: int) -
     # Asynchronous copies keep two tiles in flight while one is worked on. They pay where a row has several tiles and
     # 16-byte accesses; element by element they cost more registers than they hide latency.
     vectors = logits.stride(1) == 1 and logits.stride(0) % 16 == 0 and V % 16 == 0
-    return {
-        "ROWS": rows,
-        "BLOCK": block,
-        "STAGES": 3 if vectors and V > block else 1,
-        "num_warps": max(1, rows * block // (32 * elements_per_thread)),
-    }
+    return Tile(rows, block, 3 if vectors and V > block else 1), max(1, rows * block // (32 * elements_per_thread))
 
 
-def tile_groups(N: int, V: int, shape: dict[str, int]) -> tuple[int, int]:
-    """How many tiles of a row one backward program takes, and how many such programs share a row.
-
-    Several tiles a program spread the cost of reading the row's state, once there are programs enough to fill the GPU.
-    """
-    tiles = triton.cdiv(V, shape["BLOCK"])
+def groups_of(N: int, V: int, tile: Tile) -> Groups:
+    """Several tiles a program spread the cost of reading the row's state, once there are programs enough."""
+    tiles = triton.cdiv(V, tile.BLOCK)
     tiles_per_program = min(tiles, 4) if N * tiles >= FULL_GRID else 1
-    return tiles_per_program, triton.cdiv(tiles, tiles_per_program)
+    return Groups(tiles_per_program, triton.cdiv(tiles, tiles_per_program))
 
 
 @triton.jit
@@ -112,29 +177,29 @@ def effective_slope(raw, logit_scale, softcap):
 
 
 @triton.jit
-def tile_pointers(row_ptrs, cols, stride_col):
+def tile_pointers(matrix, rows, cols):
     """Addresses of a tile; 64-bit columns, because a transposed matrix strides by N from column to column."""
-    return row_ptrs[:, None] + cols.to(tl.int64)[None, :] * stride_col  # [ROWS, BLOCK]
+    return (matrix.ptr + rows * matrix.row)[:, None] + cols.to(tl.int64)[None, :] * matrix.column  # [ROWS, BLOCK]
 
 
 @triton.jit
-def class_target(target_ptr, stride, rows, in_rows, ignore_index, V):
+def class_target(target, rows, in_rows, ignore_index, V):
     """The class index of each row, whether the row is kept (not ignored), and whether its class exists."""
-    y = tl.load(target_ptr + rows * stride, mask=in_rows, other=0)  # [ROWS]
+    y = tl.load(target.ptr + rows * target.row, mask=in_rows, other=0)  # [ROWS]
     kept = in_rows & (y != ignore_index)
     known = kept & (y >= 0) & (y < V)
     return y, kept, known
 
 
 @triton.jit
-def class_weight(weight_ptr, y, kept, known):
+def class_weight(weight, y, kept, known):
     """w_y of each row: 1 without weights, 0 for an ignored row.
 
     1 for a class that does not exist, too: were it 0, a batch of such rows alone would look empty and its mean be 0.
     """
     w = tl.where(kept, 1.0, 0.0)
-    if weight_ptr is not None:
-        w = tl.load(weight_ptr + y, mask=known, other=0.0) + tl.where(kept & ~known, 1.0, 0.0)
+    if weight is not None:
+        w = tl.load(weight + y, mask=known, other=0.0) + tl.where(kept & ~known, 1.0, 0.0)
     return w  # [ROWS]
 
 
@@ -204,50 +269,45 @@ def softmax_gradient(d, alpha, beta, c):
 
 
 @triton.jit
-def soft_coefficients(
-    target_rows, target_stride_col, weight_ptr, cols, inside, V, classes, label_smoothing, PROBABILITIES: tl.constexpr
-):
+def soft_coefficients(target, rows, cols, inside, V, classes, label_smoothing):
     """One tile of c_k without the class index's own share: w_k ((1 - eps) t_k + eps / classes), 0 outside."""
     c = tl.zeros(inside.shape, tl.float32)  # [ROWS, BLOCK]
-    if PROBABILITIES:
-        c += tl.load(tile_pointers(target_rows, cols, target_stride_col), mask=inside, other=0.0).to(tl.float32)
+    if target.column is not None:
+        c += tl.load(tile_pointers(target, rows, cols), mask=inside, other=0.0).to(tl.float32)
     if label_smoothing is not None:
-        if PROBABILITIES:
+        if target.column is not None:
             c = c * (1.0 - label_smoothing)
         c = tl.where(inside, c + label_smoothing / classes, 0.0)
-    if weight_ptr is not None:
-        c = c * tl.load(weight_ptr + cols, mask=cols < V, other=0.0)[None, :]
+    if target.weight is not None:
+        c = c * tl.load(target.weight + cols, mask=cols < V, other=0.0)[None, :]
     return c
 
 
 @triton.jit
-def store_rows(
-    row_max, sum_exp, weight_sum, weighted_dot, x_y, target_ptr, weight_ptr, row_weight_ptr, loss_ptr, row_state_ptr,
-    rows, in_rows, V, target_stride_row, state_stride, ignore_index, label_smoothing, lse_square_scale,
-    PROBABILITIES: tl.constexpr
-):  # fmt: skip
+def store_rows(statistics, target, out, rows, in_rows, V, state_stride, options):
     """From the statistics of each row to its loss and row state; `sum_exp` lacks the maximum's own 1, `weight_sum` and
     `weighted_dot` the class index's share, x_y is its logit. Returns lse and log_sum."""
+    row_max, sum_exp, weight_sum, weighted_dot, x_y = statistics
     # -inf for a row of -inf, NaN for one that holds inf or NaN
     log_sum = tl.where(row_max == float("-inf"), tl.log(sum_exp), log1p(sum_exp + (row_max - finite_max(row_max))))
     lse = row_max + log_sum
-    if not PROBABILITIES:
-        y, kept, known = class_target(target_ptr, target_stride_row, rows, in_rows, ignore_index, V)
-        hard = class_weight(weight_ptr, y, kept, known)
-        if label_smoothing is not None:
-            hard = hard * (1.0 - label_smoothing)
+    if target.column is None:
+        y, kept, known = class_target(target, rows, in_rows, options.ignore_index, V)
+        hard = class_weight(target.weight, y, kept, known)
+        if options.label_smoothing is not None:
+            hard = hard * (1.0 - options.label_smoothing)
         weight_sum += hard
         weighted_dot += tl.where(hard != 0, hard * (x_y - row_max), 0.0)
-    loss = log_sum * weight_sum - weighted_dot + lse_square_scale * lse * lse
-    if row_weight_ptr is not None:
-        loss = loss * tl.load(row_weight_ptr + rows, mask=in_rows, other=0.0)
-    if not PROBABILITIES:
+    loss = log_sum * weight_sum - weighted_dot + options.lse_square_scale * lse * lse
+    if target.row_weight is not None:
+        loss = loss * tl.load(target.row_weight + rows, mask=in_rows, other=0.0)
+    if target.column is None:
         loss = tl.where(kept, tl.where(known, loss, float("nan")), 0.0)
     stride = tl.cast(state_stride, tl.int64)
-    tl.store(loss_ptr + rows, loss, mask=in_rows)
-    tl.store(row_state_ptr + rows, row_max, mask=in_rows)
-    tl.store(row_state_ptr + stride + rows, log_sum, mask=in_rows)
-    tl.store(row_state_ptr + 2 * stride + rows, weight_sum, mask=in_rows)
+    tl.store(out.loss + rows, loss, mask=in_rows)
+    tl.store(out.state + rows, row_max, mask=in_rows)
+    tl.store(out.state + stride + rows, log_sum, mask=in_rows)
+    tl.store(out.state + 2 * stride + rows, weight_sum, mask=in_rows)
     return lse, log_sum
 
 
@@ -274,10 +334,10 @@ def welford_rows(mean, m2, count, V):
 
 
 @triton.jit
-def upstream_gradient(grad_ptr, stride, rows, in_rows, total_ptr, MEAN: tl.constexpr):
-    """The gradient that reaches each row's loss: divided by the total for a mean, 0 where that total is 0."""
+def upstream_gradient(grad_ptr, stride, rows, in_rows, total_ptr):
+    """The gradient that reaches each row's loss: of a mean divided by its total, 0 where that is 0."""
     g = tl.load(grad_ptr + rows * stride, mask=in_rows, other=0.0).to(tl.float32)  # [ROWS]
-    if MEAN:
+    if total_ptr is not None:
         total = tl.load(total_ptr)
         g = tl.where(total == 0, 0.0, g / total)
     return g
@@ -285,19 +345,9 @@ def upstream_gradient(grad_ptr, stride, rows, in_rows, total_ptr, MEAN: tl.const
 
 @triton.jit(do_not_specialize=["N", "V", "ignore_index"])
 def reduce_rows_kernel(
-    row_loss_ptr,
-    target_ptr,
-    weight_ptr,
-    loss_ptr,
-    total_ptr,
-    N,
-    V,
-    target_stride,
-    ignore_index,
-    MEAN: tl.constexpr,
-    BLOCK: tl.constexpr,
+    row_loss_ptr, target, loss_ptr, total_ptr, N, V, ignore_index, MEAN: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """total = sum of w_y over kept rows (N without class targets); loss = sum of row losses, over total for a mean.
+    """total = sum of w_y over kept rows (N of probabilities); loss = sum of row losses, over total for a mean.
 
     One program, a fixed order: the result is the same on every run.
     """
@@ -306,11 +356,11 @@ def reduce_rows_kernel(
     for start in range(0, N, BLOCK):
         rows = tl.cast(start, tl.int64) + tl.arange(0, BLOCK)
         in_rows = rows < N
-        if target_ptr is None:
-            total += tl.where(in_rows, 1.0, 0.0)
+        if target.column is None:
+            y, kept, known = class_target(target, rows, in_rows, ignore_index, V)
+            total += class_weight(target.weight, y, kept, known)
         else:
-            y, kept, known = class_target(target_ptr, target_stride, rows, in_rows, ignore_index, V)
-            total += class_weight(weight_ptr, y, kept, known)
+            total += tl.where(in_rows, 1.0, 0.0)
         if loss_ptr is not None:
             loss += tl.load(row_loss_ptr + rows, mask=in_rows, other=0.0)
     total_sum = tl.sum(total, axis=0)
@@ -322,25 +372,16 @@ def reduce_rows_kernel(
         tl.store(loss_ptr, loss_sum)
 
 
-def reduce_rows(row_loss, target, weight, *, V: int, ignore_index: int, reduction: str):
-    """(loss, total) of row losses; `target` is the class indices, or None if the targets are probabilities."""
+def reduce_rows(row_loss: torch.Tensor, target: Target, *, V: int, ignore_index: int, reduction: str):
+    """(loss, total) of row losses."""
     N = row_loss.shape[0]
     loss = row_loss if reduction == "none" else row_loss.new_empty(())
     total = row_loss.new_empty(())
     if N == 0:
         return loss.zero_(), total.zero_()
-    reduce_rows_kernel[(1,)](
-        row_loss,
-        target,
-        weight,
-        None if reduction == "none" else loss,
-        total,
-        N,
-        V,
-        0 if target is None else target.stride(0),
-        ignore_index,
-        MEAN=reduction == "mean",
-        BLOCK=REDUCE_BLOCK,
-        num_warps=16,
-    )
+    with torch.cuda.device_of(row_loss):
+        reduce_rows_kernel[(1,)](
+            row_loss, target, None if reduction == "none" else loss, total, N, V, ignore_index,
+            MEAN=reduction == "mean", BLOCK=REDUCE_BLOCK, num_warps=16,
+        )  # fmt: skip
     return loss, total

@@ -13,13 +13,17 @@ import triton
 import triton.language as tl
 
 from .rows import (
+    Matrix,
+    RowOutputs,
     check_logits,
     class_target,
+    groups_of,
     log1p,
+    matrix_of,
     reduce_rows,
-    tile_groups,
+    target_of,
+    tile_of,
     tile_pointers,
-    tile_shape,
     upstream_gradient,
     welford_merge,
     welford_rows,
@@ -31,16 +35,14 @@ SCALE = tl.constexpr(2.0**-96)
 
 
 @triton.jit
-def row_moments(
-    logits_rows, in_rows, V, stride_col, scale, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr
-):
+def row_moments(logits, rows, in_rows, V, scale, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):
     """Mean and M2 of scale x."""
     lane_mean = tl.zeros([ROWS, BLOCK], tl.float32)
     lane_m2 = tl.zeros([ROWS, BLOCK], tl.float32)
     for start in tl.range(0, V, BLOCK, num_stages=STAGES):
         cols = start + tl.arange(0, BLOCK)  # [BLOCK]
         inside = in_rows[:, None] & (cols < V)[None, :]  # [ROWS, BLOCK]
-        x = tl.load(tile_pointers(logits_rows, cols, stride_col), mask=inside, other=0.0).to(tl.float32)
+        x = tl.load(tile_pointers(logits, rows, cols), mask=inside, other=0.0).to(tl.float32)
         if scale is not None:
             x *= scale[:, None]
         lane_mean, lane_m2 = welford_merge(lane_mean, lane_m2, x, inside, start // BLOCK)
@@ -92,41 +94,25 @@ def spherical_epilogue(o_c, mean, m2, scale, D, eps, b):
 
 @triton.jit(do_not_specialize=["N", "ignore_index"])
 def spherical_family_forward_kernel(
-    logits_ptr,
-    target_ptr,
-    loss_ptr,
-    row_state_ptr,
-    N,
-    V,
-    logits_stride_row,
-    logits_stride_col,
-    target_stride,
-    ignore_index,
-    a,
-    b,
-    EPILOGUE: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STAGES: tl.constexpr,
+    logits, target, out, N, V, ignore_index, a, b, EPILOGUE: tl.constexpr, tile: tl.constexpr
 ):
     """Row losses and row state (mu, gamma, r, kappa), lambda = r |r|. One pass, two for rows of large logits."""
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
+    rows = tl.program_id(0).to(tl.int64) * tile.ROWS + tl.arange(0, tile.ROWS)  # [ROWS]
     in_rows = rows < N
-    logits_rows = logits_ptr + rows * logits_stride_row
 
-    scale = tl.full([ROWS], 1.0, tl.float32)
-    mean, m2 = row_moments(logits_rows, in_rows, V, logits_stride_col, None, ROWS, BLOCK, STAGES)  # [ROWS]
+    scale = tl.full([tile.ROWS], 1.0, tl.float32)
+    mean, m2 = row_moments(logits, rows, in_rows, V, None, tile.ROWS, tile.BLOCK, tile.STAGES)  # [ROWS]
     large = (m2 < MOST * MOST) == 0  # NaN, too
     if tl.max(large.to(tl.int32), axis=0) > 0:
         scale = tl.where(large, SCALE, 1.0)
-        mean, m2 = row_moments(logits_rows, in_rows, V, logits_stride_col, scale, ROWS, BLOCK, STAGES)
+        mean, m2 = row_moments(logits, rows, in_rows, V, scale, tile.ROWS, tile.BLOCK, tile.STAGES)
 
-    y, kept, known = class_target(target_ptr, target_stride, rows, in_rows, ignore_index, V)
-    o_c = tl.load(logits_rows + y * logits_stride_col, mask=known, other=0.0).to(tl.float32)
+    y, kept, known = class_target(target, rows, in_rows, ignore_index, V)
+    o_c = tl.load(logits.ptr + rows * logits.row + y * logits.column, mask=known, other=0.0).to(tl.float32)
     loss, gamma, root, kappa = EPILOGUE(o_c, mean, m2, scale, V, a, b)
     loss = tl.where(kept, tl.where(known, loss, float("nan")), 0.0)
-    tl.store(loss_ptr + rows, loss, mask=in_rows)
-    state = row_state_ptr + rows
+    tl.store(out.loss + rows, loss, mask=in_rows)
+    state = out.state + rows
     stride = tl.cast(N, tl.int64)
     tl.store(state, mean / scale, mask=in_rows)
     tl.store(state + stride, gamma, mask=in_rows)
@@ -136,41 +122,22 @@ def spherical_family_forward_kernel(
 
 @triton.jit(do_not_specialize=["N", "grad_loss_stride", "ignore_index"])
 def spherical_family_backward_kernel(
-    grad_loss_ptr,
-    logits_ptr,
-    target_ptr,
-    row_state_ptr,
-    total_ptr,
-    grad_ptr,
-    N,
-    V,
-    grad_loss_stride,
-    logits_stride_row,
-    logits_stride_col,
-    target_stride,
-    ignore_index,
-    tiles_per_program,
-    programs_per_row,
-    MEAN: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    grad_loss_ptr, grad_loss_stride, logits, target, state_ptr, total_ptr, out, N, V, ignore_index, groups,
+    tile: tl.constexpr
+):  # fmt: skip
     """g (kappa + lambda (o_k - mu) + gamma 1[k = c]) for some tiles of the program's rows.
 
     Rows with g = 0 are written as zeros and their logits are not read.
     """
     program = tl.program_id(0)
-    rows = (program // programs_per_row).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
+    rows = (program // groups.programs).to(tl.int64) * tile.ROWS + tl.arange(0, tile.ROWS)  # [ROWS]
     in_rows = rows < N
-    logits_rows = logits_ptr + rows * logits_stride_row
-    grad_rows = grad_ptr + rows * tl.cast(V, tl.int64)
 
-    y, kept, known = class_target(target_ptr, target_stride, rows, in_rows, ignore_index, V)
-    g = upstream_gradient(grad_loss_ptr, grad_loss_stride, rows, in_rows, total_ptr, MEAN)
+    y, kept, known = class_target(target, rows, in_rows, ignore_index, V)
+    g = upstream_gradient(grad_loss_ptr, grad_loss_stride, rows, in_rows, total_ptr)
     g = tl.where(kept, tl.where(known, g, float("nan")), 0.0)
     active = g != 0
-    state = row_state_ptr + rows
+    state = state_ptr + rows
     stride = tl.cast(N, tl.int64)
     mean = tl.load(state, mask=active, other=0.0)
     gamma = g * tl.load(state + stride, mask=active, other=0.0)
@@ -178,20 +145,18 @@ def spherical_family_backward_kernel(
     lambda_, rate = (g * root)[:, None], tl.abs(root)[:, None]
     kappa = g * tl.load(state + 3 * stride, mask=active, other=0.0)
 
-    first = (program % programs_per_row) * tiles_per_program * BLOCK
-    last = tl.minimum(first + tiles_per_program * BLOCK, V)
-    for start in tl.range(first, last, BLOCK, num_stages=STAGES):
+    BLOCK: tl.constexpr = tile.BLOCK
+    first = (program % groups.programs) * groups.tiles * BLOCK
+    last = tl.minimum(first + groups.tiles * BLOCK, V)
+    for start in tl.range(first, last, BLOCK, num_stages=tile.STAGES):
         cols = start + tl.arange(0, BLOCK)  # [BLOCK]
         inside = in_rows[:, None] & (cols < V)[None, :]  # [ROWS, BLOCK]
         x = tl.load(
-            tile_pointers(logits_rows, cols, logits_stride_col),
-            mask=active[:, None] & inside,
-            other=0.0,
-            eviction_policy="evict_first",
+            tile_pointers(logits, rows, cols), mask=active[:, None] & inside, other=0.0, eviction_policy="evict_first"
         ).to(tl.float32)
         dx = kappa[:, None] + lambda_ * (rate * (x - mean[:, None]))
         dx += tl.where(cols[None, :] == y[:, None], gamma[:, None], 0.0)
-        tl.store(tile_pointers(grad_rows, cols, 1), tl.where(active[:, None], dx, 0.0), mask=inside)
+        tl.store(tile_pointers(out, rows, cols), tl.where(active[:, None], dx, 0.0), mask=inside)
 
 
 def launch_forward(op, epilogue, logits, target, a, b, ignore_index, reduction):
@@ -200,25 +165,15 @@ def launch_forward(op, epilogue, logits, target, a, b, ignore_index, reduction):
     N, V = logits.shape
     row_loss = torch.empty(N, dtype=torch.float32, device=logits.device)
     row_state = row_loss.new_empty((4, N))
-    with torch.cuda.device_of(logits):
-        if N > 0:
-            shape = tile_shape(logits, elements_per_thread=8, max_warps=16)
-            spherical_family_forward_kernel[(triton.cdiv(N, shape["ROWS"]),)](
-                logits,
-                target,
-                row_loss,
-                row_state,
-                N,
-                V,
-                *logits.stride(),
-                target.stride(0),
-                ignore_index,
-                a,
-                b,
-                EPILOGUE=epilogue,
-                **shape,
-            )
-        loss, total = reduce_rows(row_loss, target, None, V=V, ignore_index=ignore_index, reduction=reduction)
+    target = target_of(target)
+    if N > 0:
+        tile, warps = tile_of(logits, elements_per_thread=8, max_warps=16)
+        with torch.cuda.device_of(logits):
+            spherical_family_forward_kernel[(triton.cdiv(N, tile.ROWS),)](
+                matrix_of(logits), target, RowOutputs(row_loss, row_state), N, V, ignore_index, a, b,
+                EPILOGUE=epilogue, tile=tile, num_warps=warps,
+            )  # fmt: skip
+    loss, total = reduce_rows(row_loss, target, V=V, ignore_index=ignore_index, reduction=reduction)
     return loss, row_state, total
 
 
@@ -246,27 +201,14 @@ def spherical_family_backward(grad_loss, logits, target, row_state, total, *, ig
     grad = torch.empty((N, V), dtype=logits.dtype, device=logits.device)
     if N == 0:
         return grad
-    shape = tile_shape(logits, elements_per_thread=16, max_warps=8)
-    tiles_per_program, programs_per_row = tile_groups(N, V, shape)
+    tile, warps = tile_of(logits, elements_per_thread=16, max_warps=8)
+    groups = groups_of(N, V, tile)
     with torch.cuda.device_of(logits):
-        spherical_family_backward_kernel[(triton.cdiv(N, shape["ROWS"]) * programs_per_row,)](
-            grad_loss,
-            logits,
-            target,
-            row_state,
-            total,
-            grad,
-            N,
-            V,
-            0 if grad_loss.dim() == 0 else grad_loss.stride(0),
-            *logits.stride(),
-            target.stride(0),
-            ignore_index,
-            tiles_per_program,
-            programs_per_row,
-            MEAN=reduction == "mean",
-            **shape,
-        )
+        spherical_family_backward_kernel[(triton.cdiv(N, tile.ROWS) * groups.programs,)](
+            grad_loss, 0 if grad_loss.dim() == 0 else grad_loss.stride(0), matrix_of(logits), target_of(target),
+            row_state, total if reduction == "mean" else None, Matrix(grad, V, 1), N, V, ignore_index, groups, tile,
+            num_warps=warps,
+        )  # fmt: skip
     return grad
 
 
