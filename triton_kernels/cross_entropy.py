@@ -21,6 +21,7 @@ import triton.language as tl
 from .rows import (
     Options,
     RowOutputs,
+    Sizes,
     Statistics,
     Target,
     check_logits,
@@ -64,27 +65,22 @@ class Saved(NamedTuple):
     total: torch.Tensor | None
 
 
-class Classes(NamedTuple):
-    """The columns are classes [first, first + V) of all of them."""
-
-    first: int
-    all: int
-
-
 def upstream_of(*gradients) -> Upstream:
     return Upstream(*gradients, *(0 if g is None or g.dim() == 0 else g.stride(0) for g in gradients))
 
 
-@triton.jit(do_not_specialize=["N", "state_stride"])
-def cross_entropy_forward_kernel(logits, target, out, N, V, state_stride, options, tile: tl.constexpr):
+@triton.jit(do_not_specialize=["sizes"])
+def cross_entropy_forward_kernel(logits, target, out, sizes, V, opts, tile: tl.constexpr):
     """Row losses, row state (m, log_sum, W) and, where there is room for them, lse, entropy and argmax. One pass."""
     STATS: tl.constexpr = out.lse is not None
-    SOFT: tl.constexpr = target.column is not None or options.label_smoothing is not None
+    SOFT: tl.constexpr = target.column is not None or opts.label_smoothing is not None
     ROWS: tl.constexpr = tile.ROWS
     BLOCK: tl.constexpr = tile.BLOCK
 
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
-    in_rows = rows < N
+    in_rows = rows < sizes.N
+    logits_rows = logits.ptr + rows * logits.row
+    target_rows = target.ptr + rows * target.row
 
     # Of each lane: its maximum m, the sum of exp(x - m) without that maximum, and what else is wanted.
     lane_max = tl.full([ROWS, BLOCK], float("-inf"), tl.float32)
@@ -99,8 +95,8 @@ def cross_entropy_forward_kernel(logits, target, out, N, V, state_stride, option
     for start in tl.range(0, V, BLOCK, num_stages=tile.STAGES):
         cols = start + tl.arange(0, BLOCK)  # [BLOCK]
         inside = in_rows[:, None] & (cols < V)[None, :]  # [ROWS, BLOCK]
-        raw = tl.load(tile_pointers(logits, rows, cols), mask=inside, other=0.0)
-        x = tl.where(inside, effective_logit(raw, options.logit_scale, options.softcap), float("-inf"))
+        raw = tl.load(tile_pointers(logits_rows, cols, logits.column), mask=inside, other=0.0)
+        x = tl.where(inside, effective_logit(raw, opts.logit_scale, opts.softcap), float("-inf"))
         last_max, last_sum = lane_max, lane_sum
         lane_max, lane_sum, rises, e, d = hold_back_max(last_max, last_sum, x)
         if STATS:
@@ -108,7 +104,7 @@ def cross_entropy_forward_kernel(logits, target, out, N, V, state_stride, option
             exp_dot = tl.where(rises, e * (exp_dot + d * last_sum), exp_dot) + e * d
             place = tl.where(rises, cols[None, :], place)
         if SOFT:
-            c = soft_coefficients(target, rows, cols, inside, V, V, options.label_smoothing)
+            c = soft_coefficients(target, target_rows, cols, inside, V, V, opts.label_smoothing)
             shift = finite_max(lane_max)
             soft_dot += soft_sum * (finite_max(last_max) - shift) + tl.where(c != 0, c * (x - shift), 0.0)
             soft_sum += c
@@ -122,11 +118,11 @@ def cross_entropy_forward_kernel(logits, target, out, N, V, state_stride, option
         weighted_dot += tl.sum(soft_dot + soft_sum * moved, axis=1)
     x_y = tl.zeros([ROWS], tl.float32)
     if target.column is None:
-        y, _, known = class_target(target, rows, in_rows, options.ignore_index, V)
-        raw_y = tl.load(logits.ptr + rows * logits.row + y * logits.column, mask=known, other=0.0)
-        x_y += effective_logit(raw_y, options.logit_scale, options.softcap)
+        y, _, known = class_target(target, rows, in_rows, opts.ignore_index, V)
+        raw_y = tl.load(logits_rows + y * logits.column, mask=known, other=0.0)
+        x_y += effective_logit(raw_y, opts.logit_scale, opts.softcap)
     statistics = Statistics(row_max, sum_exp, weight_sum, weighted_dot, x_y)
-    lse, log_sum = store_rows(statistics, target, out, rows, in_rows, V, state_stride, options)
+    lse, log_sum = store_rows(statistics, target, out, rows, in_rows, sizes, V, opts)
     if STATS:
         tl.store(out.lse + rows, lse, mask=in_rows)
         d = tl.maximum(lane_shift, -104.0)
@@ -136,30 +132,34 @@ def cross_entropy_forward_kernel(logits, target, out, N, V, state_stride, option
         tl.store(out.argmax + rows, argmax.to(tl.int64), mask=in_rows)
 
 
-@triton.jit(do_not_specialize=["N", "state_stride"])
+@triton.jit(do_not_specialize=["sizes"])
 def cross_entropy_backward_kernel(
-    upstream, logits, target, saved, out, N, V, state_stride, classes, options, groups, tile: tl.constexpr
+    upstream, logits, target, saved, out, sizes, V, classes, opts, groups, tile: tl.constexpr
 ):
     """dL/draw_k = dx_k dx_k/draw_k for some tiles of the program's rows; `out` may be the logits.
 
-    Rows without any gradient (ignored, weight 0) are written as zeros and their logits are not read. Weights and
-    probabilities are those of the columns.
+    Rows without any gradient (ignored, weight 0) are written as zeros and their logits are not read. The V columns are
+    classes from sizes.first_class on of all `classes`; weights and probabilities are those of these columns.
     """
-    SOFT: tl.constexpr = target.column is not None or options.label_smoothing is not None
-    WARPED: tl.constexpr = options.logit_scale is not None or options.softcap is not None
+    SOFT: tl.constexpr = target.column is not None or opts.label_smoothing is not None
+    WARPED: tl.constexpr = opts.logit_scale is not None or opts.softcap is not None
+    ROWS: tl.constexpr = tile.ROWS
     BLOCK: tl.constexpr = tile.BLOCK
 
     program = tl.program_id(0)
-    rows = (program // groups.programs).to(tl.int64) * tile.ROWS + tl.arange(0, tile.ROWS)  # [ROWS]
-    in_rows = rows < N
+    rows = (program // groups.programs).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
+    in_rows = rows < sizes.N
+    logits_rows = logits.ptr + rows * logits.row
+    target_rows = target.ptr + rows * target.row
+    out_rows = out.ptr + rows * out.row
 
     if target.column is None:
-        y, kept, known = class_target(target, rows, in_rows, options.ignore_index, classes.all)
-        y -= classes.first
+        y, kept, known = class_target(target, rows, in_rows, opts.ignore_index, classes)
+        y -= sizes.first_class
         hard = class_weight(target.weight, y, kept, known & (y >= 0) & (y < V))
-        if options.label_smoothing is not None:
-            hard = hard * (1.0 - options.label_smoothing)
-    g = tl.zeros([tile.ROWS], tl.float32)
+        if opts.label_smoothing is not None:
+            hard = hard * (1.0 - opts.label_smoothing)
+    g = tl.zeros([ROWS], tl.float32)
     if upstream.loss is not None:
         g = upstream_gradient(upstream.loss, upstream.loss_stride, rows, in_rows, saved.total)
         if target.row_weight is not None:
@@ -168,10 +168,10 @@ def cross_entropy_backward_kernel(
             g = tl.where(kept, tl.where(known, g, float("nan")), 0.0)
 
     row_max = tl.load(saved.state + rows, mask=in_rows, other=0.0)
-    stride = tl.cast(state_stride, tl.int64)
+    stride = tl.cast(sizes.state_stride, tl.int64)
     log_sum = tl.load(saved.state + stride + rows, mask=in_rows, other=0.0)
     weight_sum = tl.load(saved.state + 2 * stride + rows, mask=in_rows, other=0.0)
-    alpha = tl.where(g != 0, g * (weight_sum + 2.0 * options.lse_square_scale * (row_max + log_sum)), 0.0)  # A
+    alpha = tl.where(g != 0, g * (weight_sum + 2.0 * opts.lse_square_scale * (row_max + log_sum)), 0.0)  # A
     if upstream.lse is not None:
         alpha += tl.load(upstream.lse + rows * upstream.lse_stride, mask=in_rows, other=0.0)
     if upstream.entropy is None:
@@ -188,8 +188,8 @@ def cross_entropy_backward_kernel(
     if not SOFT:
         # Only where it is among the program's own columns: others may have written over it.
         own = known & (y >= first) & (y < last)
-        raw_y = tl.load(logits.ptr + rows * logits.row + y * logits.column, mask=own, other=0.0)  # [ROWS]
-        d_y = (effective_logit(raw_y, options.logit_scale, options.softcap) - row_max) - log_sum
+        raw_y = tl.load(logits_rows + y * logits.column, mask=own, other=0.0)  # [ROWS]
+        d_y = (effective_logit(raw_y, opts.logit_scale, opts.softcap) - row_max) - log_sum
         dx_y = softmax_gradient(d_y, alpha, beta, g * hard)[:, None]
     alpha = alpha[:, None]
     if beta is not None:
@@ -198,19 +198,21 @@ def cross_entropy_backward_kernel(
         cols = start + tl.arange(0, BLOCK)  # [BLOCK]
         inside = in_rows[:, None] & (cols < V)[None, :]  # [ROWS, BLOCK]
         read = active[:, None] & inside
-        raw = tl.load(tile_pointers(logits, rows, cols), mask=read, other=0.0, eviction_policy="evict_first")
-        d = (effective_logit(raw, options.logit_scale, options.softcap) - row_max[:, None]) - log_sum[:, None]
+        raw = tl.load(
+            tile_pointers(logits_rows, cols, logits.column), mask=read, other=0.0, eviction_policy="evict_first"
+        )
+        d = (effective_logit(raw, opts.logit_scale, opts.softcap) - row_max[:, None]) - log_sum[:, None]
         if SOFT:
-            c = g[:, None] * soft_coefficients(target, rows, cols, read, V, classes.all, options.label_smoothing)
+            c = g[:, None] * soft_coefficients(target, target_rows, cols, read, V, classes, opts.label_smoothing)
             if target.column is None:
                 c += tl.where(cols[None, :] == y[:, None], (g * hard)[:, None], 0.0)
             dx = softmax_gradient(d, alpha, beta, c)
         else:
             dx = tl.where(cols[None, :] == y[:, None], dx_y, softmax_gradient(d, alpha, beta, None))
         if WARPED:
-            dx = dx * effective_slope(raw, options.logit_scale, options.softcap)
+            dx = dx * effective_slope(raw, opts.logit_scale, opts.softcap)
         dx = tl.where(active[:, None], dx, 0.0)
-        tl.store(tile_pointers(out, rows, cols), dx, mask=inside)
+        tl.store(tile_pointers(out_rows, cols, out.column), dx, mask=inside)
 
 
 def launch_forward(out: RowOutputs, logits: torch.Tensor, target: Target, options: Options) -> None:
@@ -222,7 +224,7 @@ def launch_forward(out: RowOutputs, logits: torch.Tensor, target: Target, option
     tile, warps = tile_of(logits, elements_per_thread=8 if soft else 16, max_warps=16)
     with torch.cuda.device_of(logits):
         cross_entropy_forward_kernel[(triton.cdiv(N, tile.ROWS),)](
-            matrix_of(logits), target, out, N, V, out.state.stride(0), options, tile, num_warps=warps
+            matrix_of(logits), target, out, Sizes(N, out.state.stride(0)), V, options, tile, num_warps=warps
         )
 
 
@@ -254,11 +256,12 @@ def launch_backward(
     target: Target,
     saved: Saved,
     options: Options,
-    classes: Classes | None = None,
+    first_class: int = 0,
+    classes: int | None = None,
 ) -> None:
     """Writes the gradient with respect to the raw logits into `grad`, which may be `logits` itself.
 
-    `logits`, weights and probabilities may be those of a block of classes.
+    `logits`, weights and probabilities may be those of a block of classes, from `first_class` on, of all `classes`.
     """
     check_logits("cross_entropy_backward", logits)
     N, V = logits.shape
@@ -266,11 +269,11 @@ def launch_backward(
         return
     soft = target.column is not None or options.label_smoothing is not None
     tile, warps = tile_of(logits, elements_per_thread=8 if soft else 16, max_warps=8)
-    groups = groups_of(N, V, tile)
+    groups, sizes = groups_of(N, V, tile), Sizes(N, saved.state.stride(0), first_class)
     with torch.cuda.device_of(logits):
         cross_entropy_backward_kernel[(triton.cdiv(N, tile.ROWS) * groups.programs,)](
-            upstream, matrix_of(logits), target, saved, matrix_of(grad), N, V, saved.state.stride(0),
-            classes or Classes(0, V), options, groups, tile, num_warps=warps,
+            upstream, matrix_of(logits), target, saved, matrix_of(grad), sizes, V, classes or V, options, groups, tile,
+            num_warps=warps,
         )  # fmt: skip
 
 

@@ -17,9 +17,10 @@ import triton
 import triton.language as tl
 from triton import knobs
 
-from .cross_entropy import Classes, Saved, launch_backward, launch_forward, upstream_of
+from .cross_entropy import Saved, launch_backward, launch_forward, upstream_of
 from .rows import (
     RowOutputs,
+    Sizes,
     Statistics,
     Target,
     check_logits,
@@ -53,11 +54,11 @@ class ProductTile(NamedTuple):
 
 @triton.jit(do_not_specialize=["N", "tiles_per_share"])
 def linear_cross_entropy_forward_kernel(
-    input, weight, bias, target, statistics_ptr, N, V, D, tiles_per_share, options, tile: tl.constexpr
+    input, weight, bias, target, statistics_ptr, N, V, D, tiles_per_share, opts, tile: tl.constexpr
 ):
     """statistics[share, :, row] of the program's classes; logits are rounded to the type of the input, as the backward
     will see them."""
-    SOFT: tl.constexpr = target.column is not None or options.label_smoothing is not None
+    SOFT: tl.constexpr = target.column is not None or opts.label_smoothing is not None
     ROWS: tl.constexpr = tile.ROWS
     BLOCK: tl.constexpr = tile.BLOCK
     DEPTH: tl.constexpr = tile.DEPTH
@@ -65,8 +66,9 @@ def linear_cross_entropy_forward_kernel(
     in_rows = rows < N
     depth = tl.arange(0, DEPTH)
     input_rows = input.ptr + rows * input.row
+    target_rows = target.ptr + rows * target.row
     if target.column is None:
-        y = tl.load(target.ptr + rows * target.row, mask=in_rows, other=-1)  # [ROWS]
+        y = tl.load(target_rows, mask=in_rows, other=-1)  # [ROWS]
 
     row_max = tl.full([ROWS], float("-inf"), tl.float32)
     sum_exp = tl.zeros([ROWS], tl.float32)
@@ -98,7 +100,7 @@ def linear_cross_entropy_forward_kernel(
         if bias is not None:
             product += tl.load(bias.ptr + cols * bias.stride, mask=cols < V, other=0.0).to(tl.float32)[None, :]
         raw = product.to(input.ptr.dtype.element_ty)
-        x = tl.where(inside, effective_logit(raw, None, options.softcap), float("-inf"))
+        x = tl.where(inside, effective_logit(raw, None, opts.softcap), float("-inf"))
         tile_max = tl.max(x, axis=1)
         new_max = tl.maximum(row_max, tile_max)
         shift = finite_max(new_max)  # [ROWS]
@@ -109,7 +111,7 @@ def linear_cross_entropy_forward_kernel(
         sum_exp = sum_exp * tl.exp(row_max - shift) + tl.exp(tl.minimum(row_max, tile_max) - shift)
         sum_exp += tl.sum(joins, axis=1) + equals * tl.exp(tile_max - shift)
         if SOFT:
-            c = soft_coefficients(target, rows, cols, inside, V, V, options.label_smoothing)
+            c = soft_coefficients(target, target_rows, cols, inside, V, V, opts.label_smoothing)
             soft_dot += soft_sum * (finite_max(row_max) - shift) + tl.sum(tl.where(c != 0, c * d, 0.0), axis=1)
             soft_sum += tl.sum(c, axis=1)
         if target.column is None:
@@ -125,14 +127,12 @@ def linear_cross_entropy_forward_kernel(
     tl.store(out + 4 * stride, x_y, mask=in_rows)
 
 
-@triton.jit(do_not_specialize=["N", "shares", "state_stride"])
-def linear_cross_entropy_merge_kernel(
-    statistics_ptr, target, out, N, V, shares, state_stride, options, ROWS: tl.constexpr
-):
+@triton.jit(do_not_specialize=["sizes", "shares"])
+def linear_cross_entropy_merge_kernel(statistics_ptr, target, out, sizes, V, shares, opts, ROWS: tl.constexpr):
     """Merges the shares of each row, and ends as cross_entropy does."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
-    in_rows = rows < N
-    stride = tl.cast(N, tl.int64)
+    in_rows = rows < sizes.N
+    stride = tl.cast(sizes.N, tl.int64)
     row_max = tl.full([ROWS], float("-inf"), tl.float32)
     sum_exp = tl.zeros([ROWS], tl.float32)
     soft_sum = tl.zeros([ROWS], tl.float32)
@@ -153,7 +153,7 @@ def linear_cross_entropy_merge_kernel(
         x_y += tl.load(part + 4 * stride, mask=in_rows, other=0.0)
         row_max = new_max
     statistics = Statistics(row_max, sum_exp, soft_sum, soft_dot, x_y)
-    store_rows(statistics, target, out, rows, in_rows, V, state_stride, options)
+    store_rows(statistics, target, out, rows, in_rows, sizes, V, opts)
 
 
 def fused_forward(out, input, linear_weight, linear_bias, target, options):
@@ -181,7 +181,7 @@ def fused_forward(out, input, linear_weight, linear_bias, target, options):
             tile, num_warps=8,
         )  # fmt: skip
         linear_cross_entropy_merge_kernel[(triton.cdiv(N, 128),)](
-            statistics, target, out, N, V, shares, out.state.stride(0), options, ROWS=128
+            statistics, target, out, Sizes(N, out.state.stride(0)), V, shares, options, ROWS=128
         )
 
 
@@ -276,7 +276,7 @@ def linear_cross_entropy_backward(
         part = slice(first, first + width)
         w = linear_weight[part]
         block = form_logits(buffer[:, : len(w)], input, w, None if linear_bias is None else linear_bias[part])
-        launch_backward(block, upstream, block, classes_of_target(target, part), saved, options, Classes(first, V))
+        launch_backward(block, upstream, block, classes_of_target(target, part), saved, options, first, V)
         if dx is not None:
             dx += block @ w
         if dw is not None:

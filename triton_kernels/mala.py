@@ -5,11 +5,67 @@ are kept in float32 and added by PyTorch: all of them where every query sees eve
 is causal. The feature beside d in its rotated pair is d ^ 1: it is loaded again rather than shuffled.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
 SHARES = 16  # of the tokens, at most, whose sums are kept apart
+
+
+class Tokens(NamedTuple):
+    """(batch, heads, tokens, width) with unit columns, and its strides."""
+
+    ptr: torch.Tensor
+    batch: int
+    head: int
+    token: int
+
+
+class Rotation(NamedTuple):
+    cos: torch.Tensor | None
+    sin: torch.Tensor | None
+
+
+class Sums(NamedTuple):
+    s: torch.Tensor
+    z: torch.Tensor
+    u: torch.Tensor
+
+
+class Attention(NamedTuple):
+    """What a query sees: `group` query heads share a key head, and where sequences begin if they are packed."""
+
+    q: Tokens
+    k: Tokens
+    v: Tokens
+    rotation: Rotation
+    q_bounds: torch.Tensor | None
+    k_bounds: torch.Tensor | None
+    key_heads: int
+    group: int
+    chunks: int
+    scale: float
+    eps: float
+
+
+class Lengths(NamedTuple):
+    """What no kernel is compiled for; `seen` keys came before the first."""
+
+    queries: int
+    keys: int
+    seen: int = 0
+
+
+class Tile(NamedTuple):
+    D: int
+    DV: int
+    BLOCK_N: int
+    BLOCK_D: int
+    BLOCK_V: int
+    PRECISION: str
+    CAUSAL: bool
 
 
 @triton.jit
@@ -25,14 +81,22 @@ def product(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def sequence(bounds_ptr, index, tokens):
-    """Where a sequence begins among the packed tokens, and its length; unpacked, all have the same."""
+    """Its batch, where it begins among the packed tokens, and its length; unpacked, all have the same."""
     if bounds_ptr is None:
+        batch = index
         begin = index * 0
         length = begin + tokens
     else:
+        batch = index * 0
         begin = tl.minimum(tl.maximum(tl.load(bounds_ptr + index), 0), tokens)
         length = tl.minimum(tl.maximum(tl.load(bounds_ptr + index + 1), begin), tokens) - begin
-    return begin, length
+    return batch, begin, length
+
+
+@triton.jit
+def rows_of(tokens, batch, head, begin):
+    """Where the tokens of a head of a sequence begin."""
+    return tokens.ptr + batch * tokens.batch + head * tokens.head + begin * tokens.token
 
 
 @triton.jit
@@ -49,24 +113,30 @@ def load_tokens(rows, stride, n, inside, cols, width, other):
 
 
 @triton.jit
-def angles(cos_ptr, sin_ptr, n, inside, d, D):
+def store_tokens(rows, stride, n, inside, cols, width, values):
+    mask = inside[:, None] & (cols < width)[None, :]
+    tl.store(place(rows, stride, n, cols), values.to(rows.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def angles(rotation, n, inside, d, D):
     """cos, and sin with the sign that the pair's other feature enters with; (BLOCK_N, BLOCK_D)."""
     at = n[:, None] * (D // 2) + (d // 2)[None, :]
     mask = inside[:, None] & (d < D)[None, :]
     sign = tl.where(d % 2 == 0, -1.0, 1.0)[None, :]
-    cos = tl.load(cos_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    return cos, tl.load(sin_ptr + at, mask=mask, other=0.0).to(tl.float32) * sign
+    cos = tl.load(rotation.cos + at, mask=mask, other=0.0).to(tl.float32)
+    return cos, tl.load(rotation.sin + at, mask=mask, other=0.0).to(tl.float32) * sign
 
 
 @triton.jit
-def load_features(rows, stride, cos_ptr, sin_ptr, n, inside, d, D):
+def load_features(rows, stride, rotation, n, inside, d, D):
     """f, R f, and R f at the other feature of each pair."""
     f = phi(load_tokens(rows, stride, n, inside, d, D, float("-inf")))
     a = f
     a_other = f
-    if cos_ptr is not None:
+    if rotation.cos is not None:
         other = phi(load_tokens(rows, stride, n, inside, d ^ 1, D, float("-inf")))
-        cos, sin = angles(cos_ptr, sin_ptr, n, inside, d, D)
+        cos, sin = angles(rotation, n, inside, d, D)
         a = f * cos + other * sin
         a_other = other * cos - f * sin
     return f, a, a_other
@@ -78,44 +148,30 @@ def load_sums(ptr, d, v, D, DV):
     return tl.load(ptr + d[:, None] * DV + v[None, :], mask=(d < D)[:, None] & (v < DV)[None, :], other=0.0)
 
 
+@triton.jit
+def load_coefficients(coefficient_ptr, stride, n, inside):
+    """How a query enters dS, dZ and dU."""
+    c0 = tl.load(coefficient_ptr + n, mask=inside, other=0.0)
+    c1 = tl.load(coefficient_ptr + stride + n, mask=inside, other=0.0)
+    return c0, c1, tl.load(coefficient_ptr + 2 * stride + n, mask=inside, other=0.0)
+
+
 @triton.jit(do_not_specialize=["tokens", "per_share", "shares"])
 def mala_sum_kernel(
-    x_ptr,
-    y_ptr,
-    coefficient_ptr,
-    cos_ptr,
-    sin_ptr,
-    bounds_ptr,
-    s_ptr,
-    z_ptr,
-    u_ptr,
-    tokens,
-    heads,
-    per_share,
-    shares,
-    coefficient_stride,
-    x_batch,
-    x_head,
-    x_token,
-    y_batch,
-    y_head,
-    y_token,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    x, y, coefficient_ptr, coefficient_stride, rotation, bounds_ptr, sums, tokens, heads, per_share, shares,
+    tile: tl.constexpr
+):  # fmt: skip
     """S = sum c0 R phi(x) y^T, Z = sum c1 phi(x), U = sum c2 y over a share of the tokens; c is 1 if not given."""
+    D: tl.constexpr = tile.D
+    DV: tl.constexpr = tile.DV
+    BLOCK_D: tl.constexpr = tile.BLOCK_D
+    BLOCK_V: tl.constexpr = tile.BLOCK_V
     share, line = tl.program_id(0), tl.program_id(2).to(tl.int64)
     v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     d = tl.arange(0, BLOCK_D)
     index, head = line // heads, line % heads
-    begin, length = sequence(bounds_ptr, index, tokens)
-    batch = index if bounds_ptr is None else index * 0
-    x_rows = x_ptr + batch * x_batch + head * x_head + begin * x_token
-    y_rows = y_ptr + batch * y_batch + head * y_head + begin * y_token
+    batch, begin, length = sequence(bounds_ptr, index, tokens)
+    x_rows, y_rows = rows_of(x, batch, head, begin), rows_of(y, batch, head, begin)
     coefficients = coefficient_ptr
     if coefficient_ptr is not None:
         coefficients = coefficient_ptr + (batch * heads + head) * tokens + begin
@@ -123,159 +179,119 @@ def mala_sum_kernel(
     z = tl.zeros([BLOCK_D], tl.float32)
     u = tl.zeros([BLOCK_V], tl.float32)
     for chunk in range(share * per_share, (share + 1) * per_share):
-        n = chunk * BLOCK_N + tl.arange(0, BLOCK_N)
+        n = chunk * tile.BLOCK_N + tl.arange(0, tile.BLOCK_N)
         inside = n < length
-        f, a, _ = load_features(x_rows, x_token, cos_ptr, sin_ptr, n, inside, d, D)
-        y = load_tokens(y_rows, y_token, n, inside, v, DV, 0.0)
-        of_y = y
+        f, a, _ = load_features(x_rows, x.token, rotation, n, inside, d, D)
+        y_values = load_tokens(y_rows, y.token, n, inside, v, DV, 0.0)
+        weighted = y_values
         if coefficient_ptr is not None:
-            c0 = tl.load(coefficients + n, mask=inside, other=0.0)
-            c1 = tl.load(coefficients + coefficient_stride + n, mask=inside, other=0.0)
-            c2 = tl.load(coefficients + 2 * coefficient_stride + n, mask=inside, other=0.0)
+            c0, c1, c2 = load_coefficients(coefficients, coefficient_stride, n, inside)
             a = a * c0[:, None]
             f = f * c1[:, None]
-            of_y = y * c2[:, None]
-        s = product(tl.trans(a), y, s, PRECISION)
+            weighted = y_values * c2[:, None]
+        s = product(tl.trans(a), y_values, s, tile.PRECISION)
         z += tl.sum(f, axis=0)
-        u += tl.sum(of_y, axis=0)
+        u += tl.sum(weighted, axis=0)
     at = line * shares + share
-    tl.store(s_ptr + at * D * DV + d[:, None] * DV + v[None, :], s, mask=(d < D)[:, None] & (v < DV)[None, :])
-    tl.store(u_ptr + at * DV + v, u, mask=v < DV)
+    tl.store(sums.s + at * D * DV + d[:, None] * DV + v[None, :], s, mask=(d < D)[:, None] & (v < DV)[None, :])
+    tl.store(sums.u + at * DV + v, u, mask=v < DV)
     if tl.program_id(1) == 0:
-        tl.store(z_ptr + at * D + d, z, mask=d < D)
+        tl.store(sums.z + at * D + d, z, mask=d < D)
 
 
-@triton.jit(do_not_specialize=["queries", "keys", "seen"])
-def mala_forward_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    cos_ptr,
-    sin_ptr,
-    q_bounds_ptr,
-    k_bounds_ptr,
-    s_ptr,
-    z_ptr,
-    u_ptr,
-    out_ptr,
-    queries,
-    keys,
-    heads,
-    group,
-    chunks,
-    seen,
-    scale,
-    eps,
-    q_batch,
-    q_head,
-    q_token,
-    k_batch,
-    k_head,
-    k_token,
-    v_batch,
-    v_head,
-    v_token,
-    out_batch,
-    out_head,
-    out_token,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+@triton.jit(do_not_specialize=["lengths"])
+def mala_forward_kernel(given, sums, out, lengths, tile: tl.constexpr):
     """A chunk of queries and a block of values of the output. Causal, the sums are those before the chunk."""
+    D: tl.constexpr = tile.D
+    DV: tl.constexpr = tile.DV
+    BLOCK_N: tl.constexpr = tile.BLOCK_N
+    BLOCK_V: tl.constexpr = tile.BLOCK_V
     chunk, line = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    heads = given.key_heads * given.group
     index, head = line // heads, line % heads
-    begin, length = sequence(q_bounds_ptr, index, queries)
+    batch, begin, length = sequence(given.q_bounds, index, lengths.queries)
     if chunk * BLOCK_N >= length:
         return
-    _, k_length = sequence(k_bounds_ptr, index, keys)
-    batch = index if q_bounds_ptr is None else index * 0
-    d = tl.arange(0, BLOCK_D)
+    _, _, k_length = sequence(given.k_bounds, index, lengths.keys)
+    d = tl.arange(0, tile.BLOCK_D)
     v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     n = chunk * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = n < length
-    q_rows = q_ptr + batch * q_batch + head * q_head + begin * q_token
-    f, a, _ = load_features(q_rows, q_token, cos_ptr, sin_ptr, n, inside, d, D)
-    at = index * (heads // group) + head // group
-    if CAUSAL:
-        at = at * chunks + chunk
-    y = product(a, load_sums(s_ptr + at * D * DV, d, v, D, DV), tl.zeros([BLOCK_N, BLOCK_V], tl.float32), PRECISION)
-    of_keys = tl.load(z_ptr + at * D + d, mask=d < D, other=0.0)[None, :]
-    of_values = tl.load(u_ptr + at * DV + v, mask=v < DV, other=0.0)[None, :]
+    q_rows = rows_of(given.q, batch, head, begin)
+    f, a, _ = load_features(q_rows, given.q.token, given.rotation, n, inside, d, D)
+    key_head = head // given.group
+    at = index * given.key_heads + key_head
+    if tile.CAUSAL:
+        at = at * given.chunks + chunk
+    y = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+    y = product(a, load_sums(sums.s + at * D * DV, d, v, D, DV), y, tile.PRECISION)
+    key_sums = tl.load(sums.z + at * D + d, mask=d < D, other=0.0)[None, :]
+    value_sums = tl.load(sums.u + at * DV + v, mask=v < DV, other=0.0)[None, :]
     count = tl.maximum(k_length, 1).to(tl.float32)
-    if CAUSAL:
-        k_rows = k_ptr + batch * k_batch + head // group * k_head + begin * k_token
-        v_rows = v_ptr + batch * v_batch + head // group * v_head + begin * v_token
-        g, b, _ = load_features(k_rows, k_token, cos_ptr, sin_ptr, n, inside, d, D)
-        values = load_tokens(v_rows, v_token, n, inside, v, DV, 0.0)
-        pairs = product(a, tl.trans(b), tl.zeros([BLOCK_N, BLOCK_N], tl.float32), PRECISION)
-        y = product(tl.where(n[:, None] >= n[None, :], pairs, 0.0), values, y, PRECISION)
-        of_keys = of_keys + tl.cumsum(g, axis=0)
-        of_values = of_values + tl.cumsum(values, axis=0)
-        count = (seen + n + 1).to(tl.float32)
-    share = scale / count
-    z = share * tl.sum(f * of_keys, axis=1)
-    factor = (1.0 + 1.0 / (z + eps)) * share
-    out = factor[:, None] * y - (z / count)[:, None] * of_values
-    out_rows = out_ptr + batch * out_batch + head * out_head + begin * out_token
-    tl.store(
-        place(out_rows, out_token, n, v), out.to(out_ptr.dtype.element_ty), mask=inside[:, None] & (v < DV)[None, :]
-    )
+    if tile.CAUSAL:
+        k_rows = rows_of(given.k, batch, key_head, begin)
+        g, b, _ = load_features(k_rows, given.k.token, given.rotation, n, inside, d, D)
+        values = load_tokens(rows_of(given.v, batch, key_head, begin), given.v.token, n, inside, v, DV, 0.0)
+        scores = product(a, tl.trans(b), tl.zeros([BLOCK_N, BLOCK_N], tl.float32), tile.PRECISION)
+        y = product(tl.where(n[:, None] >= n[None, :], scores, 0.0), values, y, tile.PRECISION)
+        key_sums = key_sums + tl.cumsum(g, axis=0)
+        value_sums = value_sums + tl.cumsum(values, axis=0)
+        count = (lengths.seen + n + 1).to(tl.float32)
+    share = given.scale / count
+    z = share * tl.sum(f * key_sums, axis=1)
+    factor = (1.0 + 1.0 / (z + given.eps)) * share
+    o = factor[:, None] * y - (z / count)[:, None] * value_sums
+    store_tokens(rows_of(out, batch, head, begin), out.token, n, inside, v, DV, o)
+
+
+def tokens_of(tensor: torch.Tensor) -> Tokens:
+    return Tokens(tensor, *tensor.stride()[:3])
 
 
 class Plan:
     """Sizes and launch constants of one call."""
 
     def __init__(self, q, k, v, q_bounds, causal):
-        self.batch, self.heads, self.queries, self.D = q.shape
-        self.key_heads, self.keys, self.DV = k.shape[1], k.shape[2], v.shape[3]
+        self.batch, self.heads, self.queries, D = q.shape
+        self.key_heads, self.keys, DV = k.shape[1], k.shape[2], v.shape[3]
         self.sequences = self.batch if q_bounds is None else len(q_bounds) - 1
         self.group = self.heads // self.key_heads
-        self.causal = causal
-        self.block_d = max(16, triton.next_power_of_2(self.D))
+        block_d = max(16, triton.next_power_of_2(D))
         # 16-bit inputs are multiplied in tf32 by the tensor cores, which rounds phi and the sums to 10 bits, as many as
         # float16 has; float32 ones keep all theirs and need small tiles.
         precise = q.dtype == torch.float32
-        wide = self.block_d > 64
-        self.block_n, block_v = (16, 16) if precise or causal else (32, 16) if wide else (64, 64)
-        self.block_v = min(block_v, max(16, triton.next_power_of_2(self.DV)))
-        self.constants = {
-            "D": self.D,
-            "DV": self.DV,
-            "BLOCK_N": self.block_n,
-            "BLOCK_D": self.block_d,
-            "BLOCK_V": self.block_v,
-            "PRECISION": "ieee" if precise else "tf32",
-            "num_warps": 8,
-            "num_stages": 1,
-        }
+        block_n, block_v = (16, 16) if precise or causal else (32, 16) if block_d > 64 else (64, 64)
+        block_v = min(block_v, max(16, triton.next_power_of_2(DV)))
+        self.tile = Tile(D, DV, block_n, block_d, block_v, "ieee" if precise else "tf32", causal)
+        self.constants = {"tile": self.tile, "num_warps": 8, "num_stages": 1}
+
+    def given(self, q, k, v, cos, sin, q_bounds, k_bounds, *, scale, eps):
+        tokens = (tokens_of(t) for t in (q, k, v))
+        chunks = self.chunks(self.queries)
+        return Attention(
+            *tokens, Rotation(cos, sin), q_bounds, k_bounds, self.key_heads, self.group, chunks, scale, eps
+        )
 
     def chunks(self, tokens):
-        return max(1, triton.cdiv(tokens, self.block_n))
+        return max(1, triton.cdiv(tokens, self.tile.BLOCK_N))
 
-    def new_sums(self, like, heads, shares):
-        lines = (self.sequences, heads, shares)
-        sizes = ((self.D, self.DV), (self.D,), (self.DV,))
-        return [torch.empty((*lines, *size), dtype=torch.float32, device=like.device) for size in sizes]
+    def value_blocks(self):
+        return triton.cdiv(self.tile.DV, self.tile.BLOCK_V)
 
-    def sums(self, x, y, coefficients, cos, sin, bounds, causal):
+    def sums(self, x, y, coefficients, cos, sin, bounds):
         """S, Z and U of each share of the tokens of every head: a share is a chunk when causal."""
         heads, tokens = x.shape[1], x.shape[2]
         chunks = self.chunks(tokens)
-        per_share = 1 if causal else max(1, triton.cdiv(chunks, SHARES))
+        per_share = 1 if self.tile.CAUSAL else max(1, triton.cdiv(chunks, SHARES))
         shares = triton.cdiv(chunks, per_share)
-        found = self.new_sums(x, heads, shares)
+        sizes = ((self.tile.D, self.tile.DV), (self.tile.D,), (self.tile.DV,))
+        sums = Sums(*(x.new_empty(self.sequences, heads, shares, *size, dtype=torch.float32) for size in sizes))
         with torch.cuda.device_of(x):
-            mala_sum_kernel[(shares, triton.cdiv(self.DV, self.block_v), self.sequences * heads)](
-                x, y, coefficients, cos, sin, bounds, *found, tokens, heads, per_share, shares,
-                0 if coefficients is None else coefficients.stride(0), *x.stride()[:3], *y.stride()[:3],
-                **self.constants,
+            mala_sum_kernel[(shares, self.value_blocks(), self.sequences * heads)](
+                tokens_of(x), tokens_of(y), coefficients, 0 if coefficients is None else coefficients.stride(0),
+                Rotation(cos, sin), bounds, sums, tokens, heads, per_share, shares, **self.constants,
             )  # fmt: skip
-        return found
+        return sums
 
 
 def before(parts, state):
@@ -286,7 +302,7 @@ def before(parts, state):
     if state is not None:
         earlier = [e + s.unsqueeze(2) for e, s in zip(earlier, state, strict=True)]
         last = [e + s for e, s in zip(last, state, strict=True)]
-    return [e.contiguous() for e in earlier], [e.contiguous() for e in last]
+    return Sums(*(e.contiguous() for e in earlier)), Sums(*(e.contiguous() for e in last))
 
 
 def mala(
@@ -294,20 +310,18 @@ def mala(
 ):  # fmt: skip
     """(out, S, Z, U)"""
     plan = Plan(q, k, v, q_bounds, causal)
-    out = torch.empty((*q.shape[:3], plan.DV), dtype=q.dtype, device=q.device)
-    parts = plan.sums(k, v, None, cos, sin, k_bounds, causal)
-    chunks = plan.chunks(plan.queries)
+    given = plan.given(q, k, v, cos, sin, q_bounds, k_bounds, scale=scale, eps=eps)
+    out = torch.empty((*q.shape[:3], v.shape[3]), dtype=q.dtype, device=q.device)
+    parts = plan.sums(k, v, None, cos, sin, k_bounds)
     if causal:
         sums, last = before(parts, None if s is None else (s, z, u))
     else:
-        sums = last = [part.sum(2) for part in parts]
+        sums = last = Sums(*(part.sum(2) for part in parts))
     if out.numel():
         with torch.cuda.device_of(q):
-            mala_forward_kernel[(chunks, triton.cdiv(plan.DV, plan.block_v), plan.sequences * plan.heads)](
-                q, k, v, cos, sin, q_bounds, k_bounds, *sums, out, plan.queries, plan.keys, plan.heads, plan.group,
-                chunks, seen, scale, eps, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-                CAUSAL=causal, **plan.constants,
-            )  # fmt: skip
+            mala_forward_kernel[(given.chunks, plan.value_blocks(), plan.sequences * plan.heads)](
+                given, sums, tokens_of(out), Lengths(plan.queries, plan.keys, seen), **plan.constants
+            )
     return out, *last
 
 

@@ -63,6 +63,14 @@ class RowOutputs(NamedTuple):
     argmax: torch.Tensor | None = None
 
 
+class Sizes(NamedTuple):
+    """What no kernel is compiled for: rows, the stride of the row state, the class of the first column."""
+
+    N: int
+    state_stride: int
+    first_class: int = 0
+
+
 class Tile(NamedTuple):
     ROWS: int
     BLOCK: int
@@ -177,9 +185,9 @@ def effective_slope(raw, logit_scale, softcap):
 
 
 @triton.jit
-def tile_pointers(matrix, rows, cols):
+def tile_pointers(row_ptrs, cols, stride_col):
     """Addresses of a tile; 64-bit columns, because a transposed matrix strides by N from column to column."""
-    return (matrix.ptr + rows * matrix.row)[:, None] + cols.to(tl.int64)[None, :] * matrix.column  # [ROWS, BLOCK]
+    return row_ptrs[:, None] + cols.to(tl.int64)[None, :] * stride_col  # [ROWS, BLOCK]
 
 
 @triton.jit
@@ -269,11 +277,11 @@ def softmax_gradient(d, alpha, beta, c):
 
 
 @triton.jit
-def soft_coefficients(target, rows, cols, inside, V, classes, label_smoothing):
+def soft_coefficients(target, target_rows, cols, inside, V, classes, label_smoothing):
     """One tile of c_k without the class index's own share: w_k ((1 - eps) t_k + eps / classes), 0 outside."""
     c = tl.zeros(inside.shape, tl.float32)  # [ROWS, BLOCK]
     if target.column is not None:
-        c += tl.load(tile_pointers(target, rows, cols), mask=inside, other=0.0).to(tl.float32)
+        c += tl.load(tile_pointers(target_rows, cols, target.column), mask=inside, other=0.0).to(tl.float32)
     if label_smoothing is not None:
         if target.column is not None:
             c = c * (1.0 - label_smoothing)
@@ -284,7 +292,7 @@ def soft_coefficients(target, rows, cols, inside, V, classes, label_smoothing):
 
 
 @triton.jit
-def store_rows(statistics, target, out, rows, in_rows, V, state_stride, options):
+def store_rows(statistics, target, out, rows, in_rows, sizes, V, opts):
     """From the statistics of each row to its loss and row state; `sum_exp` lacks the maximum's own 1, `weight_sum` and
     `weighted_dot` the class index's share, x_y is its logit. Returns lse and log_sum."""
     row_max, sum_exp, weight_sum, weighted_dot, x_y = statistics
@@ -292,18 +300,18 @@ def store_rows(statistics, target, out, rows, in_rows, V, state_stride, options)
     log_sum = tl.where(row_max == float("-inf"), tl.log(sum_exp), log1p(sum_exp + (row_max - finite_max(row_max))))
     lse = row_max + log_sum
     if target.column is None:
-        y, kept, known = class_target(target, rows, in_rows, options.ignore_index, V)
+        y, kept, known = class_target(target, rows, in_rows, opts.ignore_index, V)
         hard = class_weight(target.weight, y, kept, known)
-        if options.label_smoothing is not None:
-            hard = hard * (1.0 - options.label_smoothing)
+        if opts.label_smoothing is not None:
+            hard = hard * (1.0 - opts.label_smoothing)
         weight_sum += hard
         weighted_dot += tl.where(hard != 0, hard * (x_y - row_max), 0.0)
-    loss = log_sum * weight_sum - weighted_dot + options.lse_square_scale * lse * lse
+    loss = log_sum * weight_sum - weighted_dot + opts.lse_square_scale * lse * lse
     if target.row_weight is not None:
         loss = loss * tl.load(target.row_weight + rows, mask=in_rows, other=0.0)
     if target.column is None:
         loss = tl.where(kept, tl.where(known, loss, float("nan")), 0.0)
-    stride = tl.cast(state_stride, tl.int64)
+    stride = tl.cast(sizes.state_stride, tl.int64)
     tl.store(out.loss + rows, loss, mask=in_rows)
     tl.store(out.state + rows, row_max, mask=in_rows)
     tl.store(out.state + stride + rows, log_sum, mask=in_rows)
@@ -356,11 +364,11 @@ def reduce_rows_kernel(
     for start in range(0, N, BLOCK):
         rows = tl.cast(start, tl.int64) + tl.arange(0, BLOCK)
         in_rows = rows < N
-        if target.column is None:
+        if target is None:
+            total += tl.where(in_rows, 1.0, 0.0)
+        else:
             y, kept, known = class_target(target, rows, in_rows, ignore_index, V)
             total += class_weight(target.weight, y, kept, known)
-        else:
-            total += tl.where(in_rows, 1.0, 0.0)
         if loss_ptr is not None:
             loss += tl.load(row_loss_ptr + rows, mask=in_rows, other=0.0)
     total_sum = tl.sum(total, axis=0)
@@ -379,9 +387,10 @@ def reduce_rows(row_loss: torch.Tensor, target: Target, *, V: int, ignore_index:
     total = row_loss.new_empty(())
     if N == 0:
         return loss.zero_(), total.zero_()
+    classes = target._replace(row_weight=None) if target.column is None else None
     with torch.cuda.device_of(row_loss):
         reduce_rows_kernel[(1,)](
-            row_loss, target, None if reduction == "none" else loss, total, N, V, ignore_index,
+            row_loss, classes, None if reduction == "none" else loss, total, N, V, ignore_index,
             MEAN=reduction == "mean", BLOCK=REDUCE_BLOCK, num_warps=16,
         )  # fmt: skip
     return loss, total

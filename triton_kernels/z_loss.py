@@ -35,14 +35,16 @@ SCALE = tl.constexpr(2.0**-96)
 
 
 @triton.jit
-def row_moments(logits, rows, in_rows, V, scale, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):
+def row_moments(
+    logits_rows, stride_col, in_rows, V, scale, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr
+):
     """Mean and M2 of scale x."""
     lane_mean = tl.zeros([ROWS, BLOCK], tl.float32)
     lane_m2 = tl.zeros([ROWS, BLOCK], tl.float32)
     for start in tl.range(0, V, BLOCK, num_stages=STAGES):
         cols = start + tl.arange(0, BLOCK)  # [BLOCK]
         inside = in_rows[:, None] & (cols < V)[None, :]  # [ROWS, BLOCK]
-        x = tl.load(tile_pointers(logits, rows, cols), mask=inside, other=0.0).to(tl.float32)
+        x = tl.load(tile_pointers(logits_rows, cols, stride_col), mask=inside, other=0.0).to(tl.float32)
         if scale is not None:
             x *= scale[:, None]
         lane_mean, lane_m2 = welford_merge(lane_mean, lane_m2, x, inside, start // BLOCK)
@@ -97,18 +99,20 @@ def spherical_family_forward_kernel(
     logits, target, out, N, V, ignore_index, a, b, EPILOGUE: tl.constexpr, tile: tl.constexpr
 ):
     """Row losses and row state (mu, gamma, r, kappa), lambda = r |r|. One pass, two for rows of large logits."""
-    rows = tl.program_id(0).to(tl.int64) * tile.ROWS + tl.arange(0, tile.ROWS)  # [ROWS]
+    ROWS: tl.constexpr = tile.ROWS
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
     in_rows = rows < N
+    logits_rows = logits.ptr + rows * logits.row
 
-    scale = tl.full([tile.ROWS], 1.0, tl.float32)
-    mean, m2 = row_moments(logits, rows, in_rows, V, None, tile.ROWS, tile.BLOCK, tile.STAGES)  # [ROWS]
+    scale = tl.full([ROWS], 1.0, tl.float32)
+    mean, m2 = row_moments(logits_rows, logits.column, in_rows, V, None, ROWS, tile.BLOCK, tile.STAGES)  # [ROWS]
     large = (m2 < MOST * MOST) == 0  # NaN, too
     if tl.max(large.to(tl.int32), axis=0) > 0:
         scale = tl.where(large, SCALE, 1.0)
-        mean, m2 = row_moments(logits, rows, in_rows, V, scale, tile.ROWS, tile.BLOCK, tile.STAGES)
+        mean, m2 = row_moments(logits_rows, logits.column, in_rows, V, scale, ROWS, tile.BLOCK, tile.STAGES)
 
     y, kept, known = class_target(target, rows, in_rows, ignore_index, V)
-    o_c = tl.load(logits.ptr + rows * logits.row + y * logits.column, mask=known, other=0.0).to(tl.float32)
+    o_c = tl.load(logits_rows + y * logits.column, mask=known, other=0.0).to(tl.float32)
     loss, gamma, root, kappa = EPILOGUE(o_c, mean, m2, scale, V, a, b)
     loss = tl.where(kept, tl.where(known, loss, float("nan")), 0.0)
     tl.store(out.loss + rows, loss, mask=in_rows)
@@ -132,6 +136,8 @@ def spherical_family_backward_kernel(
     program = tl.program_id(0)
     rows = (program // groups.programs).to(tl.int64) * tile.ROWS + tl.arange(0, tile.ROWS)  # [ROWS]
     in_rows = rows < N
+    logits_rows = logits.ptr + rows * logits.row
+    out_rows = out.ptr + rows * out.row
 
     y, kept, known = class_target(target, rows, in_rows, ignore_index, V)
     g = upstream_gradient(grad_loss_ptr, grad_loss_stride, rows, in_rows, total_ptr)
@@ -152,11 +158,14 @@ def spherical_family_backward_kernel(
         cols = start + tl.arange(0, BLOCK)  # [BLOCK]
         inside = in_rows[:, None] & (cols < V)[None, :]  # [ROWS, BLOCK]
         x = tl.load(
-            tile_pointers(logits, rows, cols), mask=active[:, None] & inside, other=0.0, eviction_policy="evict_first"
+            tile_pointers(logits_rows, cols, logits.column),
+            mask=active[:, None] & inside,
+            other=0.0,
+            eviction_policy="evict_first",
         ).to(tl.float32)
         dx = kappa[:, None] + lambda_ * (rate * (x - mean[:, None]))
         dx += tl.where(cols[None, :] == y[:, None], gamma[:, None], 0.0)
-        tl.store(tile_pointers(out, rows, cols), tl.where(active[:, None], dx, 0.0), mask=inside)
+        tl.store(tile_pointers(out_rows, cols, out.column), tl.where(active[:, None], dx, 0.0), mask=inside)
 
 
 def launch_forward(op, epilogue, logits, target, a, b, ignore_index, reduction):
