@@ -289,7 +289,8 @@ class Plan:
         with torch.cuda.device_of(x):
             mala_sum_kernel[(shares, self.value_blocks(), self.sequences * heads)](
                 tokens_of(x), tokens_of(y), coefficients, 0 if coefficients is None else coefficients.stride(0),
-                Rotation(cos, sin), bounds, sums, tokens, heads, per_share, shares, **self.constants,
+                Rotation(cos, sin), bounds, sums, tokens, heads, per_share, shares,
+                **self.constants | {"tile": self.tile._replace(CAUSAL=False)},
             )  # fmt: skip
         return sums
 

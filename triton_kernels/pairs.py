@@ -1,14 +1,14 @@
 """Tiles of pairs of one transport problem, of a matrix or of points; csrc/sinkhorn/sinkhorn.h has the formulas.
 
-Scores of a tile (BLOCK_N, BLOCK_M) are factor z + hat_i + hat_j, and a side's hat is (potential - s) / epsilon + log
-marginal. Points with few features give z as squares or distances from differences, which cancel nothing; squares of
-many features come from products:
+Scores of a tile (BLOCK_N, BLOCK_M) are factor z + shift_i + shift_j, and a side's shift is (potential - s) / epsilon +
+log marginal. z is a matrix, or a cost of points from their differences, which cancel nothing; squares of many features
+come from products:
 
-    matrix  z = C    squares  z = |x - y|^2    distances  z = |x - y|       factor = -1/epsilon, s = 0
-    products  z = <x, y>                                                    factor = 2/epsilon, s = |x|^2
+    matrix  z = C    cost  z = finish(sum over features of what accumulates)    factor = -1/epsilon, s = 0
+    products  z = <x, y>                                                        factor = 2/epsilon, s = |x|^2
 """
 
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -19,6 +19,34 @@ from .rows import check_float32, finite_max
 SMALL = 64  # rows and columns of a problem that one program solves in its registers
 FEWEST_PRODUCTS = 16  # features from which products are worth their cancellation
 FULL_GRID = 264  # programs: two for every multiprocessor of a large GPU
+
+
+class PairTensors(NamedTuple):
+    """A matrix x, or points x and y with their squares where products want them."""
+
+    x: torch.Tensor
+    y: torch.Tensor | None
+    x_squares: torch.Tensor | None
+    y_squares: torch.Tensor | None
+    N: int
+    M: int
+    x_batch: int
+    y_batch: int
+    row_stride: int
+    column_stride: int
+    D: int
+
+
+class Tile(NamedTuple):
+    KIND: Any  # "matrix", "products" or the device function of a cost
+    BLOCK_N: int
+    BLOCK_M: int
+    BLOCK_D: int = 1
+
+
+class Penalties(NamedTuple):
+    a: float | None
+    b: float | None
 
 
 @triton.jit
@@ -40,41 +68,52 @@ def products(x_ptr, y_ptr, x_at, y_at, in_rows, in_columns, D, BLOCK_D: tl.const
 
 
 @triton.jit
-def pairs_of_tile(
-    x_ptr, y_ptr, problem, i, j, N, M, x_batch, y_batch, row_stride, column_stride, D, KIND: tl.constexpr,
-    BLOCK_D: tl.constexpr
-):  # fmt: skip
-    """z of rows i and columns j; beyond the last of a matrix it is infinite, a pair that is forbidden."""
-    in_rows, in_columns = i < N, j < M
-    x_at = problem * x_batch + i.to(tl.int64) * row_stride
-    y_at = problem * y_batch + j.to(tl.int64) * column_stride
-    if KIND == "matrix":
-        inside = in_rows[:, None] & in_columns[None, :]
-        z = tl.load(x_ptr + x_at[:, None] + y_at[None, :], mask=inside, other=float("inf"))
-    elif KIND == "products":
-        z = products(x_ptr, y_ptr, x_at, y_at, in_rows, in_columns, D, BLOCK_D)
-    else:
-        z = tl.zeros([i.shape[0], j.shape[0]], tl.float32)
-        for d in range(0, D):
-            x = load_columns(x_ptr, x_at, d, in_rows, D)
-            y = load_columns(y_ptr, y_at, d, in_columns, D)
-            difference = x[:, None] - y[None, :]
-            z += difference * difference
-        if KIND == "distances":
-            z = tl.sqrt(z)
+def sqeuclidean(z, x, y, FINISH: tl.constexpr):
+    """A cost: adds a feature of x and y to z, and at last finishes z."""
+    if not FINISH:
+        z += (x - y) * (x - y)
     return z
 
 
 @triton.jit
-def load_hat(potential_ptr, squares_ptr, log_ptr, at, inside, inverse):
+def euclidean(z, x, y, FINISH: tl.constexpr):
+    return tl.sqrt(z) if FINISH else sqeuclidean(z, x, y, False)
+
+
+COSTS = {"sqeuclidean": sqeuclidean, "euclidean": euclidean}
+
+
+@triton.jit
+def pairs_of_tile(pairs, problem, i, j, KIND: tl.constexpr, BLOCK_D: tl.constexpr):
+    """z of rows i and columns j; beyond the last of a matrix it is infinite, a pair that is forbidden."""
+    in_rows, in_columns = i < pairs.N, j < pairs.M
+    x_at = problem * pairs.x_batch + i.to(tl.int64) * pairs.row_stride
+    y_at = problem * pairs.y_batch + j.to(tl.int64) * pairs.column_stride
+    if KIND == "matrix":
+        inside = in_rows[:, None] & in_columns[None, :]
+        z = tl.load(pairs.x + x_at[:, None] + y_at[None, :], mask=inside, other=float("inf"))
+    elif KIND == "products":
+        z = products(pairs.x, pairs.y, x_at, y_at, in_rows, in_columns, pairs.D, BLOCK_D)
+    else:
+        z = tl.zeros([i.shape[0], j.shape[0]], tl.float32)
+        for d in range(0, pairs.D):
+            x = load_columns(pairs.x, x_at, d, in_rows, pairs.D)
+            y = load_columns(pairs.y, y_at, d, in_columns, pairs.D)
+            z = KIND(z, x[:, None], y[None, :], False)
+        z = KIND(z, None, None, True)
+    return z
+
+
+@triton.jit
+def load_shift(potential_ptr, squares_ptr, log_ptr, at, inside, inverse):
     """(potential - s) / epsilon + log marginal of one side, -inf beyond its last."""
-    hat = tl.load(potential_ptr + at, mask=inside, other=0.0)
+    shift = tl.load(potential_ptr + at, mask=inside, other=0.0)
     if squares_ptr is not None:
-        hat -= tl.load(squares_ptr + at, mask=inside, other=0.0)
-    hat *= inverse
+        shift -= tl.load(squares_ptr + at, mask=inside, other=0.0)
+    shift *= inverse
     if log_ptr is not None:
-        hat += tl.load(log_ptr + at, mask=inside, other=0.0)
-    return tl.where(inside, hat, float("-inf"))
+        shift += tl.load(log_ptr + at, mask=inside, other=0.0)
+    return tl.where(inside, shift, float("-inf"))
 
 
 @triton.jit
@@ -102,56 +141,53 @@ def row_errors(a, f, lse, inverse, rho):
 
 @triton.jit
 def log_sum_exp(scores, AXIS: tl.constexpr):
-    top = tl.max(scores, AXIS)
-    total = tl.sum(tl.exp(scores - tl.expand_dims(finite_max(top), AXIS)), AXIS)
-    return top + tl.log(total)  # without a pair both are -inf
+    row_max = tl.max(scores, AXIS)
+    total = tl.sum(tl.exp(scores - tl.expand_dims(finite_max(row_max), AXIS)), AXIS)
+    return row_max + tl.log(total)  # without a pair both are -inf
 
 
-@dataclass(frozen=True)
-class Pairs:
-    """A matrix of costs, or two sets of points, in the order in which the kernels take them."""
+class Pairs(NamedTuple):
+    """The pairs of a batch of problems, and how z comes from their tensors."""
 
-    kind: str
+    kind: Any
     batch: int
-    tensors: tuple[torch.Tensor | None, ...]  # x, y and their squares
-    sizes: tuple[int, ...]  # N, M, x_batch, y_batch, row_stride, column_stride, D
+    tensors: PairTensors
 
     @property
-    def small(self):
-        return max(self.sizes[:2]) <= SMALL
+    def shape(self):
+        return self.tensors.N, self.tensors.M
+
+    @property
+    def is_small(self):
+        return max(self.shape) <= SMALL
 
     def small_constants(self, pairs=16):
         """One tile of the whole problem, with as many pairs a thread."""
-        blocks = [max(16, triton.next_power_of_2(size)) for size in self.sizes[:2]]
-        return {"BLOCK_N": blocks[0], "BLOCK_M": blocks[1], "num_warps": max(1, blocks[0] * blocks[1] // (32 * pairs))}
+        rows, columns = (max(16, triton.next_power_of_2(size)) for size in self.shape)
+        return {"tile": Tile(self.kind, rows, columns), "num_warps": max(1, rows * columns // (32 * pairs))}
 
-    def constants(self, most_rows=64):
+    def tile(self, most_rows=64):
         """As many rows a program as leave every multiprocessor two programs."""
-        fits = (n for n in (64, 32) if n <= most_rows and self.batch * triton.cdiv(self.sizes[0], n) >= FULL_GRID)
-        features = 32 if self.sizes[6] > 16 else 16
-        return {
-            "KIND": self.kind, "BLOCK_N": next(fits, 16), "BLOCK_M": 64, "BLOCK_D": features, "num_stages": 1
-        }  # fmt: skip
+        fits = (n for n in (64, 32) if n <= most_rows and self.batch * triton.cdiv(self.tensors.N, n) >= FULL_GRID)
+        return Tile(self.kind, next(fits, 16), 64, 32 if self.tensors.D > 16 else 16)
 
-    def row_programs(self, constants):
-        return self.batch * triton.cdiv(self.sizes[0], constants["BLOCK_N"])
+    def row_programs(self, tile):
+        return self.batch * triton.cdiv(self.tensors.N, tile.BLOCK_N)
 
 
 def pairs_of_matrix(op, cost):
     check_float32(op, cost)
-    return Pairs(
-        "matrix", len(cost), (cost, None, None, None), (*cost.shape[1:], cost.stride(0), 0, *cost.stride()[1:], 0)
-    )
+    strides = (cost.stride(0), 0, *cost.stride()[1:])
+    return Pairs("matrix", len(cost), PairTensors(cost, None, None, None, *cost.shape[1:], *strides, 0))
 
 
 def pairs_of_points(op, x, y, cost):
     check_float32(op, x)
-    if cost not in ("sqeuclidean", "euclidean"):
-        raise ValueError(f"tilewise.{op}: expected cost to be 'sqeuclidean' or 'euclidean', got {cost!r}")
+    if cost not in COSTS:
+        raise ValueError(f"tilewise.{op}: expected cost to be {' or '.join(map(repr, COSTS))}, got {cost!r}")
     batch, n, D = x.shape
     m = y.shape[1]
-    kind = "distances" if cost == "euclidean" else "squares"
-    squares = None, None
-    if kind == "squares" and D >= FEWEST_PRODUCTS and max(n, m) > SMALL:
-        kind, squares = "products", [(p * p).sum(2) for p in (x, y)]
-    return Pairs(kind, batch, (x, y, *squares), (n, m, n * D, m * D, D, D, D))
+    kind, squares = COSTS[cost], (None, None)
+    if cost == "sqeuclidean" and D >= FEWEST_PRODUCTS and max(n, m) > SMALL:
+        kind, squares = "products", ((p * p).sum(2) for p in (x, y))
+    return Pairs(kind, batch, PairTensors(x, y, *squares, n, m, n * D, m * D, D, D, D))

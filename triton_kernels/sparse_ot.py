@@ -4,6 +4,8 @@ Three kernels evaluate the dual: the cut of every column, the sums of the rows (
 nothing is added in the order of arrival), and the lists of entries. The search is PyTorch's operations on the device.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -62,11 +64,18 @@ def sparse_rows_kernel(
     tl.store(sums_ptr + problem * M + i, sums, mask=i < M)
 
 
+class Lists(NamedTuple):
+    """Of every column: its k values and their rows, and how far the next score was from being among them."""
+
+    values: torch.Tensor
+    indices: torch.Tensor
+    margin: torch.Tensor
+
+
 @triton.jit
 def sparse_lists_kernel(
-    costs_ptr, alpha_ptr, beta_ptr, numbers_ptr, last_ptr, values_ptr, indices_ptr, margin_ptr, N, M, k, gamma,
-    BLOCK: tl.constexpr
-):  # fmt: skip
+    costs_ptr, alpha_ptr, beta_ptr, numbers_ptr, last_ptr, lists, N, M, k, gamma, BLOCK: tl.constexpr
+):
     """The entries of a column in the order of their rows, and its margin."""
     at = tl.program_id(0).to(tl.int64)
     x_ptr, minus_ptr = alpha_ptr + at // N * M, costs_ptr + at * M
@@ -82,17 +91,17 @@ def sparse_lists_kernel(
         kept_count += tl.sum(kept.to(tl.int32), 0)
         used = (mass > 0).to(tl.int32)
         to = at * k + count + tl.cumsum(used, 0) - 1
-        tl.store(values_ptr + to, mass, mask=used != 0)
-        tl.store(indices_ptr + to, i.to(tl.int64), mask=used != 0)
+        tl.store(lists.values + to, mass, mask=used != 0)
+        tl.store(lists.indices + to, i.to(tl.int64), mask=used != 0)
         count += tl.sum(used, 0)
     for begin in range(0, k, BLOCK):
         i = begin + tl.arange(0, BLOCK)
         left = (i >= count) & (i < k)
-        tl.store(values_ptr + at * k + i, tl.zeros([BLOCK], tl.float32), mask=left)
-        tl.store(indices_ptr + at * k + i, tl.zeros([BLOCK], tl.int64), mask=left)
+        tl.store(lists.values + at * k + i, tl.zeros([BLOCK], tl.float32), mask=left)
+        tl.store(lists.indices + at * k + i, tl.zeros([BLOCK], tl.int64), mask=left)
     after = tl.max(following, 0)
     cut = (kept_count == k) & (after > -tl.load(beta_ptr + at))
-    tl.store(margin_ptr + at, tl.where(cut, tl.min(lowest, 0) - after, float("inf")))
+    tl.store(lists.margin + at, tl.where(cut, tl.min(lowest, 0) - after, float("inf")))
 
 
 def sparse_ot_columns(costs, alpha, level, *, k, gamma, dual=False):
@@ -110,7 +119,7 @@ def sparse_ot_columns(costs, alpha, level, *, k, gamma, dual=False):
                 costs, alpha, numbers, last, row_sums, N, M, gamma, BLOCK=ROWS, num_warps=4
             )
             sparse_lists_kernel[(B * N,)](
-                costs, alpha, beta, numbers, last, values, indices, margin, N, M, k, gamma, **block
+                costs, alpha, beta, numbers, last, Lists(values, indices, margin), N, M, k, gamma, **block
             )
     return values, indices, beta, row_sums, margin
 

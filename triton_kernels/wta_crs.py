@@ -4,6 +4,8 @@ csrc/wta_crs/wta_crs.h has the formulas. Weights are integers, so that sums and 
 are computed anew in every pass, from norms that stay in the second-level cache.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -68,28 +70,23 @@ def scales_of(left, rest, weights):
     return (rest.to(tl.float64) / tl.maximum(left * weights, 1).to(tl.float64)).to(tl.float32)
 
 
+class Samples(NamedTuple):
+    """(problems, K) indices and their scales; running sums of weights where samples are drawn one by one."""
+
+    indices: torch.Tensor
+    scales: torch.Tensor
+    sums: torch.Tensor | None
+
+
 @triton.jit
 def wta_crs_sample_kernel(
-    x_ptr,
-    y_ptr,
-    seed_ptr,
-    sums_ptr,
-    index_ptr,
-    scale_ptr,
-    N,
-    K,
-    whole,
-    mix,
-    steps,
-    APART: tl.constexpr,
-    CERTAIN: tl.constexpr,
-    MIX_BITS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    x_ptr, y_ptr, seed_ptr, out, N, K, whole, mix, steps, CERTAIN: tl.constexpr, MIX_BITS: tl.constexpr,
+    BLOCK: tl.constexpr
+):  # fmt: skip
+    APART: tl.constexpr = out.sums is None
     problem = tl.program_id(0).to(tl.int64)
     x_ptr += problem * N
-    index_ptr += problem * K
-    scale_ptr += problem * K
+    index_ptr, scale_ptr = out.indices + problem * K, out.scales + problem * K
     if y_ptr is not None:
         y_ptr += problem * N
     K, whole, mix = tl.cast(K, tl.int64), tl.cast(whole, tl.int64), tl.cast(mix, tl.int64)
@@ -139,7 +136,7 @@ def wta_crs_sample_kernel(
             chosen = keep | (left * sums - start > points * rest)
             place += points
         else:
-            tl.store(sums_ptr + problem * N + i, sums, mask=i < N)
+            tl.store(out.sums + problem * N + i, sums, mask=i < N)
         scale = tl.where(keep, 1.0, scales_of(left, rest, weights))
         chosen &= i < N
         tl.store(index_ptr + place, i, mask=chosen)
@@ -154,7 +151,7 @@ def wta_crs_sample_kernel(
             first, last = tl.zeros([BLOCK], tl.int64), tl.zeros([BLOCK], tl.int64) + (N - 1)
             for _ in range(steps):  # the first row whose running sum is above the point
                 middle = (first + last) // 2
-                above = tl.load(sums_ptr + problem * N + middle) > point
+                above = tl.load(out.sums + problem * N + middle) > point
                 last = tl.where(above, middle, last)
                 first = tl.where(above, first, tl.minimum(middle + 1, last))
             row = first
@@ -199,13 +196,12 @@ def wta_crs_sample(x_norms, norms, seed, *, k, method="systematic", mix=0.05):
     bits = min(30, 60 - N.bit_length() - k.bit_length())
     indices = x_norms.new_empty(B, k, dtype=torch.int32)
     scales = x_norms.new_empty(B, k)
-    apart = method == "systematic"
-    sums = None if apart else x_norms.new_empty(B, N, dtype=torch.int64)
+    sums = None if method == "systematic" else x_norms.new_empty(B, N, dtype=torch.int64)
     if B:
         with torch.cuda.device_of(x_norms):
             wta_crs_sample_kernel[(B,)](
-                x_norms, norms, seed, sums, indices, scales, N, k, 1 << bits, int(mix * 2**MIX_BITS), N.bit_length(),
-                APART=apart, CERTAIN=method != "crs", MIX_BITS=MIX_BITS, BLOCK=SAMPLE_BLOCK, num_warps=8
+                x_norms, norms, seed, Samples(indices, scales, sums), N, k, 1 << bits, int(mix * 2**MIX_BITS),
+                N.bit_length(), CERTAIN=method != "crs", MIX_BITS=MIX_BITS, BLOCK=SAMPLE_BLOCK, num_warps=8
             )  # fmt: skip
     return indices, scales
 
