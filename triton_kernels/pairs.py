@@ -1,6 +1,6 @@
 """Tiles of pairs of one transport problem, of a matrix or of points; csrc/sinkhorn/sinkhorn.h has the formulas.
 
-Scores of a tile (BLOCK_N, BLOCK_M) are factor z + shift_i + shift_j, and a side's shift is (potential - s) / epsilon +
+Scores of a tile (BLOCK_N, BLOCK_M) are factor z + offset_i + offset_j, and a side's offset is (potential - s) / epsilon +
 log marginal. z is a matrix, or a cost of points from their differences, which cancel nothing; squares of many features
 come from products:
 
@@ -105,15 +105,15 @@ def pairs_of_tile(pairs, problem, i, j, KIND: tl.constexpr, BLOCK_D: tl.constexp
 
 
 @triton.jit
-def load_shift(potential_ptr, squares_ptr, log_ptr, at, inside, inverse):
+def load_offset(potential_ptr, squares_ptr, log_ptr, at, inside, inverse):
     """(potential - s) / epsilon + log marginal of one side, -inf beyond its last."""
-    shift = tl.load(potential_ptr + at, mask=inside, other=0.0)
+    offset = tl.load(potential_ptr + at, mask=inside, other=0.0)
     if squares_ptr is not None:
-        shift -= tl.load(squares_ptr + at, mask=inside, other=0.0)
-    shift *= inverse
+        offset -= tl.load(squares_ptr + at, mask=inside, other=0.0)
+    offset *= inverse
     if log_ptr is not None:
-        shift += tl.load(log_ptr + at, mask=inside, other=0.0)
-    return tl.where(inside, shift, float("-inf"))
+        offset += tl.load(log_ptr + at, mask=inside, other=0.0)
+    return tl.where(inside, offset, float("-inf"))
 
 
 @triton.jit

@@ -19,7 +19,7 @@ from .pairs import (
     damping,
     factor_of,
     load_columns,
-    load_shift,
+    load_offset,
     pairs_of_matrix,
     pairs_of_points,
     pairs_of_tile,
@@ -108,8 +108,8 @@ def sinkhorn_half_step_kernel(
     for begin in range(0, pairs.M, BLOCK_M):
         j = begin + tl.arange(0, BLOCK_M)
         z = pairs_of_tile(pairs, problem, i, j, tile.KIND, tile.BLOCK_D)
-        shift = load_shift(g_ptr, pairs.y_squares, update.log_b, problem * pairs.M + j, j < pairs.M, inverse)
-        scores = factor_of(inverse, tile.KIND) * z + shift[None, :]
+        offset = load_offset(g_ptr, pairs.y_squares, update.log_b, problem * pairs.M + j, j < pairs.M, inverse)
+        scores = factor_of(inverse, tile.KIND) * z + offset[None, :]
         row_max, sums, _, _, _, _ = softmax_merge(row_max, sums, scores, tl.max(scores, 1))
     lse = row_max + tl.log(tl.sum(sums, 1))  # without a pair both are -inf
     if pairs.x_squares is not None:
@@ -157,10 +157,10 @@ def sinkhorn_plan_kernel(pairs, plan, out_ptr, tile: tl.constexpr):
     j = tl.program_id(1) * tile.BLOCK_M + tl.arange(0, tile.BLOCK_M)
     inverse = 1.0 / tl.load(plan.epsilon + problem)
     costs = pairs_of_tile(pairs, problem, i, j, tile.KIND, tile.BLOCK_D)
-    shift_i = load_shift(plan.f, None, plan.log_a, problem * N + i, i < N, inverse)
-    shift_j = load_shift(plan.g, None, plan.log_b, problem * M + j, j < M, inverse)
+    offset_i = load_offset(plan.f, None, plan.log_a, problem * N + i, i < N, inverse)
+    offset_j = load_offset(plan.g, None, plan.log_b, problem * M + j, j < M, inverse)
     at = (problem * N + i)[:, None] * M + j[None, :]
-    p = tl.exp(shift_i[:, None] + shift_j[None, :] - inverse * costs)
+    p = tl.exp(offset_i[:, None] + offset_j[None, :] - inverse * costs)
     tl.store(out_ptr + at, p, mask=(i < N)[:, None] & (j < M)[None, :])
 
 
@@ -178,14 +178,14 @@ def sinkhorn_apply_kernel(
     v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     rows = problem * N + i
     inverse = 1.0 / tl.load(plan.epsilon + problem)
-    shift_i = load_shift(plan.f, pairs.x_squares, plan.log_a, rows, i < N, inverse)
+    offset_i = load_offset(plan.f, pairs.x_squares, plan.log_a, rows, i < N, inverse)
     out = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
     for begin in range(0, M, tile.BLOCK_M):
         j = begin + tl.arange(0, tile.BLOCK_M)
         columns = problem * M + j
         z = pairs_of_tile(pairs, problem, i, j, tile.KIND, tile.BLOCK_D)
-        shift_j = load_shift(plan.g, pairs.y_squares, plan.log_b, columns, j < M, inverse)
-        weights = tl.exp(factor_of(inverse, tile.KIND) * z + (shift_i[:, None] + shift_j[None, :]))
+        offset_j = load_offset(plan.g, pairs.y_squares, plan.log_b, columns, j < M, inverse)
+        weights = tl.exp(factor_of(inverse, tile.KIND) * z + (offset_i[:, None] + offset_j[None, :]))
         if h.ptr is not None:
             weights *= products(h.ptr, k.ptr, rows * h.size, columns * h.size, i < N, j < M, h.size, BLOCK_K)
         if OVER_DISTANCE:

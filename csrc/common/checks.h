@@ -12,6 +12,8 @@
 #include <string>
 #include <vector>
 
+#include "common/dtype.h"
+
 #if defined(__linux__) && !defined(TILEWISE_CUDA)
 #include <sys/mman.h>
 #endif
@@ -27,6 +29,12 @@ namespace tilewise {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+#if defined(TILEWISE_CUDA)
+inline constexpr bool kOnGpu = true;
+#else
+inline constexpr bool kOnGpu = false;
+#endif
 
 // Every message reads "tilewise.<op>: expected <argument> to be ..., got ...".
 template <typename... Parts>
@@ -110,10 +118,42 @@ inline void* current_stream(const Tensor& tensor) {
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
   return stream;
 }
+#else
+void* current_stream(const Tensor& tensor);  // never called
+#endif
 
 inline void require_launched(const char* error, const char* op) {
   require(error == nullptr, op, "the CUDA kernel could not be launched: ", error == nullptr ? "" : error);
 }
-#endif
+
+// The type that is computed in: double for float64, else float.
+inline ScalarType statistics_type(const Tensor& tensor) {
+  return tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// Calls f with a zero of that type. No GPU kernel computes in double.
+template <typename Function>
+auto with_statistics(const Tensor& tensor, Function f) {
+  if constexpr (!kOnGpu) {
+    if (statistics_type(tensor) == ScalarType::Double) return f(double{});
+  }
+  return f(float{});
+}
+
+// How the elements of a tensor are stored; nothing for what no kernel reads.
+inline std::optional<Dtype> storage_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Double:
+      return Dtype::kFloat64;
+    case ScalarType::Float:
+      return Dtype::kFloat32;
+    case ScalarType::BFloat16:
+      return Dtype::kBFloat16;
+    case ScalarType::Half:
+      return Dtype::kFloat16;
+    default:
+      return {};
+  }
+}
 
 }  // namespace tilewise

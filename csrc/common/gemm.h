@@ -20,8 +20,7 @@ namespace tilewise {
 #if !defined(TILEWISE_CUDA)
 
 template <typename T>
-void multiply(const Tensor& out, const Tensor& self, const Tensor& a, const Tensor& b, double beta,
-              void (*units)(const Product<T>&, int64_t, int64_t)) {
+void multiply(const Tensor& out, const Tensor& self, const Tensor& a, const Tensor& b, double beta) {
   Product<T> product{.rows = out.size(0), .columns = out.size(1), .depth = a.size(1)};
   product.a = static_cast<const T*>(a.data_ptr());
   product.a_row = a.stride(0);
@@ -37,19 +36,16 @@ void multiply(const Tensor& out, const Tensor& self, const Tensor& a, const Tens
     product.start_column = self.size(1) == 1 ? 0 : self.stride(1);
   }
   const int64_t unit = 2 * kUnitRows * kUnitColumns * std::max<int64_t>(1, product.depth);
+  const auto kernel = selected_gemm_kernels().of<T>().multiply;
   torch::stable::parallel_for(0, units_of(product), std::max<int64_t>(1, (int64_t{1} << 20) / unit),
-                              [&](int64_t begin, int64_t end) { units(product, begin, end); });
+                              [&](int64_t begin, int64_t end) { kernel(product, begin, end); });
 }
 
 #endif
 
 // Whether gemm_tile.h multiplies: it reads the columns of b side by side.
-inline bool wants_unit_columns([[maybe_unused]] ScalarType dtype) {
-#if defined(TILEWISE_CUDA)
-  return false;
-#else
-  return dtype == ScalarType::Float || dtype == ScalarType::Double;
-#endif
+inline bool wants_unit_columns(ScalarType dtype) {
+  return !kOnGpu && (dtype == ScalarType::Float || dtype == ScalarType::Double);
 }
 
 // out = beta self + a b, beta 0 or 1. With 0 self is not read; out may be self, and a self of one row or one column is
@@ -58,14 +54,8 @@ inline void add_product(const Tensor& out, const Tensor& self, const Tensor& a, 
 #if defined(TILEWISE_CUDA)
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_addmm_out(out.get(), self.get(), a.get(), b.get(), beta, 1.0));
 #else
-  if (wants_unit_columns(out.scalar_type()) && (b.stride(1) == 1 || b.size(1) == 1)) {
-    if (out.scalar_type() == ScalarType::Float) {
-      multiply<float>(out, self, a, b, beta, selected_gemm_kernels().multiply_float);
-    } else {
-      multiply<double>(out, self, a, b, beta, selected_gemm_kernels().multiply_double);
-    }
-    return;
-  }
+  if (wants_unit_columns(out.scalar_type()) && (b.stride(1) == 1 || b.size(1) == 1))
+    return with_statistics(out, [&](auto zero) { multiply<decltype(zero)>(out, self, a, b, beta); });
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), self.get(), a.get(), b.get(), beta, 1.0));
 #endif
 }
@@ -121,7 +111,7 @@ class ProductSum {
   void add(const Tensor& a, const Tensor& b, bool first, bool last) {
     if (!rounded_) return add_product(out_, out_, a, b, first ? 0.0 : 1.0);
     add_product(*part_, *part_, a, b, 0.0);
-    accumulate({.dtype = out_.scalar_type() == ScalarType::BFloat16 ? Dtype::kBFloat16 : Dtype::kFloat16,
+    accumulate({.dtype = *storage_of(out_),
                 .part = part_->data_ptr(),
                 .sum = static_cast<float*>(sum_->data_ptr()),
                 .out = out_.data_ptr(),
@@ -132,13 +122,13 @@ class ProductSum {
 
  private:
   void accumulate(const Accumulation& op) const {
-#if defined(TILEWISE_CUDA)
-    require_launched(accumulate_cuda(op, current_stream(out_)), "accumulate");
-#else
-    torch::stable::parallel_for(0, op.count, 32768, [&](int64_t begin, int64_t end) {
-      selected_accumulate_kernels().accumulate(op, begin, end);
-    });
-#endif
+    if constexpr (kOnGpu) {
+      require_launched(accumulate_cuda(op, current_stream(out_)), "accumulate");
+    } else {
+      torch::stable::parallel_for(0, op.count, 32768, [&](int64_t begin, int64_t end) {
+        selected_accumulate_kernels().accumulate(op, begin, end);
+      });
+    }
   }
 
   Tensor out_;

@@ -3,9 +3,6 @@
 
 namespace tilewise::TILEWISE_ISA {
 
-extern const GemmKernels gemm_kernels{
-    .multiply_float = multiply_units<float>,
-    .multiply_double = multiply_units<double>,
-};
+extern const ForTypes<GemmKernels> gemm_kernels{{multiply_units<float>}, {multiply_units<double>}};
 
 }  // namespace tilewise::TILEWISE_ISA

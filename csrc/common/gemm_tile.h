@@ -42,11 +42,11 @@ int64_t units_of(const Product<T>& product) {
   return ((product.rows + kUnitRows - 1) / kUnitRows) * ((product.columns + kUnitColumns - 1) / kUnitColumns);
 }
 
+template <typename T>
 struct GemmKernels {
-  void (*multiply_float)(const Product<float>&, int64_t begin, int64_t end);  // units [begin, end)
-  void (*multiply_double)(const Product<double>&, int64_t begin, int64_t end);
+  void (*multiply)(const Product<T>&, int64_t begin, int64_t end);  // units [begin, end)
 };
-TILEWISE_DECLARE_KERNELS(GemmKernels, gemm_kernels)
+TILEWISE_DECLARE_KERNELS(ForTypes<GemmKernels>, gemm_kernels)
 
 #if defined(TILEWISE_ISA)
 namespace TILEWISE_ISA {

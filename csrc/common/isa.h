@@ -69,4 +69,20 @@ inline const char* cpu_isa() { return "baseline"; }
 
 #endif
 
+// A table of kernels for both types that are computed in.
+template <template <typename> typename Kernels>
+struct ForTypes {
+  Kernels<float> on_float;
+  Kernels<double> on_double;
+
+  template <typename T>
+  const Kernels<T>& of() const {
+    if constexpr (sizeof(T) == sizeof(double)) {
+      return on_double;
+    } else {
+      return on_float;
+    }
+  }
+};
+
 }  // namespace tilewise

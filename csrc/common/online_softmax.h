@@ -1,21 +1,22 @@
 // Row statistics that stream: each can be updated tile by tile and merged in any order.
 #pragma once
 
-#include "common/vexp.h"
+#include "common/math.h"
 
 namespace tilewise {
 
 // Statistics of a row x against coefficients c, all relative to the running maximum m so that nothing
-// cancels at large |x|:  sum = sum e^(x-m),  mass = sum c,  cross = sum c (x-m),  spread = sum e^(x-m) (x-m).
-// The maximum itself stays out of sum (one of them where several are equal): of a confident row, whose other terms
-// are far below 1, they would keep few digits beside it. mass, cross and spread stay 0 where nobody asks for them.
+// cancels at large |x|:  sum = sum e^(x-m),  weight_sum = sum c,  weighted_dot = sum c (x-m),  exp_dot = sum e^(x-m)
+// (x-m). The maximum itself stays out of sum (one of them where several are equal): of a confident row, whose other
+// terms are far below 1, they would keep few digits beside it. weight_sum, weighted_dot and exp_dot stay 0 where nobody
+// asks for them.
 template <typename T>
 struct SoftmaxStats {
   T max = -infinity<T>();
   T sum = 0;
-  T mass = 0;
-  T cross = 0;
-  T spread = 0;
+  T weight_sum = 0;
+  T weighted_dot = 0;
+  T exp_dot = 0;
   int64_t argmax = 0;
 };
 
@@ -26,10 +27,10 @@ TILEWISE_FN void rebase(SoftmaxStats<T>& stats, T max) {
   const T shift = stats.max - max;  // <= 0, -inf on the first tile
   if (stats.sum > T(0)) {
     const T scale = fast_exp(shift);
-    stats.spread = scale > T(0) ? scale * (stats.spread + shift * stats.sum) : T(0);
+    stats.exp_dot = scale > T(0) ? scale * (stats.exp_dot + shift * stats.sum) : T(0);
     stats.sum *= scale;
   }
-  if (stats.mass != T(0) && stats.max > -infinity<T>()) stats.cross += shift * stats.mass;
+  if (stats.weight_sum != T(0) && stats.max > -infinity<T>()) stats.weighted_dot += shift * stats.weight_sum;
   stats.max = max;
 }
 
@@ -43,13 +44,13 @@ TILEWISE_FN void merge(SoftmaxStats<T>& a, SoftmaxStats<T> b) {
   rebase(a, max);
   rebase(b, max);
   a.sum += b.sum;
-  a.mass += b.mass;
-  a.cross += b.cross;
-  a.spread += b.spread;
+  a.weight_sum += b.weight_sum;
+  a.weighted_dot += b.weighted_dot;
+  a.exp_dot += b.exp_dot;
   if (joining == -infinity<T>()) return;
   const T e = fast_exp(joining - max);
   a.sum += e;
-  a.spread += e > T(0) ? e * (joining - max) : T(0);
+  a.exp_dot += e > T(0) ? e * (joining - max) : T(0);
 }
 
 // log sum e^(x-m) of the whole row: -inf of a row of -inf, NaN of one that holds inf or NaN.

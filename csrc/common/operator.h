@@ -108,6 +108,15 @@ struct Operator<kName, kFunction> {
   }
 };
 
+// A function of one struct, registered with the struct's fields, whose types are listed, as its arguments.
+template <typename... Types>
+struct Fields {
+  template <auto kFunction>
+  static auto call(Types... fields) {
+    return kFunction({fields...});
+  }
+};
+
 }  // namespace tilewise
 
 #define TILEWISE_IMPL(m, name, function) m.impl(name, TORCH_BOX((&tilewise::Operator<name, &function>::call)))

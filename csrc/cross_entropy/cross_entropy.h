@@ -64,12 +64,13 @@ TILEWISE_FN int64_t state_stride(const Op& op) {
 }
 
 template <typename T>
-TILEWISE_FN void write_row(const CrossEntropyForward<T>& op, int64_t row, T loss, T share, T max, T log_sum, T mass) {
+TILEWISE_FN void write_row(const CrossEntropyForward<T>& op, int64_t row, T loss, T share, T max, T log_sum,
+                           T weight_sum) {
   op.loss_rows[row] = loss;
   op.share_rows[row] = share;
   op.row_state[row] = max;
   op.row_state[state_stride(op) + row] = log_sum;
-  op.row_state[2 * state_stride(op) + row] = mass;
+  op.row_state[2 * state_stride(op) + row] = weight_sum;
 }
 
 template <typename T>
@@ -85,15 +86,15 @@ TILEWISE_FN void finish_row(const CrossEntropyForward<T>& op, int64_t row, const
   const T lse = stats.max + log_sum;
   if (op.request.details) {
     op.lse[row] = lse;
-    op.entropy[row] = log_sum - stats.spread / (T(1) + stats.sum);
+    op.entropy[row] = log_sum - stats.exp_dot / (T(1) + stats.sum);
     op.argmax[row] = stats.argmax;
   }
   if (is_ignored(op, row)) {
     write_row(op, row, T(0), T(0), stats.max, log_sum, T(0));
     return;
   }
-  T mass = stats.mass;
-  T cross = stats.cross;
+  T weight_sum = stats.weight_sum;
+  T weighted_dot = stats.weighted_dot;
   T share = T(1);
   if (op.target != nullptr) {
     const bool inside = !is_outside(op.target[row], op.logits.columns);
@@ -102,13 +103,13 @@ TILEWISE_FN void finish_row(const CrossEntropyForward<T>& op, int64_t row, const
     share = op.request.dense.weight != nullptr && inside ? op.request.dense.weight[y] : T(1);
     const T coefficient = inside ? op.confidence * share : quiet_nan<T>();
     const T x = apply(op.request.transform, read_element<T>(op.logits, row, y));
-    mass += coefficient;
-    if (coefficient != T(0)) cross += coefficient * (x - stats.max);
+    weight_sum += coefficient;
+    if (coefficient != T(0)) weighted_dot += coefficient * (x - stats.max);
   }
   const T row_weight = op.row_weight != nullptr ? op.row_weight[row] : T(1);
   const T square = op.lse_square_scale != T(0) ? op.lse_square_scale * lse * lse : T(0);
-  const T fit = mass != T(0) ? log_sum * mass - cross : T(0);
-  write_row(op, row, row_weight * (fit + square), share, stats.max, log_sum, mass);
+  const T fit = weight_sum != T(0) ? log_sum * weight_sum - weighted_dot : T(0);
+  write_row(op, row, row_weight * (fit + square), share, stats.max, log_sum, weight_sum);
 }
 
 template <typename T>
@@ -116,14 +117,14 @@ TILEWISE_FN RowGradient<T> gradient_of_row(const CrossEntropyBackward<T>& op, in
   RowGradient<T> result;
   result.max = op.row_state[row];
   result.log_sum = op.row_state[state_stride(op) + row];
-  const T mass = op.row_state[2 * state_stride(op) + row];
+  const T weight_sum = op.row_state[2 * state_stride(op) + row];
   const T g = is_ignored(op, row) ? T(0) : upstream_of_row(op.upstream, row);
   const T g_lse = op.grad_lse != nullptr ? op.grad_lse[row * op.grad_lse_stride] : T(0);
   const T g_entropy = op.grad_entropy != nullptr ? op.grad_entropy[row * op.grad_entropy_stride] : T(0);
   result.zero = g == T(0) && g_lse == T(0) && g_entropy == T(0);
   if (result.zero) return result;
   result.alpha = g_lse;
-  if (g != T(0)) result.alpha += g * (mass + T(2) * op.lse_square_scale * (result.max + result.log_sum));
+  if (g != T(0)) result.alpha += g * (weight_sum + T(2) * op.lse_square_scale * (result.max + result.log_sum));
   if (g_entropy != T(0)) result.alpha -= g_entropy * op.entropy[row];
   result.beta = -g_entropy;
   result.dense = g;
@@ -137,13 +138,12 @@ TILEWISE_FN RowGradient<T> gradient_of_row(const CrossEntropyBackward<T>& op, in
 }
 
 // Launchers. The CPU ones process rows [begin, end); the caller splits them over threads.
+template <typename T>
 struct CrossEntropyKernels {
-  void (*forward_float)(const CrossEntropyForward<float>&, int64_t begin, int64_t end);
-  void (*forward_double)(const CrossEntropyForward<double>&, int64_t begin, int64_t end);
-  void (*backward_float)(const CrossEntropyBackward<float>&, int64_t begin, int64_t end);
-  void (*backward_double)(const CrossEntropyBackward<double>&, int64_t begin, int64_t end);
+  void (*forward)(const CrossEntropyForward<T>&, int64_t begin, int64_t end);
+  void (*backward)(const CrossEntropyBackward<T>&, int64_t begin, int64_t end);
 };
-TILEWISE_DECLARE_KERNELS(CrossEntropyKernels, cross_entropy_kernels)
+TILEWISE_DECLARE_KERNELS(ForTypes<CrossEntropyKernels>, cross_entropy_kernels)
 
 // They return a CUDA error string, or null. Only float statistics: float64 matrices stay on the CPU.
 const char* cross_entropy_forward_cuda(const CrossEntropyForward<float>& op, void* stream);

@@ -56,11 +56,32 @@ ForwardResult forward(const Tensor& logits, const Tensor& target, const std::opt
   });
 }
 
-struct Gradients {
-  const std::optional<Tensor>& loss;
-  const std::optional<Tensor>& lse;
+struct BackwardArguments {
+  const std::optional<Tensor>& grad_loss;
+  const std::optional<Tensor>& grad_lse;
+  const std::optional<Tensor>& grad_entropy;
+  const Tensor& logits;
+  const Tensor& target;
+  const std::optional<Tensor>& weight;
+  const std::optional<Tensor>& row_weight;
   const std::optional<Tensor>& entropy;
+  const Tensor& row_state;
+  const Tensor& total;
+  int64_t ignore_index;
+  double label_smoothing;
+  double lse_square_scale;
+  std::optional<double> softcap;
+  double logit_scale;
+  const std::string& reduction;
+
+  CrossEntropyOptions options() const {
+    return checked_options(ignore_index, label_smoothing, lse_square_scale, softcap, logit_scale, reduction, kOp);
+  }
 };
+using MaybeTensor = const std::optional<Tensor>&;
+using BackwardFields =
+    Fields<MaybeTensor, MaybeTensor, MaybeTensor, const Tensor&, const Tensor&, MaybeTensor, MaybeTensor, MaybeTensor,
+           const Tensor&, const Tensor&, int64_t, double, double, std::optional<double>, double, const std::string&>;
 
 template <typename T>
 const T* strided_rows(const std::optional<Tensor>& tensor, const Tensor& logits, const char* name, int64_t& stride) {
@@ -72,66 +93,47 @@ const T* strided_rows(const std::optional<Tensor>& tensor, const Tensor& logits,
 }
 
 template <typename T>
-void backward_as(const Gradients& gradients, const Tensor& logits, const Tensor& gradient, const Tensor& target,
-                 const std::optional<Tensor>& weight, const std::optional<Tensor>& row_weight,
-                 const std::optional<Tensor>& entropy, const Tensor& row_state, const Tensor& total,
-                 const CrossEntropyOptions& options) {
+void backward_as(const BackwardArguments& given, const Tensor& gradient) {
+  const Tensor& logits = given.logits;
   const ScalarType type = statistics_type(logits);
+  const CrossEntropyOptions options = given.options();
   CrossEntropyBackward<T> op;
   op.logits = logits_matrix(logits, kOp);
   op.gradient = row_matrix(gradient, kOp, "gradient");
   op.transform = transform_of<T>(options);
-  op.dense = dense_target<T>(logits, op.logits, target, weight, options, kOp);
-  if (is_class_index(target)) op.target = class_indices(target, op.logits, options.ignore_index, kOp);
+  op.dense = dense_target<T>(logits, op.logits, given.target, given.weight, options, kOp);
+  if (is_class_index(given.target)) op.target = class_indices(given.target, op.logits, options.ignore_index, kOp);
   op.ignore_index = options.ignore_index;
   op.confidence = static_cast<T>(1 - options.label_smoothing);
   op.lse_square_scale = static_cast<T>(options.lse_square_scale);
-  const T* row_weights = dense<T>(row_weight, {logits.size(0)}, type, kOp, "row_weight");
-  op.upstream = upstream_of<T>(gradients.loss, logits, row_weights, total, options.reduction, kOp);
-  op.grad_lse = strided_rows<T>(gradients.lse, logits, "grad_lse", op.grad_lse_stride);
-  op.grad_entropy = strided_rows<T>(gradients.entropy, logits, "grad_entropy", op.grad_entropy_stride);
-  op.entropy = dense<T>(entropy, {logits.size(0)}, type, kOp, "entropy");
+  const T* row_weights = dense<T>(given.row_weight, {logits.size(0)}, type, kOp, "row_weight");
+  op.upstream = upstream_of<T>(given.grad_loss, logits, row_weights, given.total, options.reduction, kOp);
+  op.grad_lse = strided_rows<T>(given.grad_lse, logits, "grad_lse", op.grad_lse_stride);
+  op.grad_entropy = strided_rows<T>(given.grad_entropy, logits, "grad_entropy", op.grad_entropy_stride);
+  op.entropy = dense<T>(given.entropy, {logits.size(0)}, type, kOp, "entropy");
   require(op.grad_entropy == nullptr || op.entropy != nullptr, kOp, "expected entropy together with grad_entropy");
-  op.row_state = dense<T>(row_state, {3, logits.size(0)}, type, kOp, "row_state");
+  op.row_state = dense<T>(given.row_state, {3, logits.size(0)}, type, kOp, "row_state");
   run(op, logits, kOp);
 }
 
-void backward_into(const Gradients& gradients, const Tensor& logits, const Tensor& gradient, const Tensor& target,
-                   const std::optional<Tensor>& weight, const std::optional<Tensor>& row_weight,
-                   const std::optional<Tensor>& entropy, const Tensor& row_state, const Tensor& total,
-                   const CrossEntropyOptions& options) {
-  const DeviceScope scope(logits);
-  with_statistics(logits, [&](auto zero) {
-    using T = decltype(zero);
-    backward_as<T>(gradients, logits, gradient, target, weight, row_weight, entropy, row_state, total, options);
-  });
+void backward_into(const Tensor& gradient, const BackwardArguments& given) {
+  const DeviceScope scope(given.logits);
+  with_statistics(given.logits, [&](auto zero) { backward_as<decltype(zero)>(given, gradient); });
 }
 
-Tensor backward(const std::optional<Tensor>& grad_loss, const std::optional<Tensor>& grad_lse,
-                const std::optional<Tensor>& grad_entropy, const Tensor& logits, const Tensor& target,
-                const std::optional<Tensor>& weight, const std::optional<Tensor>& row_weight,
-                const std::optional<Tensor>& entropy, const Tensor& row_state, const Tensor& total,
-                int64_t ignore_index, double label_smoothing, double lse_square_scale, std::optional<double> softcap,
-                double logit_scale, const std::string& reduction) {
+Tensor backward(const BackwardArguments& given) {
+  const Tensor& logits = given.logits;
   logits_matrix(logits, kOp);
   const Tensor gradient = new_output(logits, {logits.size(0), logits.size(1)}, logits.scalar_type());
-  backward_into({grad_loss, grad_lse, grad_entropy}, logits, gradient, target, weight, row_weight, entropy, row_state,
-                total,
-                checked_options(ignore_index, label_smoothing, lse_square_scale, softcap, logit_scale, reduction, kOp));
+  backward_into(gradient, given);
   return gradient;
 }
 
-void backward_in_place(const std::optional<Tensor>& grad_loss, const std::optional<Tensor>& grad_lse,
-                       const std::optional<Tensor>& grad_entropy, const Tensor& logits, const Tensor& target,
-                       const std::optional<Tensor>& weight, const std::optional<Tensor>& row_weight,
-                       const std::optional<Tensor>& entropy, const Tensor& row_state, const Tensor& total,
-                       int64_t ignore_index, double label_smoothing, double lse_square_scale,
-                       std::optional<double> softcap, double logit_scale, const std::string& reduction) {
+void backward_in_place(const BackwardArguments& given) {
+  const Tensor& logits = given.logits;
   require(!overlaps(logits_matrix(logits, kOp)), kOp, "expected logits whose elements do not share memory, got shape ",
           shape_of(logits), " with strides (", logits.stride(0), ", ", logits.stride(1), ")");
-  backward_into({grad_loss, grad_lse, grad_entropy}, logits, logits, target, weight, row_weight, entropy, row_state,
-                total,
-                checked_options(ignore_index, label_smoothing, lse_square_scale, softcap, logit_scale, reduction, kOp));
+  backward_into(logits, given);
 }
 
 }  // namespace
@@ -139,6 +141,6 @@ void backward_in_place(const std::optional<Tensor>& grad_loss, const std::option
 
 STABLE_TORCH_LIBRARY_IMPL(tilewise, TILEWISE_DISPATCH_KEY, m) {
   TILEWISE_IMPL(m, "cross_entropy", tilewise::forward);
-  TILEWISE_IMPL(m, "cross_entropy_backward", tilewise::backward);
-  TILEWISE_IMPL(m, "cross_entropy_backward_", tilewise::backward_in_place);
+  TILEWISE_IMPL(m, "cross_entropy_backward", tilewise::BackwardFields::call<&tilewise::backward>);
+  TILEWISE_IMPL(m, "cross_entropy_backward_", tilewise::BackwardFields::call<&tilewise::backward_in_place>);
 }

@@ -51,32 +51,30 @@ DenseTarget<T> dense_target(const Tensor& like, const RowMatrix& logits, const T
 }
 
 template <typename T>
-void run(const CrossEntropyForward<T>& op, [[maybe_unused]] const Tensor& like, [[maybe_unused]] const char* name) {
-#if defined(TILEWISE_CUDA)
-  require_launched(cross_entropy_forward_cuda(op, current_stream(like)), name);
-#else
-  const CrossEntropyKernels& kernels = selected_cross_entropy_kernels();
-  for_rows(op, kernels.forward_float, kernels.forward_double);
-#endif
+void run(const CrossEntropyForward<T>& op, const Tensor& like, const char* name) {
+  if constexpr (kOnGpu) {
+    require_launched(cross_entropy_forward_cuda(op, current_stream(like)), name);
+  } else {
+    for_rows(op, selected_cross_entropy_kernels().of<T>().forward);
+  }
 }
 
 template <typename T>
-void run(const CrossEntropyBackward<T>& op, [[maybe_unused]] const Tensor& like, [[maybe_unused]] const char* name) {
-#if defined(TILEWISE_CUDA)
-  require_launched(cross_entropy_backward_cuda(op, current_stream(like)), name);
-#else
-  const CrossEntropyKernels& kernels = selected_cross_entropy_kernels();
-  for_rows(op, kernels.backward_float, kernels.backward_double);
-#endif
+void run(const CrossEntropyBackward<T>& op, const Tensor& like, const char* name) {
+  if constexpr (kOnGpu) {
+    require_launched(cross_entropy_backward_cuda(op, current_stream(like)), name);
+  } else {
+    for_rows(op, selected_cross_entropy_kernels().of<T>().backward);
+  }
 }
 
 template <typename T>
-void run(const RowReduction<T>& reduction, [[maybe_unused]] const Tensor& like, [[maybe_unused]] const char* name) {
-#if defined(TILEWISE_CUDA)
-  require_launched(cross_entropy_reduction_cuda(reduction, current_stream(like)), name);
-#else
-  reduce_rows(reduction);
-#endif
+void run(const RowReduction<T>& reduction, const Tensor& like, const char* name) {
+  if constexpr (kOnGpu) {
+    require_launched(cross_entropy_reduction_cuda(reduction, current_stream(like)), name);
+  } else {
+    reduce_rows(reduction);
+  }
 }
 
 }  // namespace tilewise

@@ -4,11 +4,10 @@
 
 namespace tilewise::TILEWISE_ISA {
 
-extern const CrossEntropyKernels cross_entropy_kernels{
-    .forward_float = softmax_forward<CrossEntropyForward<float>>,
-    .forward_double = softmax_forward<CrossEntropyForward<double>>,
-    .backward_float = row_backward<true, CrossEntropyBackward<float>>,
-    .backward_double = row_backward<true, CrossEntropyBackward<double>>,
-};
+template <typename T>
+constexpr CrossEntropyKernels<T> kernels{softmax_forward<CrossEntropyForward<T>>,
+                                         row_backward<true, CrossEntropyBackward<T>>};
+
+extern const ForTypes<CrossEntropyKernels> cross_entropy_kernels{kernels<float>, kernels<double>};
 
 }  // namespace tilewise::TILEWISE_ISA

@@ -21,22 +21,17 @@ constexpr const char* kOp = "linear_cross_entropy";
 
 // Logits held at a time: 1/22 of them, within bounds below which products lose speed and above which they gain none.
 // Sizes alone decide, so that the same call gives the same bits whatever memory happens to be free.
-#if defined(TILEWISE_CUDA)
-constexpr int64_t kLeastBytes = int64_t{128} << 20;
-constexpr int64_t kMostBytes = int64_t{512} << 20;
-#else
-constexpr int64_t kLeastBytes = int64_t{16} << 20;
-constexpr int64_t kMostBytes = int64_t{128} << 20;
-#endif
+constexpr int64_t kMinBytes = int64_t{kOnGpu ? 128 : 16} << 20;
+constexpr int64_t kMaxBytes = int64_t{kOnGpu ? 512 : 128} << 20;
 constexpr int64_t kShare = 22;
-constexpr int64_t kLeastRows = 64;
-constexpr int64_t kLeastClasses = 256;
+constexpr int64_t kMinRows = 64;
+constexpr int64_t kMinClasses = 256;
 
 struct Layer {
   const Tensor& input;   // (N, d)
   const Tensor& weight;  // (V, d)
   const std::optional<Tensor>& bias;
-  RowMatrix logits;  // shape and dtype; nobody holds them
+  RowMatrix logits;  // shape and dtype alone: they are formed by blocks
   int64_t chunk_bytes;
 };
 
@@ -52,9 +47,8 @@ struct Gradients {
 Layer checked_layer(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, int64_t chunk_bytes) {
   const RowMatrix rows = row_matrix(input, kOp, "input");
   const RowMatrix classes = row_matrix(weight, kOp, "linear_weight");
-#if defined(TILEWISE_CUDA)
-  require(rows.dtype != Dtype::kFloat64, kOp, "expected input to be float32, bfloat16 or float16 on a GPU, got Double");
-#endif
+  require(!kOnGpu || rows.dtype != Dtype::kFloat64, kOp,
+          "expected input to be float32, bfloat16 or float16 on a GPU, got Double");
   require_dtype(weight, input.scalar_type(), kOp, "linear_weight");
   require(classes.rows >= 1, kOp, "expected linear_weight to have at least one class, got shape ", shape_of(weight));
   require_shape(weight, {classes.rows, rows.columns}, kOp, "linear_weight");
@@ -72,7 +66,7 @@ int64_t lines_at_a_time(const Layer& layer, int64_t count, int64_t length, int64
   if (count == 0) return 0;
   const int64_t line = std::max<int64_t>(1, length * layer.input.element_size());
   int64_t bytes = layer.chunk_bytes;
-  if (bytes == 0) bytes = std::clamp(count * line / kShare, kLeastBytes, kMostBytes);
+  if (bytes == 0) bytes = std::clamp(count * line / kShare, kMinBytes, kMaxBytes);
   const int64_t most = std::clamp(bytes / line, std::min(least, count), count);
   const int64_t parts = (count + most - 1) / most;
   return (count + parts - 1) / parts;
@@ -191,7 +185,7 @@ ForwardResult forward_as(const Layer& layer, const Tensor& target, const std::op
   op.share_rows = static_cast<T*>(outputs.share_rows.data_ptr());
   op.row_state = static_cast<T*>(row_state.data_ptr());
 
-  const int64_t rows = lines_at_a_time(layer, n, v, layer.chunk_bytes == 0 ? kLeastRows : 1);
+  const int64_t rows = lines_at_a_time(layer, n, v, layer.chunk_bytes == 0 ? kMinRows : 1);
   const Tensor buffer = new_output(layer.input, {rows, v}, layer.input.scalar_type());
   const RowProducts products(layer.input, rows, v);
   const Gradients gradients = new_gradients(layer, wanted);
@@ -249,7 +243,7 @@ Gradients backward_as(const Tensor& grad_loss, const Layer& layer, const Tensor&
   const Gradients gradients = new_gradients(layer, wanted);
   if (n == 0 || !wanted.any()) return gradients;
 
-  const int64_t classes = lines_at_a_time(layer, v, n, kLeastClasses);
+  const int64_t classes = lines_at_a_time(layer, v, n, kMinClasses);
   const Tensor buffer = new_output(layer.input, {n, classes}, layer.input.scalar_type());
   const RowProducts products(layer.input, n, classes);
   const Tensor one = ones(layer.input, wanted.bias ? n : 1);

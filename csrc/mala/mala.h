@@ -55,7 +55,7 @@ struct MalaHead {
 };
 
 template <typename T>
-struct MalaKernelsOf {
+struct MalaKernels {
   // Bidirectional, over tokens [begin, end); sums are added to.
   void (*sum_keys)(const MalaHead<T>&, int64_t begin, int64_t end);
   void (*queries)(const MalaHead<T>&, int64_t begin, int64_t end);
@@ -66,11 +66,7 @@ struct MalaKernelsOf {
   void (*causal_backward)(const MalaHead<T>&);
 };
 
-struct MalaKernels {
-  MalaKernelsOf<float> on_float;
-  MalaKernelsOf<double> on_double;
-};
-TILEWISE_DECLARE_KERNELS(MalaKernels, mala_kernels)
+TILEWISE_DECLARE_KERNELS(ForTypes<MalaKernels>, mala_kernels)
 
 // A (batch, heads, tokens, width) tensor with unit columns.
 struct TokenTensor {

@@ -1,14 +1,16 @@
 // Magnitude-aware linear attention over heads (B, H, N, D), or over sequences packed one behind the other.
 #include "common/operator.h"
 #if defined(TILEWISE_CUDA)
-#include "mala/mala_attention.h"
-#include "mala/mala_gpu.h"
+#include "mala/mala_bind.h"
+#include "mala/mala_launch.h"
 #else
-#include "mala/mala_heads.h"
+#include "mala/mala_cpu.h"
 #endif
 
 namespace tilewise {
 namespace {
+
+constexpr const char* kOp = Attention::kOp;
 
 #if defined(TILEWISE_CUDA)
 
@@ -18,10 +20,7 @@ TokenTensor tokens_of(const Tensor& tensor) {
 
 MalaCall call_of(const Attention& attention) {
   MalaCall call;
-  const ScalarType dtype = attention.q.scalar_type();
-  call.dtype = dtype == ScalarType::Float  ? Dtype::kFloat32
-               : dtype == ScalarType::Half ? Dtype::kFloat16
-                                           : Dtype::kBFloat16;
+  call.dtype = *storage_of(attention.q);
   call.sequences = attention.sequences();
   call.heads = attention.heads();
   call.key_heads = attention.key_heads();
@@ -78,20 +77,14 @@ void run_backward(const Attention& attention, const Tensor& grad_out, const Sums
 
 #else
 
-template <typename Function>
-void with_type(const Tensor& tensor, Function f) {
-  if (tensor.scalar_type() == ScalarType::Double) return f(double{});
-  f(float{});
-}
-
 void run_forward(const Attention& attention, const Sums&, const Sums& total, const Tensor& out) {
-  with_type(out, [&](auto zero) { forward_as<decltype(zero)>(attention, total, out); });
+  with_statistics(out, [&](auto zero) { forward_as<decltype(zero)>(attention, total, out); });
 }
 
 void run_backward(const Attention& attention, const Tensor& grad_out, const Sums& sums, const Tensor& grad_q,
                   const Tensor& grad_k, const Tensor& grad_v) {
   const Gradients gradients{grad_q, grad_k, grad_v};
-  with_type(grad_out, [&](auto zero) { backward_as<decltype(zero)>(attention, grad_out, sums, gradients); });
+  with_statistics(grad_out, [&](auto zero) { backward_as<decltype(zero)>(attention, grad_out, sums, gradients); });
 }
 
 #endif

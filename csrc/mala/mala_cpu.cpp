@@ -5,7 +5,7 @@
 #include <memory>
 
 #include "common/gemm_tile.h"
-#include "common/vexp.h"
+#include "common/math.h"
 
 namespace tilewise::TILEWISE_ISA {
 namespace {
@@ -389,12 +389,11 @@ void causal_backward(const MalaHead<T>& head) {
 }
 
 template <typename T>
-constexpr MalaKernelsOf<T> kernels_of() {
-  return {sum_keys<T>, queries<T>, backward_queries<T>, backward_keys<T>, causal<T>, causal_backward<T>};
-}
+constexpr MalaKernels<T> kernels{sum_keys<T>,      queries<T>, backward_queries<T>,
+                                 backward_keys<T>, causal<T>,  causal_backward<T>};
 
 }  // namespace
 
-extern const MalaKernels mala_kernels{.on_float = kernels_of<float>(), .on_double = kernels_of<double>()};
+extern const ForTypes<MalaKernels> mala_kernels{kernels<float>, kernels<double>};
 
 }  // namespace tilewise::TILEWISE_ISA

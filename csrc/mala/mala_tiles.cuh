@@ -3,7 +3,7 @@
 #pragma once
 
 #include "common/launch.cuh"
-#include "common/vexp.h"
+#include "common/math.h"
 #include "mala/mala.h"
 #include "rows/rows.cuh"
 

@@ -102,4 +102,15 @@ struct DenseRow {
   }
 };
 
+// What passes and formulas inherit that read nothing beside the logits.
+struct NoSide {
+  template <int kCount>
+  struct Side {};
+
+  template <int kCount>
+  __device__ __forceinline__ Side<kCount> fetch(int64_t) const {
+    return {};
+  }
+};
+
 }  // namespace tilewise

@@ -17,11 +17,9 @@ struct Probability {
 };
 
 // Identity transform, no g_entropy, coefficients c that are the same for every column:  p_k alpha - g c
-struct PlainSoftmaxGradient {
+struct PlainSoftmaxGradient : NoSide {
   static constexpr int kBatch = 4;
   static constexpr int kBlocks = 4;
-  template <int kCount>
-  struct Side {};
 
   Probability probability;
   float scale;
@@ -30,11 +28,6 @@ struct PlainSoftmaxGradient {
   template <typename Op>
   __device__ PlainSoftmaxGradient(const Op& op, int64_t, int64_t, const RowGradient<float>& g)
       : probability(g), scale(g.alpha * probability.factor), constant(-g.dense * op.dense.uniform) {}
-
-  template <int kCount>
-  __device__ __forceinline__ Side<kCount> fetch(int64_t) const {
-    return {};
-  }
 
   template <int kCount>
   __device__ __forceinline__ void apply(float (&x)[kCount], Side<kCount>, int64_t, int target,
@@ -83,19 +76,12 @@ struct FullSoftmaxGradient {
 };
 
 // lambda rate (x_k - mean) + kappa
-struct AffineGradient {
+struct AffineGradient : NoSide {
   static constexpr int kBatch = 4;
   static constexpr int kBlocks = 4;
-  template <int kCount>
-  struct Side {};
 
   template <typename Op>
   __device__ AffineGradient(const Op&, int64_t, int64_t, const RowGradient<float>&) {}
-
-  template <int kCount>
-  __device__ __forceinline__ Side<kCount> fetch(int64_t) const {
-    return {};
-  }
 
   template <int kCount>
   __device__ __forceinline__ void apply(float (&x)[kCount], Side<kCount>, int64_t, int target,

@@ -5,6 +5,7 @@
 // anywhere still moves as vectors. A row without unit stride is all head.
 #pragma once
 
+#include "common/team.cuh"
 #include "rows/gradient.cuh"
 #include "rows/statistics.cuh"
 
@@ -19,19 +20,10 @@ static __global__ void __launch_bounds__(512) row_reduction_kernel(const __grid_
     loss += op.loss_rows[row];
     total += op.share_rows[row];
   }
-  loss = lane_sum(loss);
-  total = lane_sum(total);
-  double* partial = static_cast<double*>(dynamic_shared());  // [warp][loss, total]
-  if (threadIdx.x % kWarp == 0) {
-    partial[threadIdx.x / kWarp * 2] = loss;
-    partial[threadIdx.x / kWarp * 2 + 1] = total;
-  }
-  __syncthreads();
-  if (threadIdx.x != 0) return;
-  for (int warp = 1; warp < static_cast<int>(blockDim.x) / kWarp; ++warp) {
-    loss += partial[warp * 2];
-    total += partial[warp * 2 + 1];
-  }
+  const Team team(dynamic_shared());
+  loss = team.all_sum(loss);
+  total = team.all_sum(total);
+  if (!team.first()) return;
   *op.total = static_cast<float>(total);
   if (op.reduction == Reduction::kSum) *op.loss = static_cast<float>(loss / op.divisor);
   if (op.reduction == Reduction::kMean) *op.loss = total == 0.0 ? 0.0f : static_cast<float>(loss / total);
@@ -64,7 +56,7 @@ const char* launch_row_gradient(const Op& op, void* stream) {
 
 inline const char* launch_row_reduction(const RowReduction<float>& op, void* stream) {
   constexpr unsigned kThreads = 512;
-  return launch(row_reduction_kernel, dim3(1), dim3(kThreads), kThreads / kWarp * 2 * sizeof(double), stream, op);
+  return launch(row_reduction_kernel, dim3(1), dim3(kThreads), kTeamBytes, stream, op);
 }
 
 // Calls f with a value of the storage type of a matrix; f returns a CUDA error string, or null.

@@ -84,8 +84,8 @@ TILEWISE_FN bool is_empty(const DenseTarget<T>& dense) {
 template <typename T>
 struct SoftmaxRequest {
   Transform<T> transform;
-  DenseTarget<T> dense;  // -> mass, cross
-  bool details = false;  // -> spread, argmax
+  DenseTarget<T> dense;  // -> weight_sum, weighted_dot
+  bool details = false;  // -> exp_dot, argmax
 };
 
 // With d_k = x_k - max - log_sum and p_k = e^(d_k), the gradient of a row with respect to x is

@@ -8,24 +8,11 @@ namespace tilewise {
 
 inline RowMatrix row_matrix(const Tensor& tensor, const char* op, const char* name) {
   require(tensor.dim() == 2, op, "expected ", name, " to be 2-D, got shape ", shape_of(tensor));
+  const std::optional<Dtype> dtype = storage_of(tensor);
+  require(dtype.has_value(), op, "expected ", name, " to be float64, float32, bfloat16 or float16, got ",
+          toString(tensor.scalar_type()));
   RowMatrix matrix;
-  switch (tensor.scalar_type()) {
-    case ScalarType::Double:
-      matrix.dtype = Dtype::kFloat64;
-      break;
-    case ScalarType::Float:
-      matrix.dtype = Dtype::kFloat32;
-      break;
-    case ScalarType::BFloat16:
-      matrix.dtype = Dtype::kBFloat16;
-      break;
-    case ScalarType::Half:
-      matrix.dtype = Dtype::kFloat16;
-      break;
-    default:
-      require(false, op, "expected ", name, " to be float64, float32, bfloat16 or float16, got ",
-              toString(tensor.scalar_type()));
-  }
+  matrix.dtype = *dtype;
   matrix.data = tensor.data_ptr();
   matrix.rows = tensor.size(0);
   matrix.columns = tensor.size(1);
@@ -38,10 +25,8 @@ inline RowMatrix row_matrix(const Tensor& tensor, const char* op, const char* na
 inline RowMatrix logits_matrix(const Tensor& logits, const char* op) {
   const RowMatrix matrix = row_matrix(logits, op, "logits");
   require(matrix.columns >= 1, op, "expected logits to have at least one class, got shape ", shape_of(logits));
-#if defined(TILEWISE_CUDA)
-  require(matrix.dtype != Dtype::kFloat64, op,
+  require(!kOnGpu || matrix.dtype != Dtype::kFloat64, op,
           "expected logits to be float32, bfloat16 or float16 on a GPU, got Double");
-#endif
   return matrix;
 }
 
@@ -52,10 +37,6 @@ inline bool overlaps(const RowMatrix& m) {
   const bool by_columns =
       (m.rows <= 1 || m.row_stride >= 1) && (m.columns <= 1 || m.column_stride > (m.rows - 1) * m.row_stride);
   return !by_rows && !by_columns;
-}
-
-inline ScalarType statistics_type(const Tensor& logits) {
-  return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
 inline Reduction parse_reduction(const std::string& reduction, const char* op) {
@@ -70,13 +51,11 @@ inline Reduction parse_reduction(const std::string& reduction, const char* op) {
 inline const int64_t* class_indices(const Tensor& target, const RowMatrix& logits, int64_t ignore_index,
                                     const char* op) {
   const int64_t* indices = dense<int64_t>(target, {logits.rows}, ScalarType::Long, op, "target");
-#if !defined(TILEWISE_CUDA)
-  for (int64_t i = 0; i < logits.rows; ++i) {
+  for (int64_t i = 0; !kOnGpu && i < logits.rows; ++i) {
     const bool valid = (indices[i] >= 0 && indices[i] < logits.columns) || indices[i] == ignore_index;
     require(valid, op, "expected target[", i, "] in [0, ", logits.columns, ") or ignore_index (", ignore_index,
             "), got ", indices[i]);
   }
-#endif
   return indices;
 }
 
@@ -120,17 +99,6 @@ struct LossOutputs {
   }
 };
 
-// Calls f with a zero of the type of statistics: double exists on the CPU alone.
-template <typename Function>
-auto with_statistics([[maybe_unused]] const Tensor& logits, Function f) {
-#if !defined(TILEWISE_CUDA)
-  if (statistics_type(logits) == ScalarType::Double) return f(double{});
-#endif
-  return f(float{});
-}
-
-#if !defined(TILEWISE_CUDA)
-
 // Sums in double and in row order, whatever the number of threads.
 template <typename T>
 void reduce_rows(const RowReduction<T>& reduction) {
@@ -145,20 +113,11 @@ void reduce_rows(const RowReduction<T>& reduction) {
   if (reduction.reduction == Reduction::kMean) *reduction.loss = static_cast<T>(total == 0 ? 0 : loss / total);
 }
 
-// Rows over torch's threads, in shares of at least 32 Ki elements, with the kernel that takes this operator.
-template <template <typename> typename Op, typename T>
-void for_rows(const Op<T>& op, void (*on_float)(const Op<float>&, int64_t, int64_t),
-              void (*on_double)(const Op<double>&, int64_t, int64_t)) {
+// Rows over torch's threads, in shares of at least 32 Ki elements.
+template <typename Op>
+void for_rows(const Op& op, void (*kernel)(const Op&, int64_t, int64_t)) {
   const int64_t grain = 1 + 32768 / op.logits.columns;
-  torch::stable::parallel_for(0, op.logits.rows, grain, [&](int64_t begin, int64_t end) {
-    if constexpr (sizeof(T) == sizeof(double)) {
-      on_double(op, begin, end);
-    } else {
-      on_float(op, begin, end);
-    }
-  });
+  torch::stable::parallel_for(0, op.logits.rows, grain, [&](int64_t begin, int64_t end) { kernel(op, begin, end); });
 }
-
-#endif
 
 }  // namespace tilewise

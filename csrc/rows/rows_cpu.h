@@ -172,7 +172,7 @@ TILEWISE_FN ExpSum<T> tile_exp_sum(const T* x, int64_t n, T origin) {
 
 // sum e^(x-m) (x-m) of a tile and of the maximum before it, with 0 e^-inf = 0
 template <typename T>
-TILEWISE_FN T tile_spread(const T* x, int64_t n, T running, T max) {
+TILEWISE_FN T tile_exp_dot(const T* x, int64_t n, T running, T max) {
   const T before = running - max < ExpFloor<T>::value ? ExpFloor<T>::value : running - max;
   T result = fast_exp(before) * before;
 #pragma omp simd reduction(+ : result)
@@ -184,22 +184,22 @@ TILEWISE_FN T tile_spread(const T* x, int64_t n, T running, T max) {
   return result;
 }
 
-// mass = sum c;  cross = sum c (x - m), a coefficient of 0 hiding even x = -inf
+// weight_sum = sum c;  weighted_dot = sum c (x - m), a coefficient of 0 hiding even x = -inf
 template <typename T>
 TILEWISE_FN void add_targets(const T* x, const T* c, int64_t n, T origin, SoftmaxStats<T>& stats) {
-  T mass = 0;
-  T cross = 0;
-#pragma omp simd reduction(+ : mass, cross)
+  T weight_sum = 0;
+  T weighted_dot = 0;
+#pragma omp simd reduction(+ : weight_sum, weighted_dot)
   for (int64_t i = 0; i < n; ++i) {
-    mass += c[i];
-    cross += c[i] != T(0) ? c[i] * (x[i] - origin) : T(0);
+    weight_sum += c[i];
+    weighted_dot += c[i] != T(0) ? c[i] * (x[i] - origin) : T(0);
   }
-  stats.mass += mass;
-  stats.cross += cross;
+  stats.weight_sum += weight_sum;
+  stats.weighted_dot += weighted_dot;
 }
 
 // Sums are taken relative to an origin, the maximum of the first tile: that of the row would be a pass more. Only a
-// tile that rises more than kSlack above it is summed again and moves it, before e^(x - origin) could overflow. spread
+// tile that rises more than kSlack above it is summed again and moves it, before e^(x - origin) could overflow. exp_dot
 // moves with every maximum, because its terms cancel relative to anything smaller.
 template <typename T>
 static SoftmaxStats<T> softmax_statistics(const RowMatrix& logits, const SoftmaxRequest<T>& request, int64_t row) {
@@ -223,7 +223,7 @@ static SoftmaxStats<T> softmax_statistics(const RowMatrix& logits, const Softmax
     stats.sum += exps.sum;
     if (max > -infinity<T>()) stats.sum += fast_exp((exps.max > max ? max : exps.max) - origin);
     if (request.details) {
-      stats.spread += tile_spread(x, n, max, origin);
+      stats.exp_dot += tile_exp_dot(x, n, max, origin);
       if (exps.max > max) {
         stats.argmax = begin;
         while (x[stats.argmax - begin] != exps.max) ++stats.argmax;

@@ -7,13 +7,6 @@
 
 namespace tilewise {
 
-template <typename T>
-__device__ __forceinline__ T lane_sum(T value) {
-#pragma unroll
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
-  return value;
-}
-
 // Leaves in x what joins a sum that holds its largest term back: of each element and the maximum so far, the smaller.
 template <int kCount>
 __device__ __forceinline__ float hold_back_max(float (&x)[kCount], float max) {
@@ -27,12 +20,10 @@ __device__ __forceinline__ float hold_back_max(float (&x)[kCount], float max) {
 }
 
 // max and sum, nothing else.
-struct PlainSoftmax {
+struct PlainSoftmax : NoSide {
   using Stats = SoftmaxStats<float>;
   static constexpr int kBatch = 4;
   static constexpr int kBlocks = 4;
-  template <int kCount>
-  struct Side {};
   // The reference follows the maximum only when it lags by more than this: rescaling is then rare.
   static constexpr float kSlack = 4.0f;
 
@@ -43,11 +34,6 @@ struct PlainSoftmax {
 
   template <typename Op>
   __device__ PlainSoftmax(const Op&, int64_t, int64_t) {}
-
-  template <int kCount>
-  __device__ __forceinline__ Side<kCount> fetch(int64_t) const {
-    return {};
-  }
 
   template <int kCount>
   __device__ __forceinline__ void add(float (&x)[kCount], Side<kCount>, int64_t) {
@@ -132,15 +118,15 @@ struct FullSoftmax {
     for (int i = 0; i < kCount; ++i) {
       const float e = fast_exp(joining[i] - base);
       stats.sum += e;
-      if (details) stats.spread += e * fmaxf(joining[i] - base, ExpFloor<float>::value);
+      if (details) stats.exp_dot += e * fmaxf(joining[i] - base, ExpFloor<float>::value);
     }
     if (dense.active) {
       float c[kCount];
       dense.coefficients(side, column, c);
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
-        stats.mass += c[i];
-        stats.cross += c[i] != 0.0f ? c[i] * (x[i] - base) : 0.0f;
+        stats.weight_sum += c[i];
+        stats.weighted_dot += c[i] != 0.0f ? c[i] * (x[i] - base) : 0.0f;
       }
     }
   }
@@ -153,9 +139,9 @@ struct FullSoftmax {
       Stats other;
       other.max = __shfl_xor_sync(0xffffffffu, stats.max, offset);
       other.sum = __shfl_xor_sync(0xffffffffu, stats.sum, offset);
-      other.mass = __shfl_xor_sync(0xffffffffu, stats.mass, offset);
-      other.cross = __shfl_xor_sync(0xffffffffu, stats.cross, offset);
-      other.spread = __shfl_xor_sync(0xffffffffu, stats.spread, offset);
+      other.weight_sum = __shfl_xor_sync(0xffffffffu, stats.weight_sum, offset);
+      other.weighted_dot = __shfl_xor_sync(0xffffffffu, stats.weighted_dot, offset);
+      other.exp_dot = __shfl_xor_sync(0xffffffffu, stats.exp_dot, offset);
       other.argmax = __shfl_xor_sync(0xffffffffu, static_cast<long long>(stats.argmax), offset);
       merge(stats, other);
     }
@@ -167,22 +153,15 @@ struct FullSoftmax {
 //   mean' = mean + sum d / (n + k),   M2' = M2 + sum d^2 - (sum d)^2 / (n + k)
 // The subtraction never cancels: the first value starts the mean, and later n + k > k. A run whose squares are too
 // large makes the thread go on in smaller units.
-struct RowMoments {
+struct RowMoments : NoSide {
   using Stats = MomentStats<float>;
   static constexpr int kBatch = 4;
   static constexpr int kBlocks = 4;
-  template <int kCount>
-  struct Side {};
 
   Stats stats;
 
   template <typename Op>
   __device__ RowMoments(const Op&, int64_t, int64_t) {}
-
-  template <int kCount>
-  __device__ __forceinline__ Side<kCount> fetch(int64_t) const {
-    return {};
-  }
 
   template <int kCount>
   __device__ __forceinline__ void add(const float (&x)[kCount], Side<kCount>, int64_t) {

@@ -49,13 +49,12 @@ struct ProjectScratch {
   int64_t* where = nullptr;
 };
 
+template <typename T>
 struct SimplexTopkKernels {
-  void (*forward_float)(const SimplexTopk<float>&, const ProjectScratch<float>&, int64_t begin, int64_t end);
-  void (*forward_double)(const SimplexTopk<double>&, const ProjectScratch<double>&, int64_t begin, int64_t end);
-  void (*backward_float)(const SimplexTopk<float>&, int64_t begin, int64_t end);
-  void (*backward_double)(const SimplexTopk<double>&, int64_t begin, int64_t end);
+  void (*forward)(const SimplexTopk<T>&, const ProjectScratch<T>&, int64_t begin, int64_t end);
+  void (*backward)(const SimplexTopk<T>&, int64_t begin, int64_t end);
 };
-TILEWISE_DECLARE_KERNELS(SimplexTopkKernels, simplex_topk_kernels)
+TILEWISE_DECLARE_KERNELS(ForTypes<SimplexTopkKernels>, simplex_topk_kernels)
 
 const char* simplex_topk_cuda(const SimplexTopk<float>& call, void* stream);
 const char* simplex_topk_backward_cuda(const SimplexTopk<float>& call, void* stream);

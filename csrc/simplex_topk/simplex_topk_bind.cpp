@@ -1,7 +1,7 @@
 // simplex_topk: arguments, memory, registration. Rows are dense.
 #include "common/operator.h"
-#include "common/problems.h"
 #include "simplex_topk/simplex_topk.h"
+#include "transport/problems.h"
 
 namespace tilewise {
 namespace {
@@ -43,17 +43,11 @@ constexpr int64_t kGrain = 16384;  // numbers that are worth a thread
 
 template <typename T>
 void run(const SimplexTopk<T>& call, const Tensor& x, bool backward) {
-  constexpr bool kFloat = sizeof(T) == sizeof(float);
-  const SimplexTopkKernels& kernels = selected_simplex_topk_kernels();
+  const SimplexTopkKernels<T>& kernels = selected_simplex_topk_kernels().of<T>();
   const int64_t grain = std::max<int64_t>(1, kGrain / call.columns);
   if (backward) {
-    torch::stable::parallel_for(0, call.rows, grain, [&](int64_t begin, int64_t end) {
-      if constexpr (kFloat) {
-        kernels.backward_float(call, begin, end);
-      } else {
-        kernels.backward_double(call, begin, end);
-      }
-    });
+    torch::stable::parallel_for(0, call.rows, grain,
+                                [&](int64_t begin, int64_t end) { kernels.backward(call, begin, end); });
     return;
   }
   const int64_t threads = static_cast<int64_t>(torch::stable::get_num_threads());
@@ -67,12 +61,7 @@ void run(const SimplexTopk<T>& call, const Tensor& x, bool backward) {
     for (int64_t worker = first; worker < last; ++worker) {
       T* own = memory + worker * each;
       const ProjectScratch<T> spare{own, own + size, reinterpret_cast<int64_t*>(own + 2 * size)};
-      const int64_t begin = call.rows * worker / workers, end = call.rows * (worker + 1) / workers;
-      if constexpr (kFloat) {
-        kernels.forward_float(call, spare, begin, end);
-      } else {
-        kernels.forward_double(call, spare, begin, end);
-      }
+      kernels.forward(call, spare, call.rows * worker / workers, call.rows * (worker + 1) / workers);
     }
   });
 }
@@ -85,7 +74,7 @@ Tensor simplex_topk(const Tensor& x, int64_t k, double scale) {
   require(k >= 1 && k <= x.size(x.dim() - 1), op, "expected k to be in [1, ", x.size(x.dim() - 1), "], got ", k);
   const DeviceScope scope(x);
   const Tensor out = output_like(x);
-  with_type(x, [&](auto zero) {
+  with_statistics(x, [&](auto zero) {
     using T = decltype(zero);
     SimplexTopk<T> call = call_of<T>(x, out);
     call.k = k;
@@ -104,7 +93,7 @@ Tensor simplex_topk_backward(const Tensor& grad, const Tensor& p) {
   const DeviceScope scope(grad);
   const Tensor out = output_like(grad);
   if (grad.numel() == 0) return out;
-  with_type(grad, [&](auto zero) {
+  with_statistics(grad, [&](auto zero) {
     using T = decltype(zero);
     SimplexTopk<T> call = call_of<T>(p, out);
     call.grad = static_cast<const T*>(grad.data_ptr());

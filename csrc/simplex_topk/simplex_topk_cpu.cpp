@@ -47,7 +47,7 @@ void backward(const SimplexTopk<T>& call, int64_t begin, int64_t end) {
 
 }  // namespace
 
-extern const SimplexTopkKernels simplex_topk_kernels = {forward<float>, forward<double>, backward<float>,
-                                                        backward<double>};
+extern const ForTypes<SimplexTopkKernels> simplex_topk_kernels{{forward<float>, backward<float>},
+                                                               {forward<double>, backward<double>}};
 
 }  // namespace tilewise::TILEWISE_ISA

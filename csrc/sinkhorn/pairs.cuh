@@ -1,11 +1,11 @@
 // Tiles of 64 x 64 pairs on CUDA. A thread of a block of 256 has 4 x 4 pairs: rows 4 (t / 16) + r, columns 4 (t % 16) +
-// c. Scores are factor z + hat_i + hat_j with hat = (potential - s) / epsilon + log marginal.
+// c. Scores are factor z + offset_i + offset_j with offset = (potential - s) / epsilon + log marginal.
 #pragma once
 
 #include <type_traits>
 
 #include "common/launch.cuh"
-#include "sinkhorn/sinkhorn_gpu.h"
+#include "sinkhorn/sinkhorn_launch.h"
 
 namespace tilewise {
 
@@ -38,9 +38,12 @@ __device__ __forceinline__ void stage_points(const float* points, int64_t left, 
   }
 }
 
-// z += <x, y>, or |x - y|^2, over all features of a tile of points. shared: 2 kDepth kPitch.
-template <bool kDifferences>
-__device__ __forceinline__ void add_products(const float* x, const float* y, int64_t rows_left, int64_t columns_left,
+// z += <x, y>, or what a cost accumulates, over all features of a tile of points. shared: 2 kDepth kPitch.
+struct InnerProduct {
+  static __device__ __forceinline__ float accumulate(float z, float x, float y) { return fmaf(x, y, z); }
+};
+template <typename Cost>
+__device__ __forceinline__ void add_features(const float* x, const float* y, int64_t rows_left, int64_t columns_left,
                                              int64_t features, float* shared, float (&z)[4][4]) {
   float* of_x = shared;
   float* of_y = shared + kDepth * kPitch;
@@ -54,14 +57,7 @@ __device__ __forceinline__ void add_products(const float* x, const float* y, int
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
 #pragma unroll
-        for (int c = 0; c < 4; ++c) {
-          if constexpr (kDifferences) {
-            const float difference = a.value[r] - b.value[c];
-            z[r][c] = fmaf(difference, difference, z[r][c]);
-          } else {
-            z[r][c] = fmaf(a.value[r], b.value[c], z[r][c]);
-          }
-        }
+        for (int c = 0; c < 4; ++c) z[r][c] = Cost::accumulate(z[r][c], a.value[r], b.value[c]);
       }
     }
     __syncthreads();
@@ -69,7 +65,7 @@ __device__ __forceinline__ void add_products(const float* x, const float* y, int
 }
 
 // z of the tile at (row, column) of a problem; beyond a matrix it is infinite. shared: kTile kPitch.
-template <PairCost kCost>
+template <typename Cost>
 __device__ __forceinline__ void load_pairs(const Pairs<float>& pairs, int64_t problem, int64_t row, int64_t column,
                                            float* shared, float (&z)[4][4]) {
   const int64_t rows_left = pairs.rows - row, columns_left = pairs.columns - column;
@@ -78,7 +74,7 @@ __device__ __forceinline__ void load_pairs(const Pairs<float>& pairs, int64_t pr
 #pragma unroll
     for (int c = 0; c < 4; ++c) z[r][c] = 0.0f;
   }
-  if constexpr (kCost == PairCost::kMatrix) {
+  if constexpr (kIsMatrix<Cost>) {
     const float* matrix =
         pairs.matrix + problem * pairs.batch_stride + row * pairs.row_stride + column * pairs.column_stride;
     const bool by_rows = pairs.column_stride <= pairs.row_stride;  // neighbours in memory go to neighbouring threads
@@ -99,21 +95,21 @@ __device__ __forceinline__ void load_pairs(const Pairs<float>& pairs, int64_t pr
     const int64_t features = pairs.features;
     const float* x = pairs.x + (problem * pairs.rows + row) * features;
     const float* y = pairs.y + (problem * pairs.columns + column) * features;
-    constexpr bool kDistances = kCost == PairCost::kEuclidean;
-    add_products<kDistances>(x, y, rows_left, columns_left, features, shared, z);
-    if constexpr (kDistances) {
+    using Feature = std::conditional_t<by_products<Cost>(), InnerProduct, Cost>;
+    add_features<Feature>(x, y, rows_left, columns_left, features, shared, z);
+    if constexpr (!by_products<Cost>()) {
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
 #pragma unroll
-        for (int c = 0; c < 4; ++c) z[r][c] = sqrtf(z[r][c]);
+        for (int c = 0; c < 4; ++c) z[r][c] = Cost::finish(z[r][c]);
       }
     }
   }
 }
 
-template <PairCost kCost>
+template <typename Cost>
 __device__ __forceinline__ float factor_of(float inverse) {
-  return kCost == PairCost::kSquaredEuclidean ? 2.0f * inverse : -inverse;
+  return by_products<Cost>() ? 2.0f * inverse : -inverse;
 }
 
 // Of one side: potentials, squares or null, marginal or null (ones).
@@ -122,16 +118,17 @@ struct Side {
   const float* squares;
   const float* marginal;
 
-  __device__ __forceinline__ float hat(int64_t at, float inverse) const {
+  __device__ __forceinline__ float offset(int64_t at, float inverse) const {
     const float s = squares != nullptr ? squares[at] : 0.0f;
     return (potential[at] - s) * inverse + (marginal != nullptr ? ::logf(marginal[at]) : 0.0f);
   }
 };
 
-// hat of up to 64 columns, -inf beyond.
-__device__ __forceinline__ void stage_hats(const Side& side, int64_t first, int64_t left, float inverse, float* out) {
+// offset of up to 64 columns, -inf beyond.
+__device__ __forceinline__ void stage_offsets(const Side& side, int64_t first, int64_t left, float inverse,
+                                              float* out) {
   if (threadIdx.x < kTile)
-    out[threadIdx.x] = threadIdx.x < left ? side.hat(first + threadIdx.x, inverse) : -infinity<float>();
+    out[threadIdx.x] = threadIdx.x < left ? side.offset(first + threadIdx.x, inverse) : -infinity<float>();
 }
 
 // Over the 16 threads of a row.
@@ -139,19 +136,6 @@ template <typename Function>
 __device__ __forceinline__ void over_row_threads(Function f) {
 #pragma unroll
   for (int lanes = 8; lanes > 0; lanes /= 2) f(lanes);
-}
-
-// Calls f with a kind of cost as a constant.
-template <typename Function>
-const char* with_cost(PairCost cost, Function f) {
-  switch (cost) {
-    case PairCost::kMatrix:
-      return f(std::integral_constant<PairCost, PairCost::kMatrix>{});
-    case PairCost::kSquaredEuclidean:
-      return f(std::integral_constant<PairCost, PairCost::kSquaredEuclidean>{});
-    default:
-      return f(std::integral_constant<PairCost, PairCost::kEuclidean>{});
-  }
 }
 
 }  // namespace tilewise

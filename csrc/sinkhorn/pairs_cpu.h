@@ -5,14 +5,14 @@
 #include <utility>
 
 #include "common/gemm_tile.h"
-#include "sinkhorn/sinkhorn_host.h"
+#include "sinkhorn/sinkhorn_cpu.h"
 
 #if defined(TILEWISE_ISA)
 namespace tilewise::TILEWISE_ISA {
 
 constexpr int64_t kTileRows = 24;
 constexpr int64_t kTileColumns = 512;
-constexpr int64_t kFewestProducts = 16;  // features from which products are worth their cancellation
+constexpr int64_t kMinProducts = 16;  // features from which products are worth their cancellation
 
 template <typename T>
 TILEWISE_FN T largest(Vector<T> v) {
@@ -48,7 +48,7 @@ struct Side {
 // Pairs of one problem.
 template <typename T>
 struct View {
-  PairCost cost = PairCost::kMatrix;
+  int32_t cost = 0;  // its place in PairCosts
   int64_t features = 0;
   Side<T> x;
   Side<T> y;
@@ -63,7 +63,10 @@ struct View {
     return result;
   }
 
-  bool by_products() const { return cost == PairCost::kSquaredEuclidean && features >= kFewestProducts; }
+  bool by_products() const {
+    return features >= kMinProducts &&
+           with_cost(cost, [](auto cost) { return tilewise::by_products<decltype(cost)>(); });
+  }
   T factor(T epsilon) const { return (by_products() ? T(2) : T(-1)) / epsilon; }
   T shift(const Side<T>& side, int64_t i, T epsilon) const { return by_products() ? side.squares[i] / epsilon : T(0); }
 };
@@ -96,7 +99,7 @@ static View<T> view_of(const Pairs<T>& pairs, int64_t index, T*& scratch) {
   view.cost = pairs.cost;
   view.x.count = pairs.rows;
   view.y.count = pairs.columns;
-  if (pairs.cost == PairCost::kMatrix) {
+  if (pairs.is_matrix()) {
     view.matrix = pairs.matrix + index * pairs.batch_stride;
     view.row_stride = pairs.row_stride;
     view.column_stride = pairs.column_stride;
@@ -108,7 +111,7 @@ static View<T> view_of(const Pairs<T>& pairs, int64_t index, T*& scratch) {
   return view;
 }
 
-template <typename T>
+template <typename Cost, typename T>
 static void from_differences(const View<T>& view, int64_t row, int64_t rows, int64_t column, int64_t columns, T* tile) {
   const int64_t wide = padded(view.y.count);
   for (int64_t i = 0; i < rows; ++i) {
@@ -116,10 +119,9 @@ static void from_differences(const View<T>& view, int64_t row, int64_t rows, int
     for (int64_t j = 0; j < columns; j += kLanes<T>) {
       Vector<T> sum = {};
       for (int64_t k = 0; k < view.features; ++k) {
-        const Vector<T> difference = point[k] - load_vector(view.y.features + k * wide + column + j);
-        sum += difference * difference;
+        sum = Cost::accumulate(sum, Vector<T>{} + point[k], load_vector(view.y.features + k * wide + column + j));
       }
-      for (int l = 0; view.cost == PairCost::kEuclidean && l < kLanes<T>; ++l) sum[l] = std::sqrt(sum[l]);
+      for (int l = 0; l < kLanes<T>; ++l) sum[l] = Cost::finish(sum[l]);
       store_vector(sum, tile + i * kTileColumns + j);
     }
   }
@@ -143,10 +145,11 @@ static const T* form_tile(const View<T>& view, int64_t row, int64_t rows, int64_
     multiply_block(product);
     return tile;
   }
-  if (view.cost != PairCost::kMatrix) {
-    from_differences(view, row, rows, column, columns, tile);
-    return tile;
-  }
+  const bool formed = with_cost(view.cost, [&](auto cost) {
+    if constexpr (!kIsMatrix<decltype(cost)>) from_differences<decltype(cost)>(view, row, rows, column, columns, tile);
+    return !kIsMatrix<decltype(cost)>;
+  });
+  if (formed) return tile;
   const T* from = view.matrix + row * view.row_stride + column * view.column_stride;
   if (view.column_stride == 1) {
     stride = view.row_stride;

@@ -7,7 +7,8 @@
 //
 //   f_i = -d eps log sum_j b_j exp((g_j - C_ij) / eps)        d = 1, with a penalty rho / (rho + eps)
 //
-// after which the columns are exact; the error is that of the rows, in the potentials before the update, for nothing:
+// after which the columns are exact; the error is that of the rows, in the potentials before the update, at no extra
+// cost:
 //
 //   sum_i |(P 1)_i - t_i| / sum_i a_i         t_i = a_i, with a penalty a_i exp(-f_i / rho)
 //
@@ -22,23 +23,23 @@
 //
 // Costs are scores -C_ij / eps = factor z_ij - s_i - s_j, where z is the matrix given or formed from points:
 //
-//   matrix  z = C, factor = -1/eps     sqeuclidean  z = <x, y>, factor = 2/eps, s = |x|^2/eps     euclidean  z = |x -
-//   y|
+//   matrix       z = C         factor = -1/eps
+//   sqeuclidean  z = <x, y>    factor = 2/eps, s = |x|^2/eps
+//   euclidean    z = |x - y|   factor = -1/eps
 //
 // Inside, potentials are in units of eps. A marginal may be 0 (its potential stays finite), a cost infinite (a pair
 // that is forbidden); the potential of a row without a pair is 0.
 #pragma once
 
 #include "common/isa.h"
-#include "common/vexp.h"
+#include "common/math.h"
+#include "sinkhorn/costs.h"
 
 namespace tilewise {
 
-enum class PairCost : int32_t { kMatrix, kSquaredEuclidean, kEuclidean };
-
 template <typename T>
 struct Pairs {
-  PairCost cost = PairCost::kMatrix;
+  int32_t cost = 0;  // its place in PairCosts: of the matrix
   int64_t batch = 0;
   int64_t rows = 0;
   int64_t columns = 0;
@@ -49,6 +50,8 @@ struct Pairs {
   int64_t features = 0;
   const T* x = nullptr;  // (batch, rows, features), dense
   const T* y = nullptr;  // (batch, columns, features), dense
+
+  TILEWISE_METHOD bool is_matrix() const { return cost == 0; }
 };
 
 template <typename T>
@@ -109,6 +112,12 @@ struct SinkhornUnrolled {
 };
 
 constexpr int64_t kSmall = 64;
+
+template <typename T>
+bool is_small(const Pairs<T>& pairs) {
+  return pairs.rows <= kSmall && pairs.columns <= kSmall;
+}
+
 constexpr int64_t kMostUnrolled = 10'000;  // iterations that are differentiated, all of which are kept
 
 template <typename T>

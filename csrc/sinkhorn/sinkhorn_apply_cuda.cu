@@ -6,41 +6,41 @@ namespace {
 
 // out = P w v over a strip of rows and kValues values. The weights of a tile go through shared memory, 64 columns by 64
 // rows, for they are read along their columns.
-template <PairCost kCost, int kValues>
+template <typename Cost, int kValues>
 __global__ void __launch_bounds__(kThreads)
     apply_kernel(const __grid_constant__ SinkhornApply<float> call, const float* x_squares, const float* y_squares) {
   constexpr int kPerThread = kValues / 16;
   float* shared = static_cast<float*>(dynamic_shared());
   float* weights = shared + kTile * kPitch;
   float* values = weights + kTile * kPitch;  // (64, kValues)
-  float* hats = values + kTile * kValues;
+  float* offsets = values + kTile * kValues;
   const Pairs<float>& pairs = call.pairs;
   const int64_t strips = row_tiles(pairs.rows), parts = (call.values + kValues - 1) / kValues;
   const int64_t problem = flat_block() / (strips * parts), rest = flat_block() % (strips * parts);
   if (problem >= pairs.batch) return;
   const int64_t row = rest / parts * kTile, first = rest % parts * kValues;
-  const float inverse = 1.0f / call.epsilon[problem], factor = factor_of<kCost>(inverse);
+  const float inverse = 1.0f / call.epsilon[problem], factor = factor_of<Cost>(inverse);
   const Side of_rows{call.f, x_squares, call.a}, of_columns{call.g, y_squares, call.b};
-  float row_hat[4];
+  float row_offset[4];
 #pragma unroll
   for (int r = 0; r < 4; ++r) {
     const int64_t i = row + own_row() + r;
-    row_hat[r] = i < pairs.rows ? of_rows.hat(problem * pairs.rows + i, inverse) : -infinity<float>();
+    row_offset[r] = i < pairs.rows ? of_rows.offset(problem * pairs.rows + i, inverse) : -infinity<float>();
   }
   float out[4][kPerThread] = {};
   const int value = static_cast<int>(threadIdx.x) % 16 * kPerThread;
   for (int64_t column = 0, turn = 0; column < pairs.columns; column += kTile, turn ^= 1) {
-    float* own_hats = hats + turn * kTile;
+    float* own_offsets = offsets + turn * kTile;
     const int64_t columns_left = pairs.columns - column;
-    stage_hats(of_columns, problem * pairs.columns + column, columns_left, inverse, own_hats);
+    stage_offsets(of_columns, problem * pairs.columns + column, columns_left, inverse, own_offsets);
     float z[4][4];
-    load_pairs<kCost>(pairs, problem, row, column, shared, z);
-    const Quad hat = load_quad(own_hats + own_column());
+    load_pairs<Cost>(pairs, problem, row, column, shared, z);
+    const Quad offset = load_quad(own_offsets + own_column());
     float w[4][4] = {};
     if (call.h != nullptr) {
-      add_products<false>(call.h + (problem * pairs.rows + row) * call.weights,
-                          call.k + (problem * pairs.columns + column) * call.weights, pairs.rows - row, columns_left,
-                          call.weights, shared, w);
+      add_features<InnerProduct>(call.h + (problem * pairs.rows + row) * call.weights,
+                                 call.k + (problem * pairs.columns + column) * call.weights, pairs.rows - row,
+                                 columns_left, call.weights, shared, w);
     }
     const float* v = call.v + (problem * pairs.columns + column) * call.values;
     for (int i = threadIdx.x; i < kTile * kValues; i += kThreads) {
@@ -51,9 +51,9 @@ __global__ void __launch_bounds__(kThreads)
     for (int r = 0; r < 4; ++r) {
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
-        float p = fast_exp(fmaf(factor, z[r][c], row_hat[r] + hat.value[c]));
+        float p = fast_exp(fmaf(factor, z[r][c], row_offset[r] + offset.value[c]));
         if (call.h != nullptr) p *= w[r][c];
-        if (call.over_distance) p = z[r][c] > 0.0f ? p / z[r][c] : 0.0f;
+        if (call.over_distance) p = Cost::slope(p, z[r][c]);
         weights[(own_column() + c) * kPitch + own_row() + r] = p;
       }
     }
@@ -92,27 +92,27 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const __grid_constant__ 
   const float inverse = 1.0f / call.epsilon[problem];
   const Side of_rows{call.f, nullptr, call.a}, of_columns{call.g, nullptr, call.b};
   float z[4][4];
-  load_pairs<PairCost::kMatrix>(pairs, problem, row, column, shared, z);
+  load_pairs<MatrixCost>(pairs, problem, row, column, shared, z);
 #pragma unroll
   for (int c = 0; c < 4; ++c) {
     const int64_t j = column + own_column() + c;
     if (j >= pairs.columns) continue;
-    const float hat = of_columns.hat(problem * pairs.columns + j, inverse);
+    const float offset = of_columns.offset(problem * pairs.columns + j, inverse);
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
       const int64_t i = row + own_row() + r, at = problem * pairs.rows + i;
       if (i >= pairs.rows) continue;
-      call.out[at * pairs.columns + j] = ::expf(fmaf(-inverse, z[r][c], hat + of_rows.hat(at, inverse)));
+      call.out[at * pairs.columns + j] = ::expf(fmaf(-inverse, z[r][c], offset + of_rows.offset(at, inverse)));
     }
   }
 }
 
-template <PairCost kCost, int kValues>
+template <typename Cost, int kValues>
 const char* launch_apply(const SinkhornApply<float>& call, const float* x_squares, const float* y_squares,
                          void* stream) {
   const int64_t parts = (call.values + kValues - 1) / kValues;
   const size_t floats = kTile * (2 * kPitch + kValues + 2);
-  return launch(apply_kernel<kCost, kValues>, flat_grid(call.pairs.batch * row_tiles(call.pairs.rows) * parts),
+  return launch(apply_kernel<Cost, kValues>, flat_grid(call.pairs.batch * row_tiles(call.pairs.rows) * parts),
                 dim3(kThreads), floats * sizeof(float), stream, call, x_squares, y_squares);
 }
 
@@ -121,9 +121,9 @@ const char* launch_apply(const SinkhornApply<float>& call, const float* x_square
 const char* sinkhorn_apply_cuda(const SinkhornApply<float>& call, const float* x_squares, const float* y_squares,
                                 void* stream) {
   return with_cost(call.pairs.cost, [&](auto cost) {
-    constexpr PairCost kCost = decltype(cost)::value;
-    if (call.values <= 16) return launch_apply<kCost, 16>(call, x_squares, y_squares, stream);
-    return launch_apply<kCost, 64>(call, x_squares, y_squares, stream);
+    using Cost = decltype(cost);
+    if (call.values <= 16) return launch_apply<Cost, 16>(call, x_squares, y_squares, stream);
+    return launch_apply<Cost, 64>(call, x_squares, y_squares, stream);
   });
 }
 

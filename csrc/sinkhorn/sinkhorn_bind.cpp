@@ -1,11 +1,11 @@
 // Entropic optimal transport: arguments, memory, registration. Marginals, potentials and epsilon are dense, of the type
 // that is computed in; a matrix of costs has any strides.
 #include "common/operator.h"
-#include "common/problems.h"
+#include "transport/problems.h"
 #if defined(TILEWISE_CUDA)
-#include "sinkhorn/sinkhorn_gpu.h"
+#include "sinkhorn/sinkhorn_launch.h"
 #else
-#include "sinkhorn/sinkhorn_host.h"
+#include "sinkhorn/sinkhorn_cpu.h"
 #endif
 
 namespace tilewise {
@@ -37,12 +37,21 @@ Pairs<T> pairs_of_matrix(const Tensor& cost) {
   return pairs;
 }
 
+// The place of a cost of points in the list, whose first is the matrix.
+template <typename... Costs>
+int32_t cost_of_points(const std::string& name, const char* op, CostList<MatrixCost, Costs...>) {
+  int32_t place = 0;
+  const bool known = ((++place, name == Costs::kName) || ...);
+  std::string names;
+  ((names += names.empty() ? "" : " or ", names += "'", names += Costs::kName, names += "'"), ...);
+  require(known, op, "expected cost to be ", names, ", got '", name, "'");
+  return place;
+}
+
 template <typename T>
 Pairs<T> pairs_of_points(const Shape& shape, const Tensor& x, const Tensor& y, const std::string& cost) {
-  require(cost == "sqeuclidean" || cost == "euclidean", shape.op,
-          "expected cost to be 'sqeuclidean' or 'euclidean', got '", cost, "'");
   Pairs<T> pairs{.batch = shape.batch, .rows = shape.rows, .columns = shape.columns, .features = x.size(2)};
-  pairs.cost = cost == "euclidean" ? PairCost::kEuclidean : PairCost::kSquaredEuclidean;
+  pairs.cost = cost_of_points(cost, shape.op, PairCosts{});
   pairs.x = shape.dense<T>(x, {shape.batch, shape.rows, pairs.features}, "x");
   pairs.y = shape.dense<T>(y, {shape.batch, shape.columns, pairs.features}, "y");
   return pairs;
@@ -74,7 +83,7 @@ void run_unrolled(const SinkhornUnrolled<float>& call, const Shape& shape) {
 
 #else
 
-// Values are looked at where that does not mean waiting for a device: of a SinkhornCall or a SinkhornUnrolled.
+// Of a SinkhornCall or a SinkhornUnrolled, on a CPU alone: on a GPU that would synchronise.
 template <typename T, template <typename> typename Call>
 void check_values(const Call<T>& call, const char* op) {
   const Pairs<T>& pairs = call.pairs;
@@ -85,7 +94,7 @@ void check_values(const Call<T>& call, const char* op) {
     require(call.epsilon[index] > 0 && std::isfinite(call.epsilon[index]), op,
             "expected epsilon to be a finite number above 0, got ", call.epsilon[index]);
   }
-  if (pairs.cost != PairCost::kMatrix) {
+  if (!pairs.is_matrix()) {
     const auto finite = [&](const T* points) {
       return [points, features = pairs.features](int64_t i) {
         T sum = 0;  // NaN if any is not finite
@@ -121,70 +130,41 @@ void check_start(const SinkhornCall<T>& call, const char* op) {
   check_all(op, pairs.batch * pairs.columns, finite(call.g), "g", "finite numbers");
 }
 
-template <typename T>
-bool is_small(const Pairs<T>& pairs) {
-  return pairs.rows <= kSmall && pairs.columns <= kSmall;
-}
+constexpr int64_t kMinBatch = 4;  // small problems that are worth the lanes
 
-constexpr int64_t kLeastBatch = 4;  // problems that are worth the lanes
+// Groups of small problems over torch's threads.
+template <typename T, template <typename> typename Call>
+void each_group(const Call<T>& call, void (*kernel)(const Call<T>&, int64_t, int64_t, const Parallel&)) {
+  const int64_t lanes = selected_small_sinkhorn_kernels().of<T>().lanes;
+  Interrupt interrupt;
+  const Threads parallel(interrupt);
+  torch::stable::parallel_for(0, (call.pairs.batch + lanes - 1) / lanes, 1,
+                              [&](int64_t begin, int64_t end) { kernel(call, begin, end, parallel); });
+}
 
 template <typename T>
 void run_solve(const SinkhornCall<T>& call, const Shape& shape) {
-  constexpr bool kFloat = sizeof(T) == sizeof(float);
   check_values(call, shape.op);
   check_start(call, shape.op);
-  if (is_small(call.pairs) && call.pairs.batch >= kLeastBatch) {
-    const SmallSinkhornKernels& kernels = selected_small_sinkhorn_kernels();
-    const int64_t lanes = kFloat ? kernels.float_lanes : kernels.double_lanes;
-    Interrupt interrupt;
-    const Threads parallel(interrupt);
-    torch::stable::parallel_for(0, (call.pairs.batch + lanes - 1) / lanes, 1, [&](int64_t begin, int64_t end) {
-      if constexpr (kFloat) {
-        kernels.solve_float(call, begin, end, parallel);
-      } else {
-        kernels.solve_double(call, begin, end, parallel);
-      }
-    });
-    return;
-  }
-  const SinkhornKernels& kernels = selected_sinkhorn_kernels();
-  each_problem<T>(shape.first, shape.batch, solve_elements(call), [&](int64_t i, T* scratch, const Parallel& parallel) {
-    if constexpr (kFloat) {
-      kernels.solve_float(call, i, scratch, parallel);
-    } else {
-      kernels.solve_double(call, i, scratch, parallel);
-    }
-  });
+  if (is_small(call.pairs) && call.pairs.batch >= kMinBatch)
+    return each_group(call, selected_small_sinkhorn_kernels().of<T>().solve);
+  const auto solve = selected_sinkhorn_kernels().of<T>().solve;
+  each_problem<T>(shape.first, shape.batch, solve_elements(call),
+                  [&](int64_t i, T* scratch, const Parallel& parallel) { solve(call, i, scratch, parallel); });
 }
 
 template <typename T>
 void run_apply(const SinkhornApply<T>& call, const Shape& shape, bool plan) {
-  constexpr bool kFloat = sizeof(T) == sizeof(float);
-  const SinkhornKernels& kernels = selected_sinkhorn_kernels();
-  each_problem<T>(shape.first, shape.batch, apply_elements(call), [&](int64_t i, T* scratch, const Parallel& parallel) {
-    if constexpr (kFloat) {
-      (plan ? kernels.plan_float : kernels.apply_float)(call, i, scratch, parallel);
-    } else {
-      (plan ? kernels.plan_double : kernels.apply_double)(call, i, scratch, parallel);
-    }
-  });
+  const SinkhornKernels<T>& kernels = selected_sinkhorn_kernels().of<T>();
+  const auto run = plan ? kernels.plan : kernels.apply;
+  each_problem<T>(shape.first, shape.batch, apply_elements(call),
+                  [&](int64_t i, T* scratch, const Parallel& parallel) { run(call, i, scratch, parallel); });
 }
 
 template <typename T>
 void run_unrolled(const SinkhornUnrolled<T>& call, const Shape& shape) {
-  constexpr bool kFloat = sizeof(T) == sizeof(float);
   check_values(call, shape.op);
-  const SmallSinkhornKernels& kernels = selected_small_sinkhorn_kernels();
-  const int64_t lanes = kFloat ? kernels.float_lanes : kernels.double_lanes;
-  Interrupt interrupt;
-  const Threads parallel(interrupt);
-  torch::stable::parallel_for(0, (call.pairs.batch + lanes - 1) / lanes, 1, [&](int64_t begin, int64_t end) {
-    if constexpr (kFloat) {
-      kernels.unroll_float(call, begin, end, parallel);
-    } else {
-      kernels.unroll_double(call, begin, end, parallel);
-    }
-  });
+  each_group(call, selected_small_sinkhorn_kernels().of<T>().unroll);
 }
 
 #endif
@@ -249,7 +229,7 @@ Solved sinkhorn(const Tensor& cost, const Tensor& a, const Tensor& b, const Tens
                 double scaling) {
   const Shape shape = shape_of_matrix(cost, "sinkhorn");
   const DeviceScope scope(cost);
-  return with_type(cost, [&](auto zero) {
+  return with_statistics(cost, [&](auto zero) {
     using T = decltype(zero);
     return solve<T>(shape, pairs_of_matrix<T>(cost), a, b, epsilon, f, g, start,
                     {max_iter, tol, rho_a, rho_b, scaling, false});
@@ -262,7 +242,7 @@ Solved sinkhorn_points(const Tensor& x, const Tensor& y, const Tensor& a, const 
                        std::optional<double> rho_a, std::optional<double> rho_b, double scaling, bool symmetric) {
   const Shape shape = shape_of_points(x, y, "sinkhorn_points");
   const DeviceScope scope(x);
-  return with_type(x, [&](auto zero) {
+  return with_statistics(x, [&](auto zero) {
     using T = decltype(zero);
     return solve<T>(shape, pairs_of_points<T>(shape, x, y, cost), a, b, epsilon, f, g, start,
                     {max_iter, tol, rho_a, rho_b, scaling, symmetric});
@@ -286,7 +266,7 @@ Tensor sinkhorn_plan(const Tensor& cost, const std::optional<Tensor>& a, const s
                      std::optional<double>) {
   const Shape shape = shape_of_matrix(cost, "sinkhorn_plan");
   const DeviceScope scope(cost);
-  return with_type(cost, [&](auto zero) {
+  return with_statistics(cost, [&](auto zero) {
     using T = decltype(zero);
     SinkhornApply<T> call = apply_of<T>(shape, pairs_of_matrix<T>(cost), a, b, epsilon, f, g);
     const Tensor out = new_output(cost, {shape.batch, shape.rows, shape.columns}, cost.scalar_type());
@@ -311,7 +291,7 @@ Tensor sinkhorn_apply(const Tensor& cost, const std::optional<Tensor>& a, const 
                       const Tensor& epsilon, const Tensor& f, const Tensor& g, const Tensor& v) {
   const Shape shape = shape_of_matrix(cost, "sinkhorn_apply");
   const DeviceScope scope(cost);
-  return with_type(cost, [&](auto zero) {
+  return with_statistics(cost, [&](auto zero) {
     using T = decltype(zero);
     return apply_to<T>(shape, apply_of<T>(shape, pairs_of_matrix<T>(cost), a, b, epsilon, f, g), v);
   });
@@ -326,7 +306,7 @@ Tensor sinkhorn_points_apply(const Tensor& x, const Tensor& y, const std::option
   require(h.has_value() == k.has_value(), shape.op, "expected h and k together");
   require(!over_distance || cost == "euclidean", shape.op, "expected over_distance with cost 'euclidean' alone");
   const DeviceScope scope(x);
-  return with_type(x, [&](auto zero) {
+  return with_statistics(x, [&](auto zero) {
     using T = decltype(zero);
     SinkhornApply<T> call = apply_of<T>(shape, pairs_of_points<T>(shape, x, y, cost), a, b, epsilon, f, g);
     call.over_distance = over_distance;
@@ -354,7 +334,7 @@ std::tuple<Tensor, Tensor> sinkhorn_unrolled(const Tensor& cost, const Tensor& a
                                              std::optional<double> rho_b) {
   const Shape shape = unrolled_shape(cost, max_iter, "sinkhorn_unrolled");
   const DeviceScope scope(cost);
-  return with_type(cost, [&](auto zero) -> std::tuple<Tensor, Tensor> {
+  return with_statistics(cost, [&](auto zero) -> std::tuple<Tensor, Tensor> {
     using T = decltype(zero);
     const Solved solved = solve<T>(shape, pairs_of_matrix<T>(cost), a, b, epsilon, {}, {}, {},
                                    {max_iter, -1.0, rho_a, rho_b, 0.5, false});
@@ -375,7 +355,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sinkhorn_unrolled_backward(const Tens
   };
   const Tensor grad_cost = output({batch, rows, columns}), grad_a = output({batch, rows});
   const Tensor grad_b = output({batch, columns}), grad_epsilon = output({batch});
-  with_type(cost, [&](auto zero) {
+  with_statistics(cost, [&](auto zero) {
     using T = decltype(zero);
     SinkhornUnrolled<T> call{.pairs = pairs_of_matrix<T>(cost)};
     call.a = shape.dense<T>(a, {shape.batch, shape.rows}, "a");

@@ -19,7 +19,7 @@ constexpr int64_t kSerial = 1 << 15;  // pairs of a pass that are not worth a se
 
 // out_j = potential_j + log marginal_j - s_j, -inf in the padding; no marginal: ones.
 template <typename T>
-void fill_hat(const View<T>& view, const Side<T>& side, const T* potential, const T* marginal, T epsilon, T* out) {
+void fill_offset(const View<T>& view, const Side<T>& side, const T* potential, const T* marginal, T epsilon, T* out) {
   for (int64_t i = 0; i < side.count; ++i) {
     const T log_marginal = marginal == nullptr ? T(0) : std::log(marginal[i]);
     out[i] = potential[i] + log_marginal - view.shift(side, i, epsilon);
@@ -35,9 +35,9 @@ TILEWISE_FN void for_vectors(const T* z, int64_t columns, const Function& f) {
   if (j < columns) f(j, load_some(z + j, columns - j));
 }
 
-// log sum_j exp(factor z_ij + hat_j) of the rows [begin, end).
+// log sum_j exp(factor z_ij + offset_j) of the rows [begin, end).
 template <typename T>
-void row_lse(const View<T>& view, T factor, const T* hat, int64_t begin, int64_t end, T* out) {
+void row_lse(const View<T>& view, T factor, const T* offset, int64_t begin, int64_t end, T* out) {
   alignas(kVectorBytes) T tile[kTileRows * kTileColumns];
   alignas(kVectorBytes) T line[kTileColumns];
   T max[kTileRows], sum[kTileRows];
@@ -49,7 +49,7 @@ void row_lse(const View<T>& view, T factor, const T* hat, int64_t begin, int64_t
     }
     Vector<T> most = Vector<T>{} + -infinity<T>();
     for_vectors(z, columns, [&](int64_t j, Vector<T> value) {
-      value = factor * value + load_vector(hat + column + j);
+      value = factor * value + load_vector(offset + column + j);
       most = value > most ? value : most;
       store_vector(value, line + j);
     });
@@ -85,8 +85,8 @@ class Solver {
         epsilon_(call.epsilon[index]),
         start_(call.start == nullptr ? nullptr : call.start + index) {
     const auto take = [&](int64_t count) { return std::exchange(scratch, scratch + count); };
-    for (T** rows : {&row_hat_, &row_lse_, &u_, &next_u_}) *rows = take(padded(n_));
-    for (T** columns : {&column_hat_, &column_lse_, &v_, &next_v_, &mass_}) *columns = take(wide_);
+    for (T** rows : {&row_offset_, &row_lse_, &u_, &next_u_}) *rows = take(padded(n_));
+    for (T** columns : {&column_offset_, &column_lse_, &v_, &next_v_, &mass_}) *columns = take(wide_);
     partial_ = take(shares_ * wide_);
     if (keeps_kernel(call.pairs)) kernel_ = take(n_ * wide_);
     for (int64_t i = 0; i < n_; ++i) mass_of_rows_ += a_[i];
@@ -157,18 +157,18 @@ class Solver {
     parallel_(count, f);
   }
 
-  void lse(const View<T>& view, const T* hat, T* out) const {
+  void lse(const View<T>& view, const T* offset, T* out) const {
     const int64_t rows = view.x.count;
     in_parallel((rows + kTileRows - 1) / kTileRows, [&](int64_t begin, int64_t end) {
       const int64_t last = end * kTileRows < rows ? end * kTileRows : rows;
-      row_lse(view, view.factor(now_), hat, begin * kTileRows, last, out);
+      row_lse(view, view.factor(now_), offset, begin * kTileRows, last, out);
       for (int64_t i = begin * kTileRows; i < last; ++i) out[i] -= view.shift(view.x, i, now_);
     });
   }
 
   void lse_of_rows() {
-    fill_hat(view_, view_.y, g_, b_, now_, column_hat_);
-    lse(view_, column_hat_, row_lse_);
+    fill_offset(view_, view_.y, g_, b_, now_, column_offset_);
+    lse(view_, column_offset_, row_lse_);
   }
 
   // From (P 1)_i / a_i of every row.
@@ -190,28 +190,28 @@ class Solver {
     set_error([&](int64_t i) { return std::exp(static_cast<double>(f_[i]) + row_lse_[i]); });
     if (!may_go_on()) return;
     const T damp_a = damping(call_.rho_a, now_), damp_b = damping(call_.rho_b, now_);
-    if (stage_.averages()) fill_hat(flipped_, flipped_.y, f_, a_, now_, row_hat_);
+    if (stage_.averages()) fill_offset(flipped_, flipped_.y, f_, a_, now_, row_offset_);
     for (int64_t i = 0; i < n_; ++i) f_[i] = moved(f_[i], row_lse_[i], damp_a);
     if (call_.symmetric) {
       std::copy(f_, f_ + n_, g_);
       return;
     }
-    if (!stage_.averages()) fill_hat(flipped_, flipped_.y, f_, a_, now_, row_hat_);
-    lse(flipped_, row_hat_, column_lse_);
+    if (!stage_.averages()) fill_offset(flipped_, flipped_.y, f_, a_, now_, row_offset_);
+    lse(flipped_, row_offset_, column_lse_);
     for (int64_t j = 0; j < m_; ++j) g_[j] = moved(g_[j], column_lse_[j], damp_b);
   }
 
   void form_kernel() {
-    fill_hat(view_, view_.x, f_, static_cast<const T*>(nullptr), now_, row_hat_);
-    fill_hat(view_, view_.y, g_, static_cast<const T*>(nullptr), now_, column_hat_);
+    fill_offset(view_, view_.x, f_, static_cast<const T*>(nullptr), now_, row_offset_);
+    fill_offset(view_, view_.y, g_, static_cast<const T*>(nullptr), now_, column_offset_);
     const T factor = view_.factor(now_);
     in_parallel((n_ + kTileRows - 1) / kTileRows, [&](int64_t begin, int64_t end) {
       alignas(kVectorBytes) T tile[kTileRows * kTileColumns];
       const auto block = [&](int64_t row, int64_t column, int64_t columns, const T* z) {
         T* out = kernel_ + row * wide_ + column;
-        const T hat = row_hat_[row];
+        const T offset = row_offset_[row];
         for_vectors(z, columns, [&](int64_t j, Vector<T> value) {
-          store_vector(fast_exp(factor * value + (load_vector(column_hat_ + column + j) + hat)), out + j);
+          store_vector(fast_exp(factor * value + (load_vector(column_offset_ + column + j) + offset)), out + j);
         });
         const int64_t filled = column + (columns + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
         if (column + columns == m_) std::fill(kernel_ + row * wide_ + filled, kernel_ + (row + 1) * wide_, T(0));
@@ -242,8 +242,9 @@ class Solver {
     return out > least && out < most;
   }
 
-  // s of kRows rows beside each other, which become their factors, and what they add to the columns. That second loop
-  // finds its rows in the first-level cache, and meanwhile asks for the next ones: the first would wait for memory.
+  // s of kRows rows beside each other, which become their factors, and what they add to the columns. Toffset second
+  // loop finds its rows in the first-level cache, and meanwhile asks for the next ones: the first would wait for
+  // memory.
   template <int kRows>
   bool pass_rows(int64_t row, T damp, bool columns, T* sums) {
     const T* k = kernel_ + row * wide_;
@@ -275,7 +276,7 @@ class Solver {
     }
     return true;
   }
-  T& ratio_of(int64_t i) { return row_hat_[i]; }  // the hats have done their work when K is formed
+  T& ratio_of(int64_t i) { return row_offset_[i]; }  // the offsets have done their work when K is formed
 
   // next_u_, ratios and the partial sums over columns; false if a row drifted.
   bool pass(bool columns) {
@@ -376,8 +377,8 @@ class Solver {
   const T* start_;
   T now_ = 0;
   Stage<T> stage_{};  // of this iteration
-  T *row_hat_, *row_lse_, *u_, *next_u_;
-  T *column_hat_, *column_lse_, *v_, *next_v_, *mass_;
+  T *row_offset_, *row_lse_, *u_, *next_u_;
+  T *column_offset_, *column_lse_, *v_, *next_v_, *mass_;
   T* partial_;           // (shares, columns)
   T* kernel_ = nullptr;  // (rows, columns)
   bool factored_ = false;
@@ -390,7 +391,7 @@ void solve(const SinkhornCall<T>& call, int64_t index, T* scratch, const Paralle
   Solver<T>(call, index, scratch, parallel).solve(index);
 }
 
-// What a plan is made of: hats of both sides, those of the columns at the end of the scratch.
+// Woffset a plan is made of: offsets of both sides, those of the columns at the end of the scratch.
 template <typename T>
 struct PlanOf {
   PlanOf(const SinkhornApply<T>& call, int64_t index, T*& scratch)
@@ -406,7 +407,7 @@ struct PlanOf {
   void fill(const Side<T>& side, const T* potential, const T* marginal, T epsilon, T* out) const {
     std::copy(potential, potential + side.count, out);
     for (int64_t i = 0; i < side.count; ++i) out[i] /= epsilon;
-    fill_hat(view, side, out, marginal, epsilon, out);
+    fill_offset(view, side, out, marginal, epsilon, out);
   }
 
   View<T> view;
@@ -470,7 +471,8 @@ void apply(const SinkhornApply<T>& call, int64_t index, T* scratch, const Parall
             Vector<T> weight =
                 fast_exp(plan.factor * value + (load_vector(plan.columns + column + j) + plan.rows[row + i]));
             if (h != nullptr) weight *= load_vector(out + j);
-            if (call.over_distance) weight = value > T(0) ? weight / value : T(0);
+            if (call.over_distance)
+              weight = with_cost(plan.view.cost, [&](auto cost) { return cost.slope(weight, value); });
             store_vector(weight, out + j);
           });
         }
@@ -493,13 +495,11 @@ void apply(const SinkhornApply<T>& call, int64_t index, T* scratch, const Parall
   });
 }
 
+template <typename T>
+constexpr SinkhornKernels<T> kernels{solve<T>, apply<T>, plan<T>};
+
 }  // namespace
 
-extern const SinkhornKernels sinkhorn_kernels{.solve_float = solve<float>,
-                                              .solve_double = solve<double>,
-                                              .apply_float = apply<float>,
-                                              .apply_double = apply<double>,
-                                              .plan_float = plan<float>,
-                                              .plan_double = plan<double>};
+extern const ForTypes<SinkhornKernels> sinkhorn_kernels{kernels<float>, kernels<double>};
 
 }  // namespace tilewise::TILEWISE_ISA

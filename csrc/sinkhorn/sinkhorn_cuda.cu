@@ -38,35 +38,35 @@ __device__ __forceinline__ bool goes_on(const SinkhornDecision& decision, int64_
   return on;
 }
 
-template <PairCost kCost>
+template <typename Cost>
 __global__ void __launch_bounds__(kThreads) half_step_kernel(const __grid_constant__ SinkhornHalfStep step) {
   float* shared = static_cast<float*>(dynamic_shared());
-  float* hats = shared + kTile * kPitch;  // 2 x 64, in turn
-  float* sums = hats + 2 * kTile;         // one for every warp
+  float* offsets = shared + kTile * kPitch;  // 2 x 64, in turn
+  float* sums = offsets + 2 * kTile;         // one for every warp
   const Pairs<float>& pairs = step.pairs;
   const int64_t tiles = row_tiles(pairs.rows);
   const int64_t problem = flat_block() / tiles, tile = flat_block() % tiles;
   if (problem >= pairs.batch || step.decision.n_iter[problem] < step.decision.t) return;
   if (step.own == nullptr && !goes_on(step.decision, problem, tile == 0, sums)) return;
   const Stage<float> stage = stage_of(step.decision, problem);
-  const float now = stage.epsilon, inverse = 1.0f / now, factor = factor_of<kCost>(inverse);
+  const float now = stage.epsilon, inverse = 1.0f / now, factor = factor_of<Cost>(inverse);
   const int64_t row = tile * kTile;
   const Side side{stage.averages() ? step.averaged_from : step.from, step.y_squares, step.other};
   float top[4], total[4];
 #pragma unroll
   for (int r = 0; r < 4; ++r) top[r] = -infinity<float>(), total[r] = 0.0f;
   for (int64_t column = 0, turn = 0; column < pairs.columns; column += kTile, turn ^= 1) {
-    float* own_hats = hats + turn * kTile;
-    stage_hats(side, problem * pairs.columns + column, pairs.columns - column, inverse, own_hats);
+    float* own_offsets = offsets + turn * kTile;
+    stage_offsets(side, problem * pairs.columns + column, pairs.columns - column, inverse, own_offsets);
     float z[4][4];
-    load_pairs<kCost>(pairs, problem, row, column, shared, z);
-    const Quad hat = load_quad(own_hats + own_column());
+    load_pairs<Cost>(pairs, problem, row, column, shared, z);
+    const Quad offset = load_quad(own_offsets + own_column());
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
       float above = top[r];
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
-        z[r][c] = fmaf(factor, z[r][c], hat.value[c]);
+        z[r][c] = fmaf(factor, z[r][c], offset.value[c]);
         above = fmaxf(above, z[r][c]);
       }
       const float finite = above > -infinity<float>() ? above : 0.0f;
@@ -196,8 +196,8 @@ const char* sinkhorn_half_step_cuda(const SinkhornHalfStep& step, void* stream) 
   const int64_t blocks = step.pairs.batch * row_tiles(step.pairs.rows);
   const size_t floats = kTile * (kPitch + 2) + kThreads / kWarp;
   return with_cost(step.pairs.cost, [&](auto cost) {
-    return launch(half_step_kernel<decltype(cost)::value>, flat_grid(blocks), dim3(kThreads), floats * sizeof(float),
-                  stream, step);
+    return launch(half_step_kernel<decltype(cost)>, flat_grid(blocks), dim3(kThreads), floats * sizeof(float), stream,
+                  step);
   });
 }
 

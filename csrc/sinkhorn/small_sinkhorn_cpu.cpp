@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "common/simd.h"
-#include "sinkhorn/sinkhorn_host.h"
+#include "sinkhorn/sinkhorn_cpu.h"
 
 namespace tilewise::TILEWISE_ISA {
 namespace {
@@ -40,13 +40,18 @@ TILEWISE_FN Vector<T> log_of(Vector<T> x) {
 
 template <typename T>
 T cost_of(const Pairs<T>& pairs, int64_t index, int64_t i, int64_t j) {
-  if (pairs.cost == PairCost::kMatrix)
+  if (pairs.is_matrix())
     return pairs.matrix[index * pairs.batch_stride + i * pairs.row_stride + j * pairs.column_stride];
   const T* x = pairs.x + (index * pairs.rows + i) * pairs.features;
   const T* y = pairs.y + (index * pairs.columns + j) * pairs.features;
-  T sum = 0;
-  for (int64_t k = 0; k < pairs.features; ++k) sum += (x[k] - y[k]) * (x[k] - y[k]);
-  return pairs.cost == PairCost::kSquaredEuclidean ? sum : std::sqrt(sum);
+  return with_cost(pairs.cost, [&](auto cost) {
+    T z = 0;
+    if constexpr (!kIsMatrix<decltype(cost)>) {
+      for (int64_t k = 0; k < pairs.features; ++k) z = cost.accumulate(z, x[k], y[k]);
+      z = cost.finish(z);
+    }
+    return z;
+  });
 }
 
 // Vectors of lanes, all in one allocation. (Not of the standard library: template arguments lose vector types.)
@@ -78,8 +83,8 @@ class Group {
       : n_(n), m_(m), rho_a_(rho_a), rho_b_(rho_b), parallel_(parallel), lanes_(vectors(n, m)) {
     cost_ = lanes_.take(n * m);
     kernel_ = lanes_.take(n * m);
-    for (V** rows : {&a_, &f_, &u_, &next_u_, &s_, &next_f_, &row_lse_, &row_hat_}) *rows = lanes_.take(n);
-    for (V** columns : {&b_, &g_, &v_, &next_v_, &c_, &next_g_, &column_lse_, &column_hat_, &mass_})
+    for (V** rows : {&a_, &f_, &u_, &next_u_, &s_, &next_f_, &row_lse_, &row_offset_}) *rows = lanes_.take(n);
+    for (V** columns : {&b_, &g_, &v_, &next_v_, &c_, &next_g_, &column_lse_, &column_offset_, &mass_})
       *columns = lanes_.take(m);
   }
 
@@ -182,7 +187,7 @@ class Group {
     }
   }
 
-  // What the lanes do in this iteration.
+  // Woffset the lanes do in this iteration.
   void enter(const Stage<T>* stages) {
     for (int l = 0; l < kLanes<T>; ++l) {
       now_[l] = stages[l].epsilon;
@@ -214,16 +219,16 @@ class Group {
     for (int64_t j = 0; j < m_; ++j) g_[j] *= by;
   }
 
-  // log sum_j exp(factor c_j + hat_j) over `count` costs, `step` apart.
-  V lse(const V* costs, int64_t step, const V* hat, int64_t count) const {
+  // log sum_j exp(factor c_j + offset_j) over `count` costs, `step` apart.
+  V lse(const V* costs, int64_t step, const V* offset, int64_t count) const {
     V most = all<T>(-infinity<T>());
     for (int64_t j = 0; j < count; ++j) {
-      const V score = factor_ * costs[j * step] + hat[j];
+      const V score = factor_ * costs[j * step] + offset[j];
       most = score > most ? score : most;
     }
     const V top = most > -infinity<T>() ? most : V{};
     V sum = {};
-    for (int64_t j = 0; j < count; ++j) sum += fast_exp(factor_ * costs[j * step] + hat[j] - top);
+    for (int64_t j = 0; j < count; ++j) sum += fast_exp(factor_ * costs[j * step] + offset[j] - top);
     return top + log_of<T>(sum);
   }
 
@@ -251,15 +256,15 @@ class Group {
 
   // next_f_, next_g_ and the error of f_, g_.
   void iterate_logs() {
-    for (int64_t j = 0; j < m_; ++j) column_hat_[j] = g_[j] + log_of<T>(b_[j]);
-    for (int64_t i = 0; i < n_; ++i) row_lse_[i] = lse(cost_ + i * m_, 1, column_hat_, m_);
+    for (int64_t j = 0; j < m_; ++j) column_offset_[j] = g_[j] + log_of<T>(b_[j]);
+    for (int64_t i = 0; i < n_; ++i) row_lse_[i] = lse(cost_ + i * m_, 1, column_offset_, m_);
     set_error([&](int64_t i) { return each<T>(f_[i] + row_lse_[i], [](T x) { return std::exp(x); }); });
     for (int64_t i = 0; i < n_; ++i) {
       next_f_[i] = moved(f_[i], row_lse_[i], damp_a_);
-      row_hat_[i] = seen_by_columns(f_[i], next_f_[i]) + log_of<T>(a_[i]);
+      row_offset_[i] = seen_by_columns(f_[i], next_f_[i]) + log_of<T>(a_[i]);
     }
     for (int64_t j = 0; j < m_; ++j) {
-      column_lse_[j] = symmetric_ ? row_lse_[j] : lse(cost_ + j, m_, row_hat_, n_);
+      column_lse_[j] = symmetric_ ? row_lse_[j] : lse(cost_ + j, m_, row_offset_, n_);
       next_g_[j] = symmetric_ ? next_f_[j] : moved(g_[j], column_lse_[j], damp_b_);
     }
   }
@@ -352,7 +357,7 @@ class Group {
     call.n_iter[index] = n_iter;
   }
 
-  // What an iteration leaves for the way back: its factors, and the sums they came from or, where it was done in the
+  // Woffset an iteration leaves for the way back: its factors, and the sums they came from or, where it was done in the
   // log domain, the potentials that K was then formed with.
   struct Step {
     V *u, *v, *s, *c;
@@ -364,8 +369,8 @@ class Group {
   const Parallel& parallel_;
   Lanes<T> lanes_;
   V *cost_, *kernel_;
-  V *a_, *f_, *u_, *next_u_, *s_, *next_f_, *row_lse_, *row_hat_;
-  V *b_, *g_, *v_, *next_v_, *c_, *next_g_, *column_lse_, *column_hat_, *mass_;
+  V *a_, *f_, *u_, *next_u_, *s_, *next_f_, *row_lse_, *row_offset_;
+  V *b_, *g_, *v_, *next_v_, *c_, *next_g_, *column_lse_, *column_offset_, *mass_;
   V epsilon_, now_, factor_, damp_a_, damp_b_, error_, mass_of_rows_;
   V step_;             // how far updates go
   bool exact_ = true;  // 1 in all lanes
@@ -429,8 +434,8 @@ void Group<T>::unroll(const SinkhornUnrolled<T>& call, int64_t first, int64_t co
     if (rho_a_ < infinity<T>()) slope_a[l] = T(-1) / (rho_a_ + epsilon_[l]);
     if (rho_b_ < infinity<T>()) slope_b[l] = T(-1) / (rho_b_ + epsilon_[l]);
   }
-  V* weight = row_hat_;
-  V* pull = column_hat_;
+  V* weight = row_offset_;
+  V* pull = column_offset_;
   for (int64_t t = call.max_iter - 1; t >= 0; --t) {
     const Step& step = steps[static_cast<size_t>(t)];
     // g from f, always within the K of this step
@@ -465,10 +470,10 @@ void Group<T>::unroll(const SinkhornUnrolled<T>& call, int64_t first, int64_t co
       bases.pop_back();
       for (int64_t j = 0; j < m_; ++j) {
         g_[j] = before == nullptr ? V{} : bases.back()->c[j] + log_of<T>(before->v[j]);
-        column_hat_[j] = g_[j] + log_of<T>(b_[j]);
+        column_offset_[j] = g_[j] + log_of<T>(b_[j]);
       }
       for (int64_t i = 0; i < n_; ++i) {
-        const V lse_of_row = lse(cost_ + i * m_, 1, column_hat_, m_);
+        const V lse_of_row = lse(cost_ + i * m_, 1, column_offset_, m_);
         const V p = lse_of_row > -infinity<T>() ? -damp_a_ * f_bar[i] : V{};
         const V top = lse_of_row > -infinity<T>() ? lse_of_row : V{};
         for (int64_t j = 0; j < m_; ++j) {
@@ -530,13 +535,11 @@ void unroll(const SinkhornUnrolled<T>& call, int64_t begin, int64_t end, const P
   each_group<SinkhornUnrolled<T>, T>(call, begin, end, parallel, &Group<T>::unroll);
 }
 
+template <typename T>
+constexpr SmallSinkhornKernels<T> kernels{kLanes<T>, solve<T>, unroll<T>};
+
 }  // namespace
 
-extern const SmallSinkhornKernels small_sinkhorn_kernels{.float_lanes = kLanes<float>,
-                                                         .double_lanes = kLanes<double>,
-                                                         .solve_float = solve<float>,
-                                                         .solve_double = solve<double>,
-                                                         .unroll_float = unroll<float>,
-                                                         .unroll_double = unroll<double>};
+extern const ForTypes<SmallSinkhornKernels> small_sinkhorn_kernels{kernels<float>, kernels<double>};
 
 }  // namespace tilewise::TILEWISE_ISA

@@ -4,7 +4,7 @@
 // the lines (a row and a column) l and l + 32. Costs lie in shared memory with a pitch of K + 1, so that rows and
 // columns are both read without conflicts; a lane reads its row, then its column, and the other side's potentials.
 #include "common/launch.cuh"
-#include "sinkhorn/sinkhorn_gpu.h"
+#include "sinkhorn/sinkhorn_launch.h"
 
 namespace tilewise {
 namespace {
@@ -25,7 +25,7 @@ struct Lines {
   float value[kLines] = {};
 };
 
-// The lanes of one problem. What they write to shared memory others may read after sync().
+// The lanes of one problem. Woffset they write to shared memory others may read after sync().
 template <int K>
 class Group {
  public:
@@ -38,8 +38,8 @@ class Group {
         columns_(live_ ? static_cast<int>(pairs.columns) : 0),
         lane_(threadIdx.x % Shape<K>::kLanes) {
     costs_ = shared + threadIdx.x / Shape<K>::kLanes * floats(matrices);
-    row_hats_ = costs_ + matrices * Shape<K>::kMatrix;
-    column_hats_ = row_hats_ + K;
+    row_offsets_ = costs_ + matrices * Shape<K>::kMatrix;
+    column_offsets_ = row_offsets_ + K;
   }
 
   static __host__ __device__ constexpr int floats(int matrices) { return matrices * Shape<K>::kMatrix + 2 * K; }
@@ -53,8 +53,8 @@ class Group {
   __device__ void sync() const { __syncwarp(); }
 
   __device__ float* matrix(int index) const { return costs_ + index * Shape<K>::kMatrix; }
-  __device__ float* row_hats() const { return row_hats_; }
-  __device__ float* column_hats() const { return column_hats_; }
+  __device__ float* row_offsets() const { return row_offsets_; }
+  __device__ float* column_offsets() const { return column_offsets_; }
 
   template <typename Function>
   __device__ __forceinline__ void each_line(Function f) const {
@@ -100,31 +100,36 @@ class Group {
 
  private:
   __device__ float cost_of(const Pairs<float>& pairs, int row, int column) const {
-    if (pairs.cost == PairCost::kMatrix)
+    if (pairs.is_matrix())
       return pairs.matrix[problem_ * pairs.batch_stride + row * pairs.row_stride + column * pairs.column_stride];
     const float* x = pairs.x + (problem_ * pairs.rows + row) * pairs.features;
     const float* y = pairs.y + (problem_ * pairs.columns + column) * pairs.features;
-    float square = 0.0f;
-    for (int64_t k = 0; k < pairs.features; ++k) square = fmaf(x[k] - y[k], x[k] - y[k], square);
-    return pairs.cost == PairCost::kEuclidean ? sqrtf(square) : square;
+    return with_cost(pairs.cost, [&](auto cost) {
+      float z = 0.0f;
+      if constexpr (!kIsMatrix<decltype(cost)>) {
+        for (int64_t k = 0; k < pairs.features; ++k) z = cost.accumulate(z, x[k], y[k]);
+        z = cost.finish(z);
+      }
+      return z;
+    });
   }
 
   int64_t problem_;
   bool live_;
   int rows_, columns_, lane_;
-  float *costs_, *row_hats_, *column_hats_;
+  float *costs_, *row_offsets_, *column_offsets_;
 };
 
 __device__ __forceinline__ float finite(float top) { return top > -infinity<float>() ? top : 0.0f; }
 
-// log sum_k exp(factor costs_k + hats_k) along a row (stride 1) or a column (stride pitch).
+// log sum_k exp(factor costs_k + offsets_k) along a row (stride 1) or a column (stride pitch).
 template <int K>
-__device__ __forceinline__ float log_sum_exp(const float* costs, int stride, const float* hats, float factor) {
+__device__ __forceinline__ float log_sum_exp(const float* costs, int stride, const float* offsets, float factor) {
   float score[K];
   float top = -infinity<float>();
 #pragma unroll
   for (int k = 0; k < K; ++k) {
-    score[k] = fmaf(factor, costs[k * stride], hats[k]);
+    score[k] = fmaf(factor, costs[k * stride], offsets[k]);
     top = fmaxf(top, score[k]);
   }
   float sum = 0.0f;
@@ -154,24 +159,24 @@ __global__ void __launch_bounds__(Shape<K>::kThreads) small_kernel(const __grid_
   float error = 0.0f;
   int64_t n_iter = 0;
   bool going = true;
-  // What comes after the last iteration is for its error alone.
+  // Woffset comes after the last iteration is for its error alone.
   for (int64_t t = 0; __any_sync(0xffffffffu, going); ++t) {
     if (going && t == call.max_iter) stage = {epsilon};
     const float now = stage.epsilon, inverse = 1.0f / now, step = call.symmetric ? 0.5f : stage.step;
     const bool averages = stage.averages();
     const auto moved = [&](float from, float to) { return step == 1.0f ? to : fmaf(step, to - from, from); };
-    group.each_line([&](int u, int j) { group.column_hats()[j] = fmaf(g.value[u], inverse, log_b.value[u]); });
+    group.each_line([&](int u, int j) { group.column_offsets()[j] = fmaf(g.value[u], inverse, log_b.value[u]); });
     group.sync();
     float wrong = 0.0f;
     Lines<kLines> new_f, new_g;
     group.each_line([&](int u, int i) {
-      const float lse = log_sum_exp<K>(group.matrix(0) + i * Shape<K>::kPitch, 1, group.column_hats(), -inverse);
+      const float lse = log_sum_exp<K>(group.matrix(0) + i * Shape<K>::kPitch, 1, group.column_offsets(), -inverse);
       if (a.value[u] > 0.0f) {
         const float scaled = f.value[u] * inverse;
         wrong += a.value[u] * fabsf(::expf(scaled + lse) - target_ratio(scaled, now, call.rho_a));
       }
       new_f.value[u] = moved(f.value[u], now * updated(lse, damping(call.rho_a, now)));
-      group.row_hats()[i] = fmaf(averages ? f.value[u] : new_f.value[u], inverse, log_a.value[u]);
+      group.row_offsets()[i] = fmaf(averages ? f.value[u] : new_f.value[u], inverse, log_a.value[u]);
     });
     wrong = group.sum(wrong);
     const bool counted = going;
@@ -182,7 +187,7 @@ __global__ void __launch_bounds__(Shape<K>::kThreads) small_kernel(const __grid_
     }
     group.sync();
     group.each_line([&](int u, int j) {
-      const float lse = log_sum_exp<K>(group.matrix(0) + j, Shape<K>::kPitch, group.row_hats(), -inverse);
+      const float lse = log_sum_exp<K>(group.matrix(0) + j, Shape<K>::kPitch, group.row_offsets(), -inverse);
       new_g.value[u] =
           call.symmetric ? new_f.value[u] : moved(g.value[u], now * updated(lse, damping(call.rho_b, now)));
     });
@@ -202,15 +207,15 @@ __global__ void __launch_bounds__(Shape<K>::kThreads) small_kernel(const __grid_
 }
 
 // softmax(scores + log marginal) / marginal along a line, times upstream, into `out`; its scores are factor costs +
-// hats. A term without its marginal, which may be 0, may be too large: a finite one times 0 is 0.
+// offsets. A term without its marginal, which may be 0, may be too large: a finite one times 0 is 0.
 template <int K>
-__device__ __forceinline__ void pull(const float* costs, int stride, const float* hats, const float* marginal,
+__device__ __forceinline__ void pull(const float* costs, int stride, const float* offsets, const float* marginal,
                                      float factor, float upstream, float* out) {
   float score[K];
   float top = -infinity<float>();
 #pragma unroll
   for (int k = 0; k < K; ++k) {
-    score[k] = fmaf(factor, costs[k * stride], hats[k]);
+    score[k] = fmaf(factor, costs[k * stride], offsets[k]);
     if (marginal[k] > 0.0f) top = fmaxf(top, score[k]);
   }
   float total = 0.0f;
@@ -255,20 +260,20 @@ __global__ void __launch_bounds__(Shape<K>::kThreads)
 
   Lines<kLines> f, g;
   for (int64_t t = 0; t < call.max_iter; ++t) {
-    group.each_line([&](int u, int j) { group.column_hats()[j] = g.value[u] + log_b.value[u]; });
+    group.each_line([&](int u, int j) { group.column_offsets()[j] = g.value[u] + log_b.value[u]; });
     group.sync();
     group.each_line([&](int u, int i) {
-      f.value[u] = updated(log_sum_exp<K>(costs + i * kPitch, 1, group.column_hats(), factor), damp_a);
-      group.row_hats()[i] = f.value[u] + log_a.value[u];
+      f.value[u] = updated(log_sum_exp<K>(costs + i * kPitch, 1, group.column_offsets(), factor), damp_a);
+      group.row_offsets()[i] = f.value[u] + log_a.value[u];
       if (i < rows) history[t * width + i] = f.value[u];
     });
     group.sync();
     group.each_line([&](int u, int j) {
-      g.value[u] = updated(log_sum_exp<K>(costs + j, kPitch, group.row_hats(), factor), damp_b);
+      g.value[u] = updated(log_sum_exp<K>(costs + j, kPitch, group.row_offsets(), factor), damp_b);
       if (j < columns) history[t * width + rows + j] = g.value[u];
     });
   }
-  group.sync();  // before hats are written again
+  group.sync();  // before offsets are written again
 
   Lines<kLines> f_bar = group.load(call.grad_f, rows, 0.0f), g_bar = group.load(call.grad_g, columns, 0.0f);
   Lines<kLines> a_bar, b_bar;
@@ -284,12 +289,12 @@ __global__ void __launch_bounds__(Shape<K>::kThreads)
   for (int64_t t = call.max_iter - 1; t >= 0; --t) {
     group.each_line([&](int u, int i) {
       f.value[u] = i < rows ? history[t * width + i] : 0.0f;
-      group.row_hats()[i] = f.value[u];
+      group.row_offsets()[i] = f.value[u];
     });
     group.sync();
     group.each_line([&](int u, int j) {
       epsilon_bar -= of_damp_b * g_bar.value[u] * g.value[u];
-      pull<K>(costs + j, kPitch, group.row_hats(), of_rows, factor, -damp_b * g_bar.value[u], without + j);
+      pull<K>(costs + j, kPitch, group.row_offsets(), of_rows, factor, -damp_b * g_bar.value[u], without + j);
     });
     group.sync();
     group.each_line([&](int u, int i) {
@@ -302,11 +307,11 @@ __global__ void __launch_bounds__(Shape<K>::kThreads)
       f_bar.value[u] = fmaf(a.value[u], sum, f_bar.value[u]);
       epsilon_bar -= of_damp_a * f_bar.value[u] * f.value[u];
       g.value[u] = t > 0 && i < columns ? history[(t - 1) * width + rows + i] : 0.0f;
-      group.column_hats()[i] = g.value[u];
+      group.column_offsets()[i] = g.value[u];
     });
     group.sync();
     group.each_line([&](int u, int i) {
-      pull<K>(costs + i * kPitch, 1, group.column_hats(), of_columns, factor, -damp_a * f_bar.value[u],
+      pull<K>(costs + i * kPitch, 1, group.column_offsets(), of_columns, factor, -damp_a * f_bar.value[u],
               without + i * kPitch);
       for (int k = 0; k < K; ++k)
         all[i * kPitch + k] = fmaf(of_columns[k], without[i * kPitch + k], all[i * kPitch + k]);

@@ -17,7 +17,7 @@
 #pragma once
 
 #include "common/isa.h"
-#include "common/lbfgs.h"
+#include "sparse_ot/lbfgs.h"
 
 namespace tilewise {
 

@@ -1,11 +1,11 @@
 // sparse_ot: arguments, memory, registration. Everything is dense, of the type that is computed in.
 #include "common/operator.h"
-#include "common/problems.h"
 #include "sparse_ot/sparse_ot.h"
+#include "transport/problems.h"
 #if defined(TILEWISE_CUDA)
-#include "sparse_ot/sparse_ot_gpu.h"
+#include "sparse_ot/sparse_ot_launch.h"
 #else
-#include "sparse_ot/sparse_ot_host.h"
+#include "sparse_ot/sparse_ot_cpu.h"
 #endif
 
 namespace tilewise {
@@ -76,15 +76,10 @@ int64_t workers_of(const Problems& of) {
 
 template <typename T>
 void run(const SparseColumns<T>& call, const Problems& of) {
-  const SparseOtKernels& kernels = selected_sparse_ot_kernels();
+  const SparseOtKernels<T>& kernels = selected_sparse_ot_kernels().of<T>();
   const int64_t workers = workers_of(of);
-  each_problem<T>(of.first, of.batch, columns_elements(call, workers), [&](int64_t i, T* scratch, const Parallel& all) {
-    if constexpr (sizeof(T) == sizeof(float)) {
-      kernels.columns_float(call, i, scratch, workers, all);
-    } else {
-      kernels.columns_double(call, i, scratch, workers, all);
-    }
-  });
+  each_problem<T>(of.first, of.batch, columns_elements(call, workers),
+                  [&](int64_t i, T* scratch, const Parallel& all) { kernels.columns(call, i, scratch, workers, all); });
 }
 
 template <typename T>
@@ -109,15 +104,10 @@ void run(const SparseOtCall<T>& call, const Problems& of) {
   };
   check_all(of.op, of.batch * of.columns, usable, "cost",
             "numbers or inf (forbidden pairs), not all of a column forbidden");
-  const SparseOtKernels& kernels = selected_sparse_ot_kernels();
+  const SparseOtKernels<T>& kernels = selected_sparse_ot_kernels().of<T>();
   const int64_t workers = workers_of(of);
-  each_problem<T>(of.first, of.batch, solve_elements(call, workers), [&](int64_t i, T* scratch, const Parallel& all) {
-    if constexpr (sizeof(T) == sizeof(float)) {
-      kernels.solve_float(call, i, scratch, workers, all);
-    } else {
-      kernels.solve_double(call, i, scratch, workers, all);
-    }
-  });
+  each_problem<T>(of.first, of.batch, solve_elements(call, workers),
+                  [&](int64_t i, T* scratch, const Parallel& all) { kernels.solve(call, i, scratch, workers, all); });
 }
 
 #endif
@@ -129,7 +119,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sparse_ot_columns(const Tenso
   const DeviceScope scope(costs);
   const Lists lists(of);
   const Tensor row_sums = of.empty(of.of_rows());
-  with_type(costs, [&](auto zero) {
+  with_statistics(costs, [&](auto zero) {
     using T = decltype(zero);
     SparseColumns<T> call = lists.describe<T>(of, costs);
     call.dual = dual;
@@ -175,7 +165,7 @@ Solved sparse_ot(const Tensor& costs, const Tensor& a, const Tensor& b, const st
   begun(of, beta, lists.beta, "beta");
   const Tensor value = of.empty({of.batch}), row_error = of.empty({of.batch}), column_error = of.empty({of.batch});
   const Tensor n_iter = of.empty({of.batch}, ScalarType::Long);
-  with_type(costs, [&](auto zero) {
+  with_statistics(costs, [&](auto zero) {
     using T = decltype(zero);
     SparseOtCall<T> call{.columns = lists.describe<T>(of, costs), .method = method_of(method, of.op)};
     call.columns.dual = call.method == SparseMethod::kDual;

@@ -5,7 +5,7 @@
 #include <utility>
 
 #include "simplex_topk/project_cpu.h"
-#include "sparse_ot/sparse_ot_host.h"
+#include "sparse_ot/sparse_ot_cpu.h"
 
 namespace tilewise::TILEWISE_ISA {
 namespace {
@@ -239,9 +239,11 @@ void solve_kernel(const SparseOtCall<T>& call, int64_t index, T* scratch, int64_
   call.n_iter[index] = n_iter;
 }
 
+template <typename T>
+constexpr SparseOtKernels<T> kernels{columns_kernel<T>, solve_kernel<T>};
+
 }  // namespace
 
-extern const SparseOtKernels sparse_ot_kernels = {columns_kernel<float>, columns_kernel<double>, solve_kernel<float>,
-                                                  solve_kernel<double>};
+extern const ForTypes<SparseOtKernels> sparse_ot_kernels{kernels<float>, kernels<double>};
 
 }  // namespace tilewise::TILEWISE_ISA

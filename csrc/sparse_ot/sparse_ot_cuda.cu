@@ -1,7 +1,7 @@
 // sparse_ot on CUDA: a team (a warp, or a block where columns are long) finds the cut of a column; 8 warps sum 32 rows;
 // a block per problem takes the steps of the search.
 #include "simplex_topk/project.cuh"
-#include "sparse_ot/sparse_ot_gpu.h"
+#include "sparse_ot/sparse_ot_launch.h"
 
 namespace tilewise {
 namespace {

@@ -14,22 +14,12 @@ RowBatch rows_of(const Tensor& x, const char* op) {
   rows.batch_stride = x.stride(0);
   rows.row_stride = x.stride(1);
   rows.column_stride = x.stride(2);
-  const ScalarType dtype = x.scalar_type();
-#if defined(TILEWISE_CUDA)
-  const bool known = dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
-#else
-  const bool known = dtype == ScalarType::Double || dtype == ScalarType::Float || dtype == ScalarType::BFloat16 ||
-                     dtype == ScalarType::Half;
-#endif
-  require(known, op, "expected x to be float32, bfloat16, float16 or, on a CPU, float64, got ", toString(dtype));
-  rows.dtype = dtype == ScalarType::Double     ? Dtype::kFloat64
-               : dtype == ScalarType::Float    ? Dtype::kFloat32
-               : dtype == ScalarType::BFloat16 ? Dtype::kBFloat16
-                                               : Dtype::kFloat16;
+  const std::optional<Dtype> dtype = storage_of(x);
+  require(dtype.has_value() && !(kOnGpu && *dtype == Dtype::kFloat64), op,
+          "expected x to be float32, bfloat16, float16 or, on a CPU, float64, got ", toString(x.scalar_type()));
+  rows.dtype = *dtype;
   return rows;
 }
-
-#if !defined(TILEWISE_CUDA)
 
 constexpr int64_t kGrain = 16384;  // numbers that are worth a thread
 
@@ -39,8 +29,6 @@ void share(int64_t count, int64_t each, void (*kernel)(const Call&, int64_t, int
                               [&](int64_t begin, int64_t end) { kernel(call, begin, end); });
 }
 
-#endif
-
 Tensor wta_crs_norms(const Tensor& x) {
   const char* op = "wta_crs_norms";
   RowNorms call{.x = rows_of(x, op)};
@@ -48,11 +36,11 @@ Tensor wta_crs_norms(const Tensor& x) {
   const Tensor out = torch::stable::new_empty(x, {call.x.batch, call.x.rows}, ScalarType::Float);
   call.out = static_cast<float*>(out.data_ptr());
   if (out.numel() == 0) return out;
-#if defined(TILEWISE_CUDA)
-  require_launched(wta_crs_norms_cuda(call, current_stream(x)), op);
-#else
-  share(out.numel(), call.x.columns, selected_wta_crs_kernels().norms, call);
-#endif
+  if constexpr (kOnGpu) {
+    require_launched(wta_crs_norms_cuda(call, current_stream(x)), op);
+  } else {
+    share(out.numel(), call.x.columns, selected_wta_crs_kernels().norms, call);
+  }
   return out;
 }
 
@@ -86,14 +74,14 @@ std::tuple<Tensor, Tensor> wta_crs_sample(const Tensor& x_norms, const std::opti
   call.scales = static_cast<float*>(scales.data_ptr());
   call.weights = static_cast<int64_t*>(weights.data_ptr());
   if (call.batch == 0) return {indices, scales};
-#if defined(TILEWISE_CUDA)
-  require_launched(wta_crs_sample_cuda(call, current_stream(x_norms)), op);
-#else
-  for (int64_t i = 0; call.y_norms != nullptr && i < norms->numel(); ++i)
-    require(call.y_norms[i] >= 0 && std::isfinite(call.y_norms[i]), op,
-            "expected norms to hold finite numbers >= 0, got ", call.y_norms[i]);
-  share(call.batch, call.rows, selected_wta_crs_kernels().sample, call);
-#endif
+  if constexpr (kOnGpu) {
+    require_launched(wta_crs_sample_cuda(call, current_stream(x_norms)), op);
+  } else {
+    for (int64_t i = 0; call.y_norms != nullptr && i < norms->numel(); ++i)
+      require(call.y_norms[i] >= 0 && std::isfinite(call.y_norms[i]), op,
+              "expected norms to hold finite numbers >= 0, got ", call.y_norms[i]);
+    share(call.batch, call.rows, selected_wta_crs_kernels().sample, call);
+  }
   return {indices, scales};
 }
 
@@ -109,14 +97,14 @@ Tensor wta_crs_gather(const Tensor& x, const Tensor& indices, const std::optiona
   const Tensor out = torch::stable::new_empty(x, {call.x.batch, call.k, call.x.columns}, x.scalar_type());
   call.out = out.data_ptr();
   if (out.numel() == 0) return out;
-#if defined(TILEWISE_CUDA)
-  require_launched(wta_crs_gather_cuda(call, current_stream(x)), op);
-#else
-  for (int64_t i = 0; i < indices.numel(); ++i)
-    require(call.indices[i] >= 0 && call.indices[i] < call.x.rows, op, "expected indices to be in [0, ", call.x.rows,
-            "), the rows, got ", call.indices[i]);
-  share(indices.numel(), call.x.columns, selected_wta_crs_kernels().gather, call);
-#endif
+  if constexpr (kOnGpu) {
+    require_launched(wta_crs_gather_cuda(call, current_stream(x)), op);
+  } else {
+    for (int64_t i = 0; i < indices.numel(); ++i)
+      require(call.indices[i] >= 0 && call.indices[i] < call.x.rows, op, "expected indices to be in [0, ", call.x.rows,
+              "), the rows, got ", call.indices[i]);
+    share(indices.numel(), call.x.columns, selected_wta_crs_kernels().gather, call);
+  }
   return out;
 }
 

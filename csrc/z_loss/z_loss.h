@@ -12,20 +12,19 @@
 // (MomentStats::scale), and the row state keeps lambda as the root r of its size, with its sign: lambda = r |r|.
 #pragma once
 
+#include <type_traits>
+
 #include "common/isa.h"
 #include "rows/rows.h"
 
 namespace tilewise {
 
-enum class SphericalKind : int32_t { kZ, kTaylor, kSpherical };
-
 template <typename T>
 struct SphericalForward {
   RowMatrix logits;
-  SphericalKind kind = SphericalKind::kZ;
-  T a = 1;
+  int32_t member = 0;  // its place in SphericalFamily
+  T a = 0;             // constants of the member
   T b = 0;
-  T eps = 0;
   const int64_t* target = nullptr;  // (rows,)
   int64_t ignore_index = -100;
   T* loss_rows = nullptr;   // (rows,)
@@ -54,17 +53,6 @@ struct SphericalRow {
   T kappa = 0;
 };
 
-template <typename T>
-TILEWISE_FN SphericalRow<T> z_row(const MomentStats<T>& stats, T target_logit, T a, T b) {
-  const T sd = ::sqrt(stats.m2 / stats.count);
-  if (sd == T(0)) return {softplus(a * b) / a, T(0), T(0), T(0)};
-  const T z = (target_logit * stats.scale - stats.mean) / sd;
-  const T s = sigmoid(a * (b - z));
-  const T rate = stats.scale / sd;
-  const T root = ::sqrt(s * ::fabs(z) / stats.count) * rate;
-  return {softplus(a * (b - z)) / a, -s * rate, z < T(0) ? -root : root, s / stats.count * rate};
-}
-
 // L and its coefficients where n = o^2 + c and Z = sum_k (o_k^2 + c), o the logits less an offset.
 template <typename T>
 TILEWISE_FN SphericalRow<T> square_row(MomentStats<T> stats, T o, T c) {
@@ -81,12 +69,61 @@ TILEWISE_FN SphericalRow<T> square_row(MomentStats<T> stats, T o, T c) {
   return {loss, T(-2) / (o + c / o), T(1.41421356237309505) * rate, T(2) * (stats.mean / norm) * rate};
 }
 
+// The members: a name, and the loss of a row with the coefficients of its gradient.
+struct ZLoss {
+  static constexpr const char* kName = "z_loss";
+
+  template <typename T>
+  static TILEWISE_METHOD SphericalRow<T> row(const MomentStats<T>& stats, T target_logit, T a, T b) {
+    const T sd = ::sqrt(stats.m2 / stats.count);
+    if (sd == T(0)) return {softplus(a * b) / a, T(0), T(0), T(0)};
+    const T z = (target_logit * stats.scale - stats.mean) / sd;
+    const T s = sigmoid(a * (b - z));
+    const T rate = stats.scale / sd;
+    const T root = ::sqrt(s * ::fabs(z) / stats.count) * rate;
+    return {softplus(a * (b - z)) / a, -s * rate, z < T(0) ? -root : root, s / stats.count * rate};
+  }
+};
+
 // 1 + o + o^2 / 2 is ((1 + o)^2 + 1) / 2
-template <typename T>
-TILEWISE_FN SphericalRow<T> taylor_row(MomentStats<T> stats, T target_logit) {
-  stats.mean += stats.scale;
-  return square_row(stats, T(1) + target_logit, T(1));
-}
+struct TaylorSoftmax {
+  static constexpr const char* kName = "taylor_softmax_loss";
+
+  template <typename T>
+  static TILEWISE_METHOD SphericalRow<T> row(MomentStats<T> stats, T target_logit, T, T) {
+    stats.mean += stats.scale;
+    return square_row(stats, T(1) + target_logit, T(1));
+  }
+};
+
+struct SphericalSoftmax {
+  static constexpr const char* kName = "spherical_softmax_loss";
+
+  template <typename T>
+  static TILEWISE_METHOD SphericalRow<T> row(const MomentStats<T>& stats, T target_logit, T eps, T) {
+    return square_row(stats, target_logit, eps);
+  }
+};
+
+template <typename... Members>
+struct Family {
+  template <typename Member>
+  static constexpr int32_t place_of() {
+    static_assert((std::is_same_v<Member, Members> || ...), "not a member");
+    int32_t place = 0;
+    ((std::is_same_v<Member, Members> || (++place, false)) || ...);
+    return place;
+  }
+
+  template <typename T>
+  static TILEWISE_METHOD SphericalRow<T> row(int32_t member, const MomentStats<T>& stats, T target_logit, T a, T b) {
+    SphericalRow<T> result{quiet_nan<T>(), quiet_nan<T>(), quiet_nan<T>(), quiet_nan<T>()};
+    int32_t place = 0;
+    ((member == place++ && (result = Members::row(stats, target_logit, a, b), true)) || ...);
+    return result;
+  }
+};
+using SphericalFamily = Family<ZLoss, TaylorSoftmax, SphericalSoftmax>;
 
 template <typename T>
 TILEWISE_FN void write_row(const SphericalForward<T>& op, int64_t row, T share, T mu, const SphericalRow<T>& result) {
@@ -114,11 +151,7 @@ TILEWISE_FN void finish_row(const SphericalForward<T>& op, int64_t row, const Mo
     return;
   }
   const T target_logit = read_element<T>(op.logits, row, y);
-  SphericalRow<T> result;
-  if (op.kind == SphericalKind::kZ) result = z_row(stats, target_logit, op.a, op.b);
-  if (op.kind == SphericalKind::kTaylor) result = taylor_row(stats, target_logit);
-  if (op.kind == SphericalKind::kSpherical) result = square_row(stats, target_logit, op.eps);
-  write_row(op, row, T(1), stats.mean / stats.scale, result);
+  write_row(op, row, T(1), stats.mean / stats.scale, SphericalFamily::row(op.member, stats, target_logit, op.a, op.b));
 }
 
 template <typename T>
@@ -138,13 +171,12 @@ TILEWISE_FN RowGradient<T> gradient_of_row(const SphericalBackward<T>& op, int64
   return result;
 }
 
+template <typename T>
 struct ZLossKernels {
-  void (*forward_float)(const SphericalForward<float>&, int64_t begin, int64_t end);
-  void (*forward_double)(const SphericalForward<double>&, int64_t begin, int64_t end);
-  void (*backward_float)(const SphericalBackward<float>&, int64_t begin, int64_t end);
-  void (*backward_double)(const SphericalBackward<double>&, int64_t begin, int64_t end);
+  void (*forward)(const SphericalForward<T>&, int64_t begin, int64_t end);
+  void (*backward)(const SphericalBackward<T>&, int64_t begin, int64_t end);
 };
-TILEWISE_DECLARE_KERNELS(ZLossKernels, z_loss_kernels)
+TILEWISE_DECLARE_KERNELS(ForTypes<ZLossKernels>, z_loss_kernels)
 
 // Both return a CUDA error string, or null.
 const char* z_loss_forward_cuda(const SphericalForward<float>& op, const RowReduction<float>& reduction, void* stream);

@@ -4,11 +4,9 @@
 
 namespace tilewise::TILEWISE_ISA {
 
-extern const ZLossKernels z_loss_kernels{
-    .forward_float = moment_forward<float, SphericalForward>,
-    .forward_double = moment_forward<double, SphericalForward>,
-    .backward_float = row_backward<false, SphericalBackward<float>>,
-    .backward_double = row_backward<false, SphericalBackward<double>>,
-};
+template <typename T>
+constexpr ZLossKernels<T> kernels{moment_forward<T, SphericalForward>, row_backward<false, SphericalBackward<T>>};
+
+extern const ForTypes<ZLossKernels> z_loss_kernels{kernels<float>, kernels<double>};
 
 }  // namespace tilewise::TILEWISE_ISA

@@ -3,11 +3,11 @@
 #include "common/accumulate.h"
 #include "common/launch.cuh"
 #include "cross_entropy/cross_entropy.h"
-#include "mala/mala_gpu.h"
+#include "mala/mala_launch.h"
 #include "pairwise/pairwise.h"
 #include "simplex_topk/simplex_topk.h"
-#include "sinkhorn/sinkhorn_gpu.h"
-#include "sparse_ot/sparse_ot_gpu.h"
+#include "sinkhorn/sinkhorn_launch.h"
+#include "sparse_ot/sparse_ot_launch.h"
 #include "z_loss/z_loss.h"
 
 #include <vector>
@@ -94,7 +94,7 @@ struct SparseCall {
 
 tilewise::Pairs<float> pairs_of(const TransportCall& call) {
   tilewise::Pairs<float> pairs{.batch = call.batch, .rows = call.rows, .columns = call.columns};
-  pairs.cost = static_cast<tilewise::PairCost>(call.cost);
+  pairs.cost = static_cast<int32_t>(call.cost);
   pairs.matrix = call.matrix;
   pairs.batch_stride = call.batch_stride;
   pairs.row_stride = call.row_stride;
@@ -392,10 +392,10 @@ extern "C" const char* sparse_transport(const SparseCall& call) {
 extern "C" const char* z_loss_forward(const Call& call) {
   tilewise::SphericalForward<float> op;
   op.logits = matrix_of(call, call.logits);
-  op.kind = static_cast<tilewise::SphericalKind>(call.kind);
-  op.a = static_cast<float>(call.a);
+  op.member = static_cast<int32_t>(call.kind);
+  const bool spherical = op.member == tilewise::SphericalFamily::place_of<tilewise::SphericalSoftmax>();
+  op.a = static_cast<float>(spherical ? call.eps : call.a);
   op.b = static_cast<float>(call.b);
-  op.eps = static_cast<float>(call.eps);
   op.target = call.target;
   op.ignore_index = call.ignore_index;
   op.loss_rows = call.loss_rows;

@@ -42,13 +42,13 @@ SoftmaxStats<float> tile_softmax(const float* x, const float* c, int64_t begin, 
     }
   }
   for (int64_t i = begin; i < end; ++i) {
-    stats.mass += c[i];
+    stats.weight_sum += c[i];
     if (stats.max == -infinity<float>()) continue;
     const float d = x[i] - stats.max;
     const float p = fast_exp(d);
     if (i != stats.argmax) stats.sum += p;
-    if (c[i] != 0) stats.cross += c[i] * d;
-    if (p != 0) stats.spread += p * d;
+    if (c[i] != 0) stats.weighted_dot += c[i] * d;
+    if (p != 0) stats.exp_dot += p * d;
   }
   return stats;
 }
@@ -56,7 +56,7 @@ SoftmaxStats<float> tile_softmax(const float* x, const float* c, int64_t begin, 
 Softmax softmax(const float* x, const float* c, const int64_t* tiles, const int64_t* order, int64_t n_tiles) {
   SoftmaxStats<float> total = tile_softmax(x, c, tiles[order[0]], tiles[order[0] + 1]);
   for (int64_t i = 1; i < n_tiles; ++i) merge(total, tile_softmax(x, c, tiles[order[i]], tiles[order[i] + 1]));
-  return {total.max, total.sum, total.mass, total.cross, total.spread, total.argmax};
+  return {total.max, total.sum, total.weight_sum, total.weighted_dot, total.exp_dot, total.argmax};
 }
 
 MomentStats<float> tile_moments(const float* x, int64_t begin, int64_t end) {

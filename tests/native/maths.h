@@ -8,7 +8,7 @@
 namespace tilewise {
 
 struct Softmax {
-  float max, sum, mass, cross, spread;
+  float max, sum, weight_sum, weighted_dot, exp_dot;
   int64_t argmax;
 };
 

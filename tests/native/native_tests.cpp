@@ -62,7 +62,7 @@ void add_maths(py::module_& parent, const char* name, const tilewise::Maths& mat
   m.def("softmax", [&maths](const Array<float>& x, const Array<float>& c, const Array<int64_t>& tiles,
                             const Array<int64_t>& order) {
     const tilewise::Softmax s = maths.softmax(x.data(), c.data(), tiles.data(), order.data(), order.size());
-    return py::make_tuple(s.max, s.sum, s.mass, s.cross, s.spread, s.argmax);
+    return py::make_tuple(s.max, s.sum, s.weight_sum, s.weighted_dot, s.exp_dot, s.argmax);
   });
   m.def("moments", [&maths](const Array<float>& x, const Array<int64_t>& tiles, const Array<int64_t>& order) {
     const tilewise::Moments s = maths.moments(x.data(), tiles.data(), order.data(), order.size());

@@ -1,9 +1,9 @@
 // What the CPU kernels of sparse_ot offer to their binding, and the memory they ask for.
 #pragma once
 
-#include "common/parallel.h"
 #include "simplex_topk/simplex_topk.h"
 #include "sparse_ot/sparse_ot.h"
+#include "transport/parallel.h"
 
 namespace tilewise {
 
@@ -29,14 +29,12 @@ int64_t solve_elements(const SparseOtCall<T>& call, int64_t workers) {
   return columns_elements(call.columns, workers) + vectors * padded(variables(call));
 }
 
+template <typename T>
 struct SparseOtKernels {
   // One problem, `index` of the batch; scratch has columns_elements or solve_elements.
-  void (*columns_float)(const SparseColumns<float>&, int64_t index, float* scratch, int64_t workers, const Parallel&);
-  void (*columns_double)(const SparseColumns<double>&, int64_t index, double* scratch, int64_t workers,
-                         const Parallel&);
-  void (*solve_float)(const SparseOtCall<float>&, int64_t index, float* scratch, int64_t workers, const Parallel&);
-  void (*solve_double)(const SparseOtCall<double>&, int64_t index, double* scratch, int64_t workers, const Parallel&);
+  void (*columns)(const SparseColumns<T>&, int64_t index, T* scratch, int64_t workers, const Parallel&);
+  void (*solve)(const SparseOtCall<T>&, int64_t index, T* scratch, int64_t workers, const Parallel&);
 };
-TILEWISE_DECLARE_KERNELS(SparseOtKernels, sparse_ot_kernels)
+TILEWISE_DECLARE_KERNELS(ForTypes<SparseOtKernels>, sparse_ot_kernels)
 
 }  // namespace tilewise

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "mala/mala.h"
-#include "mala/mala_attention.h"
+#include "mala/mala_bind.h"
 
 namespace tilewise {
 
@@ -84,15 +84,6 @@ class Heads {
   const Sums& sums_;
 };
 
-template <typename T>
-const MalaKernelsOf<T>& kernels() {
-  if constexpr (sizeof(T) == sizeof(double)) {
-    return selected_mala_kernels().on_double;
-  } else {
-    return selected_mala_kernels().on_float;
-  }
-}
-
 // f(sequence, head, segment) for every segment of `tokens` tokens of every head, over torch's threads.
 template <typename Function>
 void for_segments(int64_t sequences, int64_t heads, int64_t tokens, Function f) {
@@ -165,7 +156,7 @@ void forward_as(const Attention& attention, const Sums& sums, const Tensor& out)
         if (head > first) copy(true);
         MalaHead<T> op = heads.of(sequence, head);
         op.out = heads.query_rows(out, sequence, head);
-        kernels<T>().causal(op);
+        selected_mala_kernels().of<T>().causal(op);
       }
     });
     return;
@@ -175,13 +166,15 @@ void forward_as(const Attention& attention, const Sums& sums, const Tensor& out)
   for_segments(n, attention.key_heads(), attention.k.size(2), [&](int64_t sequence, int64_t key_head, int64_t segment) {
     MalaHead<T> op = heads.of(sequence, key_head * attention.group());
     op.sums = partial.part(sums, sequence, key_head, segment);
-    kernels<T>().sum_keys(op, std::min(op.keys, segment * kSegment), std::min(op.keys, (segment + 1) * kSegment));
+    selected_mala_kernels().of<T>().sum_keys(op, std::min(op.keys, segment * kSegment),
+                                             std::min(op.keys, (segment + 1) * kSegment));
   });
   partial.add_to(sums);
   for_segments(n, attention.heads(), attention.q.size(2), [&](int64_t sequence, int64_t head, int64_t segment) {
     MalaHead<T> op = heads.of(sequence, head);
     op.out = heads.query_rows(out, sequence, head);
-    kernels<T>().queries(op, std::min(op.queries, segment * kSegment), std::min(op.queries, (segment + 1) * kSegment));
+    selected_mala_kernels().of<T>().queries(op, std::min(op.queries, segment * kSegment),
+                                            std::min(op.queries, (segment + 1) * kSegment));
   });
 }
 
@@ -219,7 +212,7 @@ void backward_as(const Attention& attention, const Tensor& grad_out, const Sums&
         op.grad_sums = {op.sums.s + size, op.sums.z + size, op.sums.u + size};
         op.per_query = per_query.data();
         op.adds = i > 0;
-        kernels<T>().causal_backward(op);
+        selected_mala_kernels().of<T>().causal_backward(op);
       }
     });
     return;
@@ -229,13 +222,14 @@ void backward_as(const Attention& attention, const Tensor& grad_out, const Sums&
   for_segments(n, attention.heads(), attention.q.size(2), [&](int64_t sequence, int64_t head, int64_t segment) {
     MalaHead<T> op = prepared(sequence, head);
     op.grad_sums = partial.part(grad_sums, sequence, head / group, head % group * segments + segment);
-    kernels<T>().backward_queries(op, std::min(op.queries, segment * kSegment),
-                                  std::min(op.queries, (segment + 1) * kSegment));
+    selected_mala_kernels().of<T>().backward_queries(op, std::min(op.queries, segment * kSegment),
+                                                     std::min(op.queries, (segment + 1) * kSegment));
   });
   partial.add_to(grad_sums);
   for_segments(n, attention.key_heads(), attention.k.size(2), [&](int64_t sequence, int64_t key_head, int64_t segment) {
     const MalaHead<T> op = prepared(sequence, key_head * group);
-    kernels<T>().backward_keys(op, std::min(op.keys, segment * kSegment), std::min(op.keys, (segment + 1) * kSegment));
+    selected_mala_kernels().of<T>().backward_keys(op, std::min(op.keys, segment * kSegment),
+                                                  std::min(op.keys, (segment + 1) * kSegment));
   });
 }
 

@@ -68,8 +68,6 @@ const char* sinkhorn_plan_cuda(const SinkhornApply<float>& call, void* stream);
 const char* sinkhorn_small_cuda(const SinkhornCall<float>& call, void* stream);
 const char* sinkhorn_unrolled_cuda(const SinkhornUnrolled<float>& call, float* history, void* stream);
 
-inline bool is_small(const Pairs<float>& pairs) { return pairs.rows <= kSmall && pairs.columns <= kSmall; }
-
 inline Pairs<float> swapped(const Pairs<float>& pairs) {
   Pairs<float> other = pairs;
   other.rows = pairs.columns;
@@ -180,8 +178,11 @@ class SinkhornLaunches {
     const float* y = nullptr;
   };
 
+  static bool wants_squares(const Pairs<float>& pairs) {
+    return with_cost(pairs.cost, [](auto cost) { return by_products<decltype(cost)>(); });
+  }
   static int64_t squares_floats(const Pairs<float>& pairs) {
-    return pairs.cost == PairCost::kSquaredEuclidean ? pairs.batch * (pairs.rows + pairs.columns) : 0;
+    return wants_squares(pairs) ? pairs.batch * (pairs.rows + pairs.columns) : 0;
   }
 
   float* take(int64_t floats) {
@@ -195,7 +196,7 @@ class SinkhornLaunches {
   }
 
   Squares squares_of(const Pairs<float>& pairs) {
-    if (pairs.cost != PairCost::kSquaredEuclidean) return {};
+    if (!wants_squares(pairs)) return {};
     const int64_t rows = pairs.batch * pairs.rows, columns = pairs.batch * pairs.columns;
     float* x = take(rows);
     float* y = take(columns);

@@ -7,28 +7,16 @@
 #include <limits>
 
 #include "common/checks.h"
-#include "common/interrupt.h"
-#include "common/parallel.h"
+#include "transport/interrupt.h"
+#include "transport/parallel.h"
 
 namespace tilewise {
 
 inline ScalarType computed(const Tensor& tensor, const char* op, const char* name) {
   const ScalarType dtype = tensor.scalar_type();
-#if defined(TILEWISE_CUDA)
-  require(dtype == ScalarType::Float, op, "expected ", name, " to be float32 on a GPU, got ", toString(dtype));
-#else
-  require(dtype == ScalarType::Float || dtype == ScalarType::Double, op, "expected ", name,
-          " to be float32 or float64, got ", toString(dtype));
-#endif
+  require(dtype == ScalarType::Float || (!kOnGpu && dtype == ScalarType::Double), op, "expected ", name, " to be ",
+          kOnGpu ? "float32 on a GPU" : "float32 or float64", ", got ", toString(dtype));
   return dtype;
-}
-
-template <typename Function>
-auto with_type(const Tensor& tensor, Function f) {
-#if !defined(TILEWISE_CUDA)
-  if (tensor.scalar_type() == ScalarType::Double) return f(double{});
-#endif
-  return f(float{});
 }
 
 // A number of a call in the type that is computed in, where it must neither become 0 nor infinite.
@@ -68,7 +56,7 @@ void launch_with(const Shape& shape, int64_t bytes, const Function& f) {
 
 #else
 
-// Values are looked at where that does not mean waiting for a device.
+// Values are checked on a CPU alone: on a GPU that would synchronise.
 template <typename Value>
 void check_all(const char* op, int64_t count, const Value& value, const char* name, const char* what) {
   std::atomic<bool> fine{true};

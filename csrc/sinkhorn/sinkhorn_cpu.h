@@ -3,8 +3,8 @@
 
 #include <algorithm>
 
-#include "common/parallel.h"
 #include "sinkhorn/sinkhorn.h"
+#include "transport/parallel.h"
 
 namespace tilewise {
 
@@ -17,13 +17,13 @@ inline int64_t column_shares(int64_t rows) { return std::clamp<int64_t>(rows / 6
 template <typename T>
 bool keeps_kernel(const Pairs<T>& pairs) {
   const int64_t bytes = pairs.rows * padded(pairs.columns) * static_cast<int64_t>(sizeof(T));
-  return pairs.cost == PairCost::kMatrix || bytes <= kKeptBytes;
+  return pairs.is_matrix() || bytes <= kKeptBytes;
 }
 
 // Elements that the points of a problem take: both sides with their features side by side, and squares.
 template <typename T>
 int64_t packed_elements(const Pairs<T>& pairs) {
-  return pairs.cost == PairCost::kMatrix ? 0 : (pairs.features + 1) * (padded(pairs.rows) + padded(pairs.columns));
+  return pairs.is_matrix() ? 0 : (pairs.features + 1) * (padded(pairs.rows) + padded(pairs.columns));
 }
 
 template <typename T>
@@ -38,27 +38,22 @@ int64_t apply_elements(const SinkhornApply<T>& call) {
   return packed_elements(call.pairs) + padded(call.pairs.rows) + (1 + call.weights) * padded(call.pairs.columns);
 }
 
+template <typename T>
 struct SinkhornKernels {
   // One problem, `index` of the batch; scratch has solve_elements.
-  void (*solve_float)(const SinkhornCall<float>&, int64_t index, float* scratch, const Parallel&);
-  void (*solve_double)(const SinkhornCall<double>&, int64_t index, double* scratch, const Parallel&);
-  void (*apply_float)(const SinkhornApply<float>&, int64_t index, float* scratch, const Parallel&);
-  void (*apply_double)(const SinkhornApply<double>&, int64_t index, double* scratch, const Parallel&);
-  void (*plan_float)(const SinkhornApply<float>&, int64_t index, float* scratch, const Parallel&);
-  void (*plan_double)(const SinkhornApply<double>&, int64_t index, double* scratch, const Parallel&);
+  void (*solve)(const SinkhornCall<T>&, int64_t index, T* scratch, const Parallel&);
+  void (*apply)(const SinkhornApply<T>&, int64_t index, T* scratch, const Parallel&);
+  void (*plan)(const SinkhornApply<T>&, int64_t index, T* scratch, const Parallel&);
 };
-TILEWISE_DECLARE_KERNELS(SinkhornKernels, sinkhorn_kernels)
+TILEWISE_DECLARE_KERNELS(ForTypes<SinkhornKernels>, sinkhorn_kernels)
 
-// Problems of at most kSmall x kSmall, as many at a time as a vector has lanes.
+// Problems of at most kSmall x kSmall, as many at a time as a vector has lanes: groups [begin, end) of them.
+template <typename T>
 struct SmallSinkhornKernels {
-  int64_t float_lanes;
-  int64_t double_lanes;
-  void (*solve_float)(const SinkhornCall<float>&, int64_t begin, int64_t end,
-                      const Parallel&);  // groups of problems [begin, end)
-  void (*solve_double)(const SinkhornCall<double>&, int64_t begin, int64_t end, const Parallel&);
-  void (*unroll_float)(const SinkhornUnrolled<float>&, int64_t begin, int64_t end, const Parallel&);
-  void (*unroll_double)(const SinkhornUnrolled<double>&, int64_t begin, int64_t end, const Parallel&);
+  int64_t lanes;
+  void (*solve)(const SinkhornCall<T>&, int64_t begin, int64_t end, const Parallel&);
+  void (*unroll)(const SinkhornUnrolled<T>&, int64_t begin, int64_t end, const Parallel&);
 };
-TILEWISE_DECLARE_KERNELS(SmallSinkhornKernels, small_sinkhorn_kernels)
+TILEWISE_DECLARE_KERNELS(ForTypes<SmallSinkhornKernels>, small_sinkhorn_kernels)
 
 }  // namespace tilewise
