@@ -34,7 +34,7 @@ from .rows import (
     target_of,
 )
 
-LEAST_BYTES, MOST_BYTES, SHARE, LEAST_ROWS, LEAST_CLASSES = 128 << 20, 512 << 20, 22, 64, 256
+MIN_BYTES, MAX_BYTES, SHARE, MIN_ROWS, MIN_CLASSES = 128 << 20, 512 << 20, 22, 64, 256
 STATISTICS = 5  # m, sum of exp(x - m) less m's own 1, W, sum of c (x - m), the target's logit
 FULL_GRID = 512  # programs that fill a large GPU
 
@@ -185,12 +185,12 @@ def fused_forward(out, input, linear_weight, linear_bias, target, options):
         )
 
 
-def lines_at_a_time(count: int, length: int, element_size: int, chunk_bytes: int, least: int) -> int:
+def lines_at_a_time(count: int, length: int, element_size: int, chunk_bytes: int, min_lines: int) -> int:
     """How many of `count` lines of `length` logits are formed at a time, in parts of about equal size."""
     line = max(1, length * element_size)
-    held = chunk_bytes or min(max(count * line // SHARE, LEAST_BYTES), MOST_BYTES)
-    most = min(max(held // line, min(least, count)), count)
-    return triton.cdiv(count, triton.cdiv(count, most))
+    held = chunk_bytes or min(max(count * line // SHARE, MIN_BYTES), MAX_BYTES)
+    lines = min(max(held // line, min(min_lines, count)), count)
+    return triton.cdiv(count, triton.cdiv(count, lines))
 
 
 def form_logits(out, input, linear_weight, linear_bias):
@@ -218,7 +218,7 @@ def forward_with_gradients(out, input, linear_weight, linear_bias, target, optio
     dw = torch.zeros(linear_weight.shape, dtype=input.dtype, device=input.device) if needs_grad[1] else None
     db = input.new_zeros(V) if needs_grad[2] else None
     one = torch.ones_like(out.loss[:1]).squeeze(0) if N else None
-    rows = lines_at_a_time(max(N, 1), V, input.element_size(), chunk_bytes, 1 if chunk_bytes else LEAST_ROWS)
+    rows = lines_at_a_time(max(N, 1), V, input.element_size(), chunk_bytes, 1 if chunk_bytes else MIN_ROWS)
     buffer = input.new_empty(rows, V)
     for begin in range(0, N, rows):
         part = slice(begin, begin + rows)
@@ -261,7 +261,7 @@ def linear_cross_entropy_backward(
     grad_loss, input, linear_weight, target, linear_bias, weight, row_state, total, *, reduction, chunk_bytes,
     input_grad, weight_grad, bias_grad, **options
 ):  # fmt: skip
-    """(grad_input, grad_weight, grad_bias), empty where not wanted, by blocks of classes of all rows."""
+    """(grad_input, grad_weight, grad_bias), empty where not needed, by blocks of classes of all rows."""
     check_logits("linear_cross_entropy_backward", input)
     N, V = len(input), len(linear_weight)
     bias_grad = bias_grad and linear_bias is not None
@@ -270,7 +270,7 @@ def linear_cross_entropy_backward(
     db = input.new_empty(V) if bias_grad else None
     upstream, target, options = upstream_of(grad_loss, None, None), target_of(target, weight), options_of(**options)
     saved = Saved(None, row_state, total if reduction == "mean" else None)
-    width = lines_at_a_time(V, N, input.element_size(), chunk_bytes, LEAST_CLASSES)
+    width = lines_at_a_time(V, N, input.element_size(), chunk_bytes, MIN_CLASSES)
     buffer = input.new_empty(N, width)
     for first in range(0, V, width):
         part = slice(first, first + width)

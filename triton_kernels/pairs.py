@@ -17,7 +17,7 @@ import triton.language as tl
 from .rows import check_float32, finite_max
 
 SMALL = 64  # rows and columns of a problem that one program solves in its registers
-FEWEST_PRODUCTS = 16  # features from which products are worth their cancellation
+MIN_PRODUCTS = 16  # features from which products are worth their cancellation
 FULL_GRID = 264  # programs: two for every multiprocessor of a large GPU
 
 
@@ -166,9 +166,9 @@ class Pairs(NamedTuple):
         rows, columns = (max(16, triton.next_power_of_2(size)) for size in self.shape)
         return {"tile": Tile(self.kind, rows, columns), "num_warps": max(1, rows * columns // (32 * pairs))}
 
-    def tile(self, most_rows=64):
+    def tile(self, max_rows=64):
         """As many rows a program as leave every multiprocessor two programs."""
-        fits = (n for n in (64, 32) if n <= most_rows and self.batch * triton.cdiv(self.tensors.N, n) >= FULL_GRID)
+        fits = (n for n in (64, 32) if n <= max_rows and self.batch * triton.cdiv(self.tensors.N, n) >= FULL_GRID)
         return Tile(self.kind, next(fits, 16), 64, 32 if self.tensors.D > 16 else 16)
 
     def row_programs(self, tile):
@@ -188,6 +188,6 @@ def pairs_of_points(op, x, y, cost):
     batch, n, D = x.shape
     m = y.shape[1]
     kind, squares = COSTS[cost], (None, None)
-    if cost == "sqeuclidean" and D >= FEWEST_PRODUCTS and max(n, m) > SMALL:
+    if cost == "sqeuclidean" and D >= MIN_PRODUCTS and max(n, m) > SMALL:
         kind, squares = "products", ((p * p).sum(2) for p in (x, y))
     return Pairs(kind, batch, PairTensors(x, y, *squares, n, m, n * D, m * D, D, D, D))

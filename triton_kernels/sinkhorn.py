@@ -263,7 +263,7 @@ def solve(pairs, swapped, given, begin, *, max_iter, tol, rho_a=None, rho_b=None
 def apply(pairs, plan, v, h=None, k=None, over_distance=False):
     values, weights = v.shape[2], 0 if h is None else h.shape[2]
     out = v.new_empty(pairs.batch, pairs.tensors.N, values)
-    tile = pairs.tile(most_rows=32)
+    tile = pairs.tile(max_rows=32)
     block_v = 1 if values == 1 else min(32, max(16, triton.next_power_of_2(values)))
     if out.numel():
         with torch.cuda.device_of(v):

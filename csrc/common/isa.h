@@ -30,12 +30,12 @@ inline const char* cpu_isas() {
 inline int cpu_level() {
   static const int level = [] {
     const int best = processor_level();
-    const char* wanted = std::getenv("TILEWISE_CPU_ISA");
-    if (wanted == nullptr) return best;
-    const int asked = std::strlen(wanted) == 2 && wanted[0] == 'v' ? wanted[1] - '0' : 0;
-    if (asked >= 2 && asked <= best) return asked;
+    const char* requested = std::getenv("TILEWISE_CPU_ISA");
+    if (requested == nullptr) return best;
+    const int number = std::strlen(requested) == 2 && requested[0] == 'v' ? requested[1] - '0' : 0;
+    if (number >= 2 && number <= best) return number;
     throw std::runtime_error(std::string("tilewise: expected TILEWISE_CPU_ISA to be one of ") + cpu_isas() +
-                             " on this processor, got '" + wanted + "'");
+                             " on this processor, got '" + requested + "'");
   }();
   return level;
 }

@@ -5,11 +5,13 @@
 
 namespace tilewise {
 
-// Statistics of a row x against coefficients c, all relative to the running maximum m so that nothing
-// cancels at large |x|:  sum = sum e^(x-m),  weight_sum = sum c,  weighted_dot = sum c (x-m),  exp_dot = sum e^(x-m)
-// (x-m). The maximum itself stays out of sum (one of them where several are equal): of a confident row, whose other
-// terms are far below 1, they would keep few digits beside it. weight_sum, weighted_dot and exp_dot stay 0 where nobody
-// asks for them.
+// Statistics of a row x against coefficients c, all relative to the running maximum m so that nothing cancels at large
+// |x|:
+//
+//   sum = sum e^(x-m) - 1    weight_sum = sum c    weighted_dot = sum c (x-m)    exp_dot = sum e^(x-m) (x-m)
+//
+// The maximum's own 1 stays out of sum: of a confident row the other terms are far below 1 and would keep few digits
+// beside it. weight_sum, weighted_dot and exp_dot are 0 where they are not requested.
 template <typename T>
 struct SoftmaxStats {
   T max = -infinity<T>();

@@ -26,7 +26,7 @@ struct Name {
 struct ArgumentName {
   std::string op;
   int64_t index;
-  std::string found = "an argument";
+  std::string name = "an argument";
 
   void def(const char* schema) {
     std::string_view text(schema);
@@ -38,7 +38,7 @@ struct ArgumentName {
       if (argument == "*") argument = text.substr(0, text.find(", "));
       if (place < index) continue;
       argument = argument.substr(0, argument.find_first_of("=)"));
-      found = argument.substr(argument.rfind(' ') + 1);
+      name = argument.substr(argument.rfind(' ') + 1);
       return;
     }
   }
@@ -47,7 +47,7 @@ struct ArgumentName {
 inline std::string argument_name(const char* op, int64_t index) {
   ArgumentName name{op, index};
   define_kernels(name);
-  return name.found;
+  return name.name;
 }
 
 // Every tensor is there, has memory, and lies on the device of the first.

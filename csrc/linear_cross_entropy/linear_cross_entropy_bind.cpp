@@ -1,7 +1,7 @@
 // linear_cross_entropy: cross_entropy of input @ linear_weight^T + linear_bias, block by block of the logits.
 //
-// Forward, by rows: a chunk of logits is formed, the row engine takes its statistics, and where gradients are wanted
-// writes its gradient over it, which enters two more products:
+// Forward, by rows: a chunk of logits is formed, the row engine takes its statistics, and where gradients are
+// needed writes its gradient over it, which enters two more products:
 //
 //   G = d(sum of losses)/d logits    grad_input = G W    grad_weight += G^T X    grad_bias += 1^T G
 //
@@ -35,7 +35,7 @@ struct Layer {
   int64_t chunk_bytes;
 };
 
-struct Wanted {
+struct NeedsGrad {
   bool input, weight, bias;
   bool any() const { return input || weight || bias; }
 };
@@ -62,13 +62,13 @@ Layer checked_layer(const Tensor& input, const Tensor& weight, const std::option
 }
 
 // How many of `count` lines of `length` logits are formed at a time, in parts of about equal size.
-int64_t lines_at_a_time(const Layer& layer, int64_t count, int64_t length, int64_t least) {
+int64_t lines_at_a_time(const Layer& layer, int64_t count, int64_t length, int64_t min_lines) {
   if (count == 0) return 0;
   const int64_t line = std::max<int64_t>(1, length * layer.input.element_size());
   int64_t bytes = layer.chunk_bytes;
   if (bytes == 0) bytes = std::clamp(count * line / kShare, kMinBytes, kMaxBytes);
-  const int64_t most = std::clamp(bytes / line, std::min(least, count), count);
-  const int64_t parts = (count + most - 1) / most;
+  const int64_t lines = std::clamp(bytes / line, std::min(min_lines, count), count);
+  const int64_t parts = (count + lines - 1) / lines;
   return (count + parts - 1) / parts;
 }
 
@@ -91,15 +91,16 @@ Tensor ones(const Tensor& like, int64_t columns) {
   return row;
 }
 
-Gradients new_gradients(const Layer& layer, const Wanted& wanted) {
+Gradients new_gradients(const Layer& layer, const NeedsGrad& needs_grad) {
   const int64_t n = layer.logits.rows, v = layer.logits.columns, d = layer.input.size(1);
   const ScalarType dtype = layer.input.scalar_type();
   // In ordinary pages: the products write them once, and a huge page that the host of a virtual machine has taken back
   // costs more than the products of 64 rows.
-  const auto gradient = [&](bool is_wanted, std::vector<int64_t> shape) {
-    return torch::stable::new_empty(layer.input, is_wanted ? shape : std::vector<int64_t>{0}, dtype);
+  const auto gradient = [&](bool is_needed, std::vector<int64_t> shape) {
+    return torch::stable::new_empty(layer.input, is_needed ? shape : std::vector<int64_t>{0}, dtype);
   };
-  Gradients gradients{gradient(wanted.input, {n, d}), gradient(wanted.weight, {v, d}), gradient(wanted.bias, {v})};
+  Gradients gradients{gradient(needs_grad.input, {n, d}), gradient(needs_grad.weight, {v, d}),
+                      gradient(needs_grad.bias, {v})};
   if (n == 0) {
     torch::stable::zero_(gradients.weight);
     torch::stable::zero_(gradients.bias);
@@ -175,7 +176,7 @@ using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
 
 template <typename T>
 ForwardResult forward_as(const Layer& layer, const Tensor& target, const std::optional<Tensor>& class_weight,
-                         const CrossEntropyOptions& options, const Wanted& wanted) {
+                         const CrossEntropyOptions& options, const NeedsGrad& needs_grad) {
   const int64_t n = layer.logits.rows, v = layer.logits.columns;
   const ScalarType type = statistics_type(layer.input);
   const LossOutputs outputs(layer.input, options.reduction);
@@ -188,25 +189,25 @@ ForwardResult forward_as(const Layer& layer, const Tensor& target, const std::op
   const int64_t rows = lines_at_a_time(layer, n, v, layer.chunk_bytes == 0 ? kMinRows : 1);
   const Tensor buffer = new_output(layer.input, {rows, v}, layer.input.scalar_type());
   const RowProducts products(layer.input, rows, v);
-  const Gradients gradients = new_gradients(layer, wanted);
-  const Tensor one = ones(layer.input, wanted.any() ? std::max<int64_t>(rows, 1) : 1);
+  const Gradients gradients = new_gradients(layer, needs_grad);
+  const Tensor one = ones(layer.input, needs_grad.any() ? std::max<int64_t>(rows, 1) : 1);
   for_blocks(n, rows, [&](int64_t begin, int64_t count) {
     const Tensor input = rows_of(layer.input, begin, count);
     const Tensor chunk = rows_of(buffer, 0, count);
     form_logits(products, chunk, layer, input, 0, v);
     const CrossEntropyForward<T> part = part_of_rows(op, begin, chunk);
     run(part, layer.input, kOp);
-    if (!wanted.any()) return;
+    if (!needs_grad.any()) return;
     CrossEntropyBackward<T> backward = backward_op(part, part.row_state);
     backward.upstream.grad_loss = static_cast<const T*>(one.data_ptr());
     run(part_of_classes(backward, 0, chunk), layer.input, kOp);
-    if (wanted.input) {
+    if (needs_grad.input) {
       const Tensor out = rows_of(gradients.input, begin, count);
       add_product(out, out, chunk, layer.weight, 0.0);
     }
     const double beta = begin == 0 ? 0.0 : 1.0;
-    if (wanted.weight) add_product(gradients.weight, gradients.weight, transposed(chunk), input, beta);
-    if (wanted.bias) {
+    if (needs_grad.weight) add_product(gradients.weight, gradients.weight, transposed(chunk), input, beta);
+    if (needs_grad.bias) {
       const Tensor out = torch::stable::unsqueeze(gradients.bias, 0);
       add_product(out, out, columns_of(one, 0, count), chunk, beta);
     }
@@ -225,40 +226,41 @@ ForwardResult forward(const Tensor& input, const Tensor& linear_weight, const Te
   const DeviceScope scope(input);
   const CrossEntropyOptions options =
       checked_options(ignore_index, label_smoothing, lse_square_scale, softcap, 1.0, reduction, kOp);
-  const bool formed = options.reduction != Reduction::kNone && input.scalar_type() == statistics_type(input);
-  const Wanted wanted{formed && form_input_grad, formed && form_weight_grad,
-                      formed && form_bias_grad && linear_bias.has_value()};
-  return with_statistics(input,
-                         [&](auto zero) { return forward_as<decltype(zero)>(layer, target, weight, options, wanted); });
+  const bool in_forward = options.reduction != Reduction::kNone && input.scalar_type() == statistics_type(input);
+  const NeedsGrad needs_grad{in_forward && form_input_grad, in_forward && form_weight_grad,
+                             in_forward && form_bias_grad && linear_bias.has_value()};
+  return with_statistics(
+      input, [&](auto zero) { return forward_as<decltype(zero)>(layer, target, weight, options, needs_grad); });
 }
 
 template <typename T>
 Gradients backward_as(const Tensor& grad_loss, const Layer& layer, const Tensor& target,
                       const std::optional<Tensor>& class_weight, const Tensor& row_state, const Tensor& total,
-                      const CrossEntropyOptions& options, const Wanted& wanted) {
+                      const CrossEntropyOptions& options, const NeedsGrad& needs_grad) {
   const int64_t n = layer.logits.rows, v = layer.logits.columns;
   const T* state = dense<T>(row_state, {3, n}, statistics_type(layer.input), kOp, "row_state");
   CrossEntropyBackward<T> op = backward_op(forward_op<T>(layer, target, class_weight, options), state);
   op.upstream = upstream_of<T>(grad_loss, layer.input, nullptr, total, options.reduction, kOp);
-  const Gradients gradients = new_gradients(layer, wanted);
-  if (n == 0 || !wanted.any()) return gradients;
+  const Gradients gradients = new_gradients(layer, needs_grad);
+  if (n == 0 || !needs_grad.any()) return gradients;
 
   const int64_t classes = lines_at_a_time(layer, v, n, kMinClasses);
   const Tensor buffer = new_output(layer.input, {n, classes}, layer.input.scalar_type());
   const RowProducts products(layer.input, n, classes);
-  const Tensor one = ones(layer.input, wanted.bias ? n : 1);
+  const Tensor one = ones(layer.input, needs_grad.bias ? n : 1);
   std::optional<ProductSum> input_gradient;
-  if (wanted.input) input_gradient.emplace(gradients.input);
+  if (needs_grad.input) input_gradient.emplace(gradients.input);
   for_blocks(v, classes, [&](int64_t first, int64_t width) {
     const Tensor block = columns_of(buffer, 0, width);
     form_logits(products, block, layer, layer.input, first, width);
     run(part_of_classes(op, first, block), layer.input, kOp);
-    if (wanted.input) input_gradient->add(block, rows_of(layer.weight, first, width), first == 0, first + width == v);
-    if (wanted.weight) {
+    if (needs_grad.input)
+      input_gradient->add(block, rows_of(layer.weight, first, width), first == 0, first + width == v);
+    if (needs_grad.weight) {
       const Tensor out = rows_of(gradients.weight, first, width);
       add_product(out, out, transposed(block), layer.input, 0.0);
     }
-    if (wanted.bias) {
+    if (needs_grad.bias) {
       const Tensor out = torch::stable::unsqueeze(rows_of(gradients.bias, first, width), 0);
       add_product(out, out, one, block, 0.0);
     }
@@ -277,9 +279,9 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_loss, const Tenso
   const DeviceScope scope(input);
   const CrossEntropyOptions options =
       checked_options(ignore_index, label_smoothing, lse_square_scale, softcap, 1.0, reduction, kOp);
-  const Wanted wanted{input_grad, weight_grad, bias_grad && linear_bias.has_value()};
+  const NeedsGrad needs_grad{input_grad, weight_grad, bias_grad && linear_bias.has_value()};
   const Gradients gradients = with_statistics(input, [&](auto zero) {
-    return backward_as<decltype(zero)>(grad_loss, layer, target, weight, row_state, total, options, wanted);
+    return backward_as<decltype(zero)>(grad_loss, layer, target, weight, row_state, total, options, needs_grad);
   });
   return {gradients.input, gradients.weight, gradients.bias};
 }

@@ -115,7 +115,7 @@ struct MalaShares {
 };
 
 // parts (lines, count, width) become the sums of the parts before each, or after each, plus start (lines, width); total
-// (lines, width) is the sum of all and start. Where total alone is wanted the parts stay as they are.
+// (lines, width) is the sum of all and start. With total_only the parts stay as they are.
 struct MalaScan {
   float* parts = nullptr;
   const float* start = nullptr;

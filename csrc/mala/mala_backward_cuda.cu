@@ -6,14 +6,14 @@ namespace tilewise {
 namespace {
 
 // Shared memory of a block on every GPU from sm_80 on.
-constexpr size_t kLeastShared = 99 << 10;
+constexpr size_t kMinShared = 99 << 10;
 
 __host__ __device__ __forceinline__ size_t query_gradient_bytes(int64_t tiles_of_w) {
   return (5 + static_cast<size_t>(tiles_of_w)) * kC * kD * sizeof(float) + 5 * kC * sizeof(float);
 }
 
 __host__ __device__ __forceinline__ bool keeps_w(const MalaCall& call) {
-  return query_gradient_bytes((call.features + kD - 1) / kD) <= kLeastShared;
+  return query_gradient_bytes((call.features + kD - 1) / kD) <= kMinShared;
 }
 
 // A block per chunk of queries of a head. W = dL/dphi, before what the magnitudes add, is kept for the second walk over

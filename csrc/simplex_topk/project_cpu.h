@@ -203,39 +203,39 @@ struct Largest {
 template <typename T, typename LowOf>
 static Largest<T> keep_largest(const ProjectScratch<T>& scratch, int64_t size, const T* x, const T* minus, int64_t k,
                                const LowOf& low_of, T& hint) {
-  Largest<T> found{0, -infinity<T>(), quiet_nan<T>()};
+  Largest<T> largest{0, -infinity<T>(), quiet_nan<T>()};
   Bracket<T> bracket{hint, quiet_nan<T>(), 0, 0};
   bool there = false;
   if (hint == hint) {
-    found.count = gather_above(size, x, minus, hint, scratch.values, scratch.where, found.top);
-    found.low = low_of(found.top);
-    int wrong = !(found.top < infinity<T>());
-    for (int64_t i = 0; i < found.count; ++i) wrong |= scratch.values[i] != scratch.values[i];
-    there = !wrong && (found.count >= k || !(hint > found.low));
+    largest.count = gather_above(size, x, minus, hint, scratch.values, scratch.where, largest.top);
+    largest.low = low_of(largest.top);
+    int wrong = !(largest.top < infinity<T>());
+    for (int64_t i = 0; i < largest.count; ++i) wrong |= scratch.values[i] != scratch.values[i];
+    there = !wrong && (largest.count >= k || !(hint > largest.low));
   }
   if (!there) {
     const Range<T> range = stage(size, x, minus, scratch.scores);
     if (!is_usable(range)) return {0, quiet_nan<T>(), quiet_nan<T>()};
-    found = {0, range.top, low_of(range.top)};
+    largest = {0, range.top, low_of(range.top)};
     const int64_t padded = pad(scratch.scores, size);
-    bracket = {found.low, range.top, size, 0};
-    if (!(range.bottom > found.low)) count_above<T, 1>(scratch.scores, padded, &found.low, &bracket.inside);
+    bracket = {largest.low, range.top, size, 0};
+    if (!(range.bottom > largest.low)) count_above<T, 1>(scratch.scores, padded, &largest.low, &bracket.inside);
     narrow(scratch.scores, padded, k, k + (k > 128 ? k / 2 : 64), bracket);
     T top = range.top;
-    found.count = gather_above<T>(padded, scratch.scores, nullptr, bracket.low, scratch.values, scratch.where, top);
+    largest.count = gather_above<T>(padded, scratch.scores, nullptr, bracket.low, scratch.values, scratch.where, top);
   } else {
-    bracket = {hint, found.top, found.count, 0};
-    if (!(hint > found.low)) {
-      bracket.low = found.low;
-      count_above<T, 1>(scratch.values, pad(scratch.values, found.count), &found.low, &bracket.inside);
+    bracket = {hint, largest.top, largest.count, 0};
+    if (!(hint > largest.low)) {
+      bracket.low = largest.low;
+      count_above<T, 1>(scratch.values, pad(scratch.values, largest.count), &largest.low, &bracket.inside);
     }
   }
-  if (bracket.inside > k) narrow(scratch.values, pad(scratch.values, found.count), k, k, bracket);
-  hint = bracket.low - (found.top - bracket.low) / 4;
-  if (found.count <= k && bracket.inside == found.count) return found;
+  if (bracket.inside > k) narrow(scratch.values, pad(scratch.values, largest.count), k, k, bracket);
+  hint = bracket.low - (largest.top - bracket.low) / 4;
+  if (largest.count <= k && bracket.inside == largest.count) return largest;
   const bool ties = bracket.inside > k;  // all in (low, high] are high
   int64_t equal = k - bracket.above, kept = 0;
-  for (int64_t i = 0; i < found.count; ++i) {
+  for (int64_t i = 0; i < largest.count; ++i) {
     const T value = scratch.values[i];
     bool keep = value > (ties ? bracket.high : bracket.low);
     if (ties && value == bracket.high) keep = equal-- > 0;
@@ -243,8 +243,8 @@ static Largest<T> keep_largest(const ProjectScratch<T>& scratch, int64_t size, c
     scratch.where[kept] = scratch.where[i];
     kept += keep;
   }
-  found.count = kept;
-  return found;
+  largest.count = kept;
+  return largest;
 }
 
 // tau - top, with sum [v - tau]_+ = total, by Newton's steps from below, where all are above it. Fewer count at every

@@ -13,15 +13,15 @@ void forward(const SimplexTopk<T>& call, const ProjectScratch<T>& scratch, int64
     const T* x = call.x + row * call.columns;
     T* out = call.out + row * call.columns;
     const auto low_of = [&](T top) { return lowest(top, call.scale); };
-    const Largest<T> found = keep_largest<T>(scratch, call.columns, x, nullptr, call.k, low_of, hint);
-    if (found.top != found.top) {
+    const Largest<T> largest = keep_largest<T>(scratch, call.columns, x, nullptr, call.k, low_of, hint);
+    if (largest.top != largest.top) {
       for (int64_t i = 0; i < call.columns; ++i) out[i] = quiet_nan<T>();
       continue;
     }
-    const T below = threshold(scratch.values, found.count, call.scale, found.top);
+    const T below = threshold(scratch.values, largest.count, call.scale, largest.top);
     std::memset(out, 0, sizeof(T) * call.columns);
-    for (int64_t i = 0; i < found.count; ++i) {
-      const T p = scratch.values[i] - found.top - below;
+    for (int64_t i = 0; i < largest.count; ++i) {
+      const T p = scratch.values[i] - largest.top - below;
       out[scratch.where[i]] = p > 0 ? p : T(0);
     }
   }

@@ -16,6 +16,7 @@ namespace tilewise {
 // z is given.
 struct MatrixCost {
   static constexpr const char* kName = "matrix";
+  static constexpr bool kByProducts = false;
   template <typename T>
   static TILEWISE_METHOD T slope(T p, T) {
     return p;
@@ -70,16 +71,10 @@ using PairCosts = CostList<MatrixCost, SquaredEuclidean, Euclidean>;
 template <typename Cost>
 inline constexpr bool kIsMatrix = std::is_same_v<Cost, MatrixCost>;
 
-template <typename Cost>
-constexpr bool by_products() {
-  if constexpr (kIsMatrix<Cost>) {
-    return false;
-  } else {
-    return Cost::kByProducts;
-  }
-}
-
-// Calls f with the cost at a place of the list.
+// Calls f, of the host or the device, with the cost at a place of the list.
+#if defined(__CUDACC__)
+#pragma nv_exec_check_disable
+#endif
 template <typename Function, typename First, typename... More>
 TILEWISE_FN auto with_cost(int32_t place, const Function& f, CostList<First, More...>) {
   if constexpr (sizeof...(More) > 0) {
@@ -88,6 +83,9 @@ TILEWISE_FN auto with_cost(int32_t place, const Function& f, CostList<First, Mor
   return f(First{});
 }
 
+#if defined(__CUDACC__)
+#pragma nv_exec_check_disable
+#endif
 template <typename Function>
 TILEWISE_FN auto with_cost(int32_t place, const Function& f) {
   return with_cost(place, f, PairCosts{});

@@ -95,9 +95,9 @@ __device__ __forceinline__ void load_pairs(const Pairs<float>& pairs, int64_t pr
     const int64_t features = pairs.features;
     const float* x = pairs.x + (problem * pairs.rows + row) * features;
     const float* y = pairs.y + (problem * pairs.columns + column) * features;
-    using Feature = std::conditional_t<by_products<Cost>(), InnerProduct, Cost>;
+    using Feature = std::conditional_t<Cost::kByProducts, InnerProduct, Cost>;
     add_features<Feature>(x, y, rows_left, columns_left, features, shared, z);
-    if constexpr (!by_products<Cost>()) {
+    if constexpr (!Cost::kByProducts) {
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
 #pragma unroll
@@ -109,7 +109,7 @@ __device__ __forceinline__ void load_pairs(const Pairs<float>& pairs, int64_t pr
 
 template <typename Cost>
 __device__ __forceinline__ float factor_of(float inverse) {
-  return by_products<Cost>() ? 2.0f * inverse : -inverse;
+  return Cost::kByProducts ? 2.0f * inverse : -inverse;
 }
 
 // Of one side: potentials, squares or null, marginal or null (ones).

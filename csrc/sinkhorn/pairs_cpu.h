@@ -64,8 +64,7 @@ struct View {
   }
 
   bool by_products() const {
-    return features >= kMinProducts &&
-           with_cost(cost, [](auto cost) { return tilewise::by_products<decltype(cost)>(); });
+    return features >= kMinProducts && with_cost(cost, [](auto cost) { return decltype(cost)::kByProducts; });
   }
   T factor(T epsilon) const { return (by_products() ? T(2) : T(-1)) / epsilon; }
   T shift(const Side<T>& side, int64_t i, T epsilon) const { return by_products() ? side.squares[i] / epsilon : T(0); }

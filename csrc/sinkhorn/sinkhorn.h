@@ -118,7 +118,7 @@ bool is_small(const Pairs<T>& pairs) {
   return pairs.rows <= kSmall && pairs.columns <= kSmall;
 }
 
-constexpr int64_t kMostUnrolled = 10'000;  // iterations that are differentiated, all of which are kept
+constexpr int64_t kMaxUnrolled = 10'000;  // iterations that are differentiated, all of which are kept
 
 template <typename T>
 TILEWISE_FN T damping(T rho, T epsilon) {

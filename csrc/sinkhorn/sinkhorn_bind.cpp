@@ -322,7 +322,7 @@ Tensor sinkhorn_points_apply(const Tensor& x, const Tensor& y, const std::option
 
 Shape unrolled_shape(const Tensor& cost, int64_t max_iter, const char* op) {
   const Shape shape = shape_of_matrix(cost, op);
-  require(max_iter >= 1 && max_iter <= kMostUnrolled, op, "expected max_iter to be in [1, ", kMostUnrolled, "], got ",
+  require(max_iter >= 1 && max_iter <= kMaxUnrolled, op, "expected max_iter to be in [1, ", kMaxUnrolled, "], got ",
           max_iter);
   require(shape.rows <= kSmall && shape.columns <= kSmall, op, "expected cost to have at most ", kSmall,
           " rows and columns, got shape ", shape_of(cost));

@@ -179,7 +179,7 @@ class SinkhornLaunches {
   };
 
   static bool wants_squares(const Pairs<float>& pairs) {
-    return with_cost(pairs.cost, [](auto cost) { return by_products<decltype(cost)>(); });
+    return with_cost(pairs.cost, [](auto cost) { return decltype(cost)::kByProducts; });
   }
   static int64_t squares_floats(const Pairs<float>& pairs) {
     return wants_squares(pairs) ? pairs.batch * (pairs.rows + pairs.columns) : 0;

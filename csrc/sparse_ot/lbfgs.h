@@ -25,7 +25,7 @@ struct LbfgsNumbers {
   double step;
   double low;
   double high;
-  double least;  // error so far
+  double min_error;  // error so far
   int64_t n_iter;
   int32_t newest;
   int32_t pairs;
@@ -89,7 +89,7 @@ TILEWISE_FN void lbfgs_step(const Team& team, const Lbfgs<T>& p, double value, d
   LbfgsNumbers now = *p.numbers;
   bool taken = true;
   if (now.n_iter++ == 0) {
-    now.least = error;
+    now.min_error = error;
   } else {
     const double slope = lbfgs_dot(team, p.size, p.there, p.direction);
     const double noise = 4.0 * p.unit * (now.value < 0 ? -now.value : now.value);
@@ -100,9 +100,9 @@ TILEWISE_FN void lbfgs_step(const Team& team, const Lbfgs<T>& p, double value, d
     if (!fits) now.high = now.step;
     if (fits && steep) now.low = now.step;
     if (taken) {
-      const bool progress = now.value - value > noise || error < 0.5 * now.least;
+      const bool progress = now.value - value > noise || error < 0.5 * now.min_error;
       now.stalled = progress ? 0 : now.stalled + 1;
-      if (error < now.least) now.least = error;
+      if (error < now.min_error) now.min_error = error;
       const int next = (now.newest + 1) % kHistory;
       T* step = p.steps + next * p.size;
       T* change = p.changes + next * p.size;

@@ -68,8 +68,8 @@ void run(const SparseOtCall<float>& call, const Problems& of) {
 
 // Workers of one problem: one where problems lie beside each other, or where there is little to do.
 int64_t workers_of(const Problems& of) {
-  constexpr int64_t kLeast = 1 << 17;  // costs: fewer take less time than threads need to meet where cores are busy
-  const bool alone = of.rows * of.columns < kLeast;
+  constexpr int64_t kMinCosts = 1 << 17;  // costs: fewer take less time than threads need to meet where cores are busy
+  const bool alone = of.rows * of.columns < kMinCosts;
   return alone || of.batch >= static_cast<int64_t>(torch::stable::get_num_threads()) ? 1
                                                                                      : std::min(of.columns, kWorkers);
 }

@@ -138,7 +138,7 @@ struct Evaluation {
 
 double relative(double error, double mass) { return mass > 0 ? error / mass : 0.0; }
 
-// At the potentials that `problem` points to. `a` and `b` are the problem's; `off`, if wanted, the columns' sums less
+// At the potentials that `problem` points to. `a` and `b` are the problem's; `off`, if not null, the columns' sums less
 // b.
 template <typename T>
 Evaluation judge(const SparseColumns<T>& problem, const int64_t* counts, const T* a, const T* b, T* off) {
@@ -218,10 +218,10 @@ void solve_kernel(const SparseOtCall<T>& call, int64_t index, T* scratch, int64_
     if (dual) problem.level = search.trial + rows;
     while (numbers.going && numbers.n_iter < call.max_iter && !parallel.interrupted()) {
       solve_columns(problem, known, scratch, workers, parallel);
-      const Evaluation found = judge(problem, counts, a, b, dual ? there + rows : nullptr);
+      const Evaluation evaluation = judge(problem, counts, a, b, dual ? there + rows : nullptr);
       for (int64_t i = 0; i < rows; ++i) there[i] -= a[i];
       without_null(Alone{}, there, rows, size);
-      lbfgs_step(Alone{}, search, found.value, found.error(dual), static_cast<double>(call.tol));
+      lbfgs_step(Alone{}, search, evaluation.value, evaluation.error(dual), static_cast<double>(call.tol));
     }
     n_iter = numbers.n_iter;
     if (dual) problem.level = x + rows;
@@ -232,10 +232,10 @@ void solve_kernel(const SparseOtCall<T>& call, int64_t index, T* scratch, int64_
   problem.margin = call.columns.margin + index * columns;
   solve_columns(problem, known, scratch, workers, parallel);
   fill_up(problem, counts);
-  const Evaluation found = judge(problem, counts, a, b, static_cast<T*>(nullptr));
-  call.value[index] = static_cast<T>(-found.value);
-  call.row_error[index] = static_cast<T>(found.row_error);
-  call.column_error[index] = static_cast<T>(found.column_error);
+  const Evaluation evaluation = judge(problem, counts, a, b, static_cast<T*>(nullptr));
+  call.value[index] = static_cast<T>(-evaluation.value);
+  call.row_error[index] = static_cast<T>(evaluation.row_error);
+  call.column_error[index] = static_cast<T>(evaluation.column_error);
   call.n_iter[index] = n_iter;
 }
 

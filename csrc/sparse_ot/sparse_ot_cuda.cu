@@ -181,18 +181,18 @@ __global__ void __launch_bounds__(kSearch, 1) sparse_step_kernel(const __grid_co
   if (ended(search, problem)) return;
   const Team team(dynamic_shared());
   const Lbfgs<float> p = lbfgs_of(search, problem);
-  const Errors found = judge(team, search, problem, p.trial, p.there);
+  const Errors errors = judge(team, search, problem, p.trial, p.there);
   team.each(rows, [&](int64_t i) { p.there[i] -= search.call.a[problem * rows + i]; });
-  double error = found.row_error;
+  double error = errors.row_error;
   if (search.call.columns.dual) {
-    error = found.column_error > error ? found.column_error : error;
+    error = errors.column_error > error ? errors.column_error : error;
     team.each(columns, [&](int64_t j) {
       const int64_t at = problem * columns + j;
       p.there[rows + j] = static_cast<float>(search.cuts[at].mass - search.call.b[at]);
     });
   }
   without_null(team, p.there, rows, p.size);
-  lbfgs_step(team, p, found.value, error, static_cast<double>(search.call.tol));
+  lbfgs_step(team, p, errors.value, error, static_cast<double>(search.call.tol));
 }
 
 // The accepted potentials to where the result is.
@@ -210,11 +210,11 @@ __global__ void __launch_bounds__(kSearch)
     sparse_finish_kernel(const __grid_constant__ SparseSearch search, const float* row_sums) {
   const int64_t problem = blockIdx.x, rows = search.call.columns.rows;
   const Team team(dynamic_shared());
-  const Errors found = judge(team, search, problem, search.call.alpha + problem * rows, row_sums + problem * rows);
+  const Errors errors = judge(team, search, problem, search.call.alpha + problem * rows, row_sums + problem * rows);
   if (!team.first()) return;
-  search.call.value[problem] = static_cast<float>(-found.value);
-  search.call.row_error[problem] = static_cast<float>(found.row_error);
-  search.call.column_error[problem] = static_cast<float>(found.column_error);
+  search.call.value[problem] = static_cast<float>(-errors.value);
+  search.call.row_error[problem] = static_cast<float>(errors.row_error);
+  search.call.column_error[problem] = static_cast<float>(errors.column_error);
   const bool adam = search.call.method == SparseMethod::kAdam;
   search.call.n_iter[problem] = adam ? search.call.max_iter : search.numbers[problem].n_iter;
 }

@@ -10,7 +10,7 @@ class Parallel {
  public:
   // Calls f(begin, end) over parts of [0, count), on one thread or on several; not over all of them once interrupted.
   virtual void operator()(int64_t count, const std::function<void(int64_t begin, int64_t end)>& f) const = 0;
-  // Whether nobody will look at the result (interrupt.h).
+  // Whether the call was interrupted and its result is of no use (interrupt.h).
   virtual bool interrupted() const = 0;
 
  protected:
