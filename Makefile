@@ -55,7 +55,8 @@ format: venv ## let ruff and clang-format change the files
 test: build native lint ## lint and run every test that needs no GPU
 	@$(MAKE) --no-print-directory --jobs 2 test-triton test-cpu
 
-# Side by side: the interpreter, and most other tests, keep one core busy.
+# Side by side: the interpreter, and most other tests, keep one core busy. Threads that wait leave it to the others.
+test-cpu test-triton: export OMP_WAIT_POLICY = PASSIVE
 test-cpu:
 	@$(PY) -m pytest -x -q tests
 	@for isa in $$($(PY) -c 'from tilewise import loading; print(*loading.cpu_isas()[:-1])'); do \
@@ -82,7 +83,8 @@ sanitize: venv ## the contract and the fuzzer on a CPU library with AddressSanit
 	@ln -sfn $(CURDIR)/triton_kernels $(filter-out %/lib,$(wildcard $(CURDIR)/pysrc/*)) $(SANITIZED)/tilewise
 	@$(SANITIZED_PY) -m pytest -x -q -p no:cacheprovider -m "contract and not slow" \
 		-k "not 50257 and not 20011 and not memory and not compile" tests
-	@$(SANITIZED_PY) tests/fuzz.py --memory 0 --calls $(FUZZ_CALLS)
+	@$(SANITIZED_PY) -W ignore tests/fuzz.py --memory 0 --sweep
+	@$(SANITIZED_PY) -W ignore tests/fuzz.py --memory 0 --calls $(FUZZ_CALLS)
 
 bench: build ## benchmarks on this machine, and the language model trained both ways
 	@$(PY) bench/run.py
