@@ -26,6 +26,7 @@ $(VENV)/requirements.stamp: requirements/build.txt requirements/dev.txt
 	@$(PY) $(PIP_INSTALL) -r requirements/dev.txt
 	@touch $@
 
+build: export NVCC_APPEND_FLAGS = -Werror=all-warnings
 build: $(VENV)/build.stamp ## compile csrc/ and install tilewise editable
 $(VENV)/build.stamp: $(VENV)/requirements.stamp $(SOURCES)
 	@echo "building tilewise"

@@ -171,8 +171,9 @@ def worker(rank, function, world, folder):
 FUNCTIONS = (compare, train_with_ddp, train_with_sampled_gradients, refuse_uneven, assign, route)
 
 
-@pytest.mark.parametrize("world", [2, 3])
-@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "function, world", [(compare, 2), *((f, 3) for f in FUNCTIONS)], ids=lambda v: str(getattr(v, "__name__", v))
+)
 def test_processes(function, world, tmp_path):
     context = mp.get_context("spawn")
     processes = [context.Process(target=worker, args=(rank, function, world, tmp_path)) for rank in range(world)]
