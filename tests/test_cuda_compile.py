@@ -25,9 +25,7 @@ def test_no_spills_and_few_registers():
     pattern, kernels = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+).*? LOCAL:(\d+)"), 0
     for part in report.split("arch = sm_")[1:]:
         arch = re.match(r"\d+", part)[0]
-        for name, registers, stack, local in re.findall(
-            r"Function (\S+):\s+REG:(\d+) STACK:(\d+).*? LOCAL:(\d+)", part
-        ):
+        for name, registers, stack, local in pattern.findall(part):
             assert (stack, local) == ("0", "0"), f"{name} spills on sm_{arch}"
             limit = min([most for kind, most in LIMITS.items() if kind in name], default=MOST)
             assert int(registers) <= limit, f"{name} uses {registers} registers on sm_{arch}, more than {limit}"

@@ -171,9 +171,10 @@ def worker(rank, function, world, folder):
 FUNCTIONS = (compare, train_with_ddp, train_with_sampled_gradients, refuse_uneven, assign, route)
 
 
-@pytest.mark.parametrize(
-    "function, world", [(compare, 2), *((f, 3) for f in FUNCTIONS)], ids=lambda v: str(getattr(v, "__name__", v))
-)
+RUNS = [(compare, 2)] + [(function, 3) for function in FUNCTIONS]
+
+
+@pytest.mark.parametrize("function, world", RUNS, ids=[f"{function.__name__}-{world}" for function, world in RUNS])
 def test_processes(function, world, tmp_path):
     context = mp.get_context("spawn")
     processes = [context.Process(target=worker, args=(rank, function, world, tmp_path)) for rank in range(world)]
