@@ -72,7 +72,8 @@ test-triton:
 	@TILEWISE_BACKEND=triton TRITON_INTERPRET=1 $(PY) -m pytest -x -q -m contract tests
 
 SANITIZED := build/sanitize/package
-# -print-file-name: Python itself is not built with sanitizers, so their libraries are loaded before it.
+# Python itself is not built with sanitizers: their libraries are loaded before it. Their build has no vectors, so one
+# long sum, whose rounding a test of squares_beyond_the_type knows, is longer than in any other.
 SANITIZED_PY = PYTHONPATH=$(CURDIR)/$(SANITIZED) OMP_NUM_THREADS=1 \
 	LD_PRELOAD=$$(for name in asan ubsan stdc++; do c++ -print-file-name=lib$$name.so; done | paste -sd:) \
 	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:detect_odr_violation=0 \
@@ -83,7 +84,7 @@ sanitize: venv ## the contract and the fuzzer on a CPU library with AddressSanit
 	@TILEWISE_CUDA=0 TILEWISE_SANITIZE=1 $(PY) setup.py -q build_ext --build-temp build/sanitize/cmake --build-lib $(SANITIZED)
 	@ln -sfn $(CURDIR)/triton_kernels $(filter-out %/lib,$(wildcard $(CURDIR)/pysrc/*)) $(SANITIZED)/tilewise
 	@$(SANITIZED_PY) -m pytest -x -q -p no:cacheprovider -m "contract and not slow" \
-		-k "not 50257 and not 20011 and not memory and not compile" tests
+		-k "not 50257 and not 20011 and not memory and not compile and not squares_beyond" tests
 	@$(SANITIZED_PY) -W ignore tests/fuzz.py --memory 0 --sweep
 	@$(SANITIZED_PY) -W ignore tests/fuzz.py --memory 0 --calls $(FUZZ_CALLS)
 
