@@ -1,8 +1,8 @@
 """Tiles of pairs of one transport problem, of a matrix or of points; csrc/sinkhorn/sinkhorn.h has the formulas.
 
-Scores of a tile (BLOCK_N, BLOCK_M) are factor z + offset_i + offset_j, and a side's offset is (potential - s) / epsilon +
-log marginal. z is a matrix, or a cost of points from their differences, which cancel nothing; squares of many features
-come from products:
+Scores of a tile (BLOCK_N, BLOCK_M) are factor z + offset_i + offset_j, and a side's offset is
+(potential - s) / epsilon + log marginal. z is a matrix, or a cost of points from their differences, which cancel
+nothing; squares of many features come from products:
 
     matrix  z = C    cost  z = finish(sum over features of what accumulates)    factor = -1/epsilon, s = 0
     products  z = <x, y>                                                        factor = 2/epsilon, s = |x|^2

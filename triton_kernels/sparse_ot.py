@@ -65,9 +65,9 @@ def sparse_rows_kernel(
 
 
 class Lists(NamedTuple):
-    """Of every column: its k values and their rows, and how far the next score was from being among them."""
+    """Of every column: its k entries (a Triton tuple has .values of its own), their rows, and its margin."""
 
-    values: torch.Tensor
+    entries: torch.Tensor
     indices: torch.Tensor
     margin: torch.Tensor
 
@@ -91,13 +91,13 @@ def sparse_lists_kernel(
         kept_count += tl.sum(kept.to(tl.int32), 0)
         used = (mass > 0).to(tl.int32)
         to = at * k + count + tl.cumsum(used, 0) - 1
-        tl.store(lists.values + to, mass, mask=used != 0)
+        tl.store(lists.entries + to, mass, mask=used != 0)
         tl.store(lists.indices + to, i.to(tl.int64), mask=used != 0)
         count += tl.sum(used, 0)
     for begin in range(0, k, BLOCK):
         i = begin + tl.arange(0, BLOCK)
         left = (i >= count) & (i < k)
-        tl.store(lists.values + at * k + i, tl.zeros([BLOCK], tl.float32), mask=left)
+        tl.store(lists.entries + at * k + i, tl.zeros([BLOCK], tl.float32), mask=left)
         tl.store(lists.indices + at * k + i, tl.zeros([BLOCK], tl.int64), mask=left)
     after = tl.max(following, 0)
     cut = (kept_count == k) & (after > -tl.load(beta_ptr + at))

@@ -7,6 +7,22 @@
 
 namespace tilewise {
 
+// Over kLanes neighbouring lanes of a warp: the same for all of them, combined in a fixed order.
+template <int kLanes, typename T, typename Combine>
+__device__ __forceinline__ T over_lanes(T value, const Combine& combine) {
+#pragma unroll
+  for (int lanes = kLanes / 2; lanes > 0; lanes /= 2)
+    value = combine(value, __shfl_xor_sync(0xffffffffu, value, lanes));
+  return value;
+}
+
+struct Plus {
+  template <typename T>
+  __device__ __forceinline__ T operator()(T a, T b) const {
+    return a + b;
+  }
+};
+
 class Team {
  public:
   static constexpr int kMostWarps = 32;
@@ -27,9 +43,7 @@ class Team {
   // The same for all, combined in a fixed order.
   template <typename T, typename Combine>
   __device__ __forceinline__ T all(T value, const Combine& combine) const {
-#pragma unroll
-    for (int lanes = kWarp / 2; lanes > 0; lanes /= 2)
-      value = combine(value, __shfl_xor_sync(0xffffffffu, value, lanes));
+    value = over_lanes<kWarp>(value, combine);
     if (blockDim.x == kWarp) return value;
     T* of_warps = static_cast<T*>(shared_);
     if (threadIdx.x % kWarp == 0) of_warps[threadIdx.x / kWarp] = value;
@@ -42,7 +56,7 @@ class Team {
 
   template <typename T>
   __device__ __forceinline__ T all_sum(T value) const {
-    return all(value, [](T a, T b) { return a + b; });
+    return all(value, Plus{});
   }
 
   // The sum over the threads before this one; `total` becomes that of all.

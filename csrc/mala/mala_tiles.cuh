@@ -2,8 +2,8 @@
 // is and the tokens and sums that it sees.
 #pragma once
 
-#include "common/launch.cuh"
 #include "common/math.h"
+#include "common/team.cuh"
 #include "mala/mala.h"
 #include "rows/rows.cuh"
 
@@ -176,8 +176,7 @@ __device__ __forceinline__ void add_row_dots(const float* a, const float* b, int
   const int row = threadIdx.x / 8, lane = threadIdx.x % 8;
   float sum = 0.0f;
   for (int j = lane; j < columns; j += 8) sum += a[row * columns + j] * b[row * columns + j];
-#pragma unroll
-  for (int offset = 4; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+  sum = over_lanes<8>(sum, Plus{});
   if (lane == 0) out[row] += sum;
 }
 

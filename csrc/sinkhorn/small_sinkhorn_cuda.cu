@@ -3,7 +3,7 @@
 // A problem has min(K, 32) lanes of a warp, K the power of two from 4 on that holds its rows and columns; lane l has
 // the lines (a row and a column) l and l + 32. Costs lie in shared memory with a pitch of K + 1, so that rows and
 // columns are both read without conflicts; a lane reads its row, then its column, and the other side's potentials.
-#include "common/launch.cuh"
+#include "common/team.cuh"
 #include "sinkhorn/sinkhorn_launch.h"
 
 namespace tilewise {
@@ -79,11 +79,7 @@ class Group {
   }
 
   // Sum of one number of every lane.
-  __device__ float sum(float value) const {
-#pragma unroll
-    for (int lanes = Shape<K>::kLanes / 2; lanes > 0; lanes /= 2) value += __shfl_xor_sync(0xffffffffu, value, lanes);
-    return value;
-  }
+  __device__ float sum(float value) const { return over_lanes<Shape<K>::kLanes>(value, Plus{}); }
   __device__ float sum(const Lines<kLines>& lines) const {
     float total = 0.0f;
     each_line([&](int u, int) { total += lines.value[u]; });
