@@ -40,7 +40,7 @@ FULL_GRID = 512  # programs that fill a large GPU
 
 
 class Vector(NamedTuple):
-    ptr: torch.Tensor
+    ptr: torch.Tensor | None
     stride: int
 
 
@@ -97,7 +97,7 @@ def linear_cross_entropy_forward_kernel(
                 a = a.to(tl.float32)
                 b = b.to(tl.float32)
             product = tl.dot(a, b, product, input_precision="ieee")
-        if bias is not None:
+        if bias.ptr is not None:
             product += tl.load(bias.ptr + cols * bias.stride, mask=cols < V, other=0.0).to(tl.float32)[None, :]
         raw = product.to(input.ptr.dtype.element_ty)
         x = tl.where(inside, effective_logit(raw, None, opts.softcap), float("-inf"))
@@ -174,7 +174,7 @@ def fused_forward(out, input, linear_weight, linear_bias, target, options):
     tiles_per_share = triton.cdiv(tiles, max(1, FULL_GRID // groups))
     shares = triton.cdiv(tiles, tiles_per_share)
     statistics = out.loss.new_empty((shares, STATISTICS, N))
-    bias = None if linear_bias is None else Vector(linear_bias, linear_bias.stride(0))
+    bias = Vector(linear_bias, 0 if linear_bias is None else linear_bias.stride(0))
     with torch.cuda.device_of(input):
         linear_cross_entropy_forward_kernel[(groups, shares)](
             matrix_of(input), matrix_of(linear_weight), bias, target, statistics, N, V, D, tiles_per_share, options,

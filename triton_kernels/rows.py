@@ -364,7 +364,7 @@ def reduce_rows_kernel(
     for start in range(0, N, BLOCK):
         rows = tl.cast(start, tl.int64) + tl.arange(0, BLOCK)
         in_rows = rows < N
-        if target is None:
+        if target.ptr is None:
             total += tl.where(in_rows, 1.0, 0.0)
         else:
             y, kept, known = class_target(target, rows, in_rows, ignore_index, V)
@@ -387,7 +387,7 @@ def reduce_rows(row_loss: torch.Tensor, target: Target, *, V: int, ignore_index:
     total = row_loss.new_empty(())
     if N == 0:
         return loss.zero_(), total.zero_()
-    classes = target._replace(row_weight=None) if target.column is None else None
+    classes = target._replace(row_weight=None) if target.column is None else Target(None, 0, None)
     with torch.cuda.device_of(row_loss):
         reduce_rows_kernel[(1,)](
             row_loss, classes, None if reduction == "none" else loss, total, N, V, ignore_index,
