@@ -164,6 +164,7 @@ def mala_sum_kernel(
     """S = sum c0 R phi(x) y^T, Z = sum c1 phi(x), U = sum c2 y over a share of the tokens; c is 1 if not given."""
     D: tl.constexpr = tile.D
     DV: tl.constexpr = tile.DV
+    PRECISION: tl.constexpr = tile.PRECISION
     BLOCK_D: tl.constexpr = tile.BLOCK_D
     BLOCK_V: tl.constexpr = tile.BLOCK_V
     share, line = tl.program_id(0), tl.program_id(2).to(tl.int64)
@@ -189,7 +190,7 @@ def mala_sum_kernel(
             a = a * c0[:, None]
             f = f * c1[:, None]
             weighted = y_values * c2[:, None]
-        s = product(tl.trans(a), y_values, s, tile.PRECISION)
+        s = product(tl.trans(a), y_values, s, PRECISION)
         z += tl.sum(f, axis=0)
         u += tl.sum(weighted, axis=0)
     at = line * shares + share
@@ -204,6 +205,7 @@ def mala_forward_kernel(given, sums, out, lengths, tile: tl.constexpr):
     """A chunk of queries and a block of values of the output. Causal, the sums are those before the chunk."""
     D: tl.constexpr = tile.D
     DV: tl.constexpr = tile.DV
+    PRECISION: tl.constexpr = tile.PRECISION
     BLOCK_N: tl.constexpr = tile.BLOCK_N
     BLOCK_V: tl.constexpr = tile.BLOCK_V
     chunk, line = tl.program_id(0), tl.program_id(2).to(tl.int64)
@@ -224,7 +226,7 @@ def mala_forward_kernel(given, sums, out, lengths, tile: tl.constexpr):
     if tile.CAUSAL:
         at = at * given.chunks + chunk
     y = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
-    y = product(a, load_sums(sums.s + at * D * DV, d, v, D, DV), y, tile.PRECISION)
+    y = product(a, load_sums(sums.s + at * D * DV, d, v, D, DV), y, PRECISION)
     key_sums = tl.load(sums.z + at * D + d, mask=d < D, other=0.0)[None, :]
     value_sums = tl.load(sums.u + at * DV + v, mask=v < DV, other=0.0)[None, :]
     count = tl.maximum(k_length, 1).to(tl.float32)
@@ -232,8 +234,8 @@ def mala_forward_kernel(given, sums, out, lengths, tile: tl.constexpr):
         k_rows = rows_of(given.k, batch, key_head, begin)
         g, b, _ = load_features(k_rows, given.k.token, given.rotation, n, inside, d, D)
         values = load_tokens(rows_of(given.v, batch, key_head, begin), given.v.token, n, inside, v, DV, 0.0)
-        scores = product(a, tl.trans(b), tl.zeros([BLOCK_N, BLOCK_N], tl.float32), tile.PRECISION)
-        y = product(tl.where(n[:, None] >= n[None, :], scores, 0.0), values, y, tile.PRECISION)
+        scores = product(a, tl.trans(b), tl.zeros([BLOCK_N, BLOCK_N], tl.float32), PRECISION)
+        y = product(tl.where(n[:, None] >= n[None, :], scores, 0.0), values, y, PRECISION)
         key_sums = key_sums + tl.cumsum(g, axis=0)
         value_sums = value_sums + tl.cumsum(values, axis=0)
         count = (lengths.seen + n + 1).to(tl.float32)

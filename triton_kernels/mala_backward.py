@@ -31,6 +31,7 @@ def mala_query_gradient_kernel(
     """dq of a chunk, and the coefficients with which its tokens enter dS, dZ and dU."""
     D: tl.constexpr = tile.D
     DV: tl.constexpr = tile.DV
+    PRECISION: tl.constexpr = tile.PRECISION
     BLOCK_N: tl.constexpr = tile.BLOCK_N
     BLOCK_D: tl.constexpr = tile.BLOCK_D
     ROTATES: tl.constexpr = given.rotation.cos is not None
@@ -61,23 +62,23 @@ def mala_query_gradient_kernel(
     for start in range(0, DV, tile.BLOCK_V):
         v = start + tl.arange(0, tile.BLOCK_V)
         d_out = load_tokens(grad_rows, grad.token, n, inside, v, DV, 0.0)
-        w = product(d_out, tl.trans(load_sums(sums.s + at * D * DV, d, v, D, DV)), w, tile.PRECISION)
+        w = product(d_out, tl.trans(load_sums(sums.s + at * D * DV, d, v, D, DV)), w, PRECISION)
         if ROTATES:
             s_other = load_sums(sums.s + at * D * DV, d ^ 1, v, D, DV)
-            w_other = product(d_out, tl.trans(s_other), w_other, tile.PRECISION)
+            w_other = product(d_out, tl.trans(s_other), w_other, PRECISION)
         value_sums = tl.load(sums.u + at * DV + v, mask=v < DV, other=0.0)[None, :]
         if tile.CAUSAL:
             values = load_tokens(v_rows, given.v.token, n, inside, v, DV, 0.0)
-            scores = product(d_out, tl.trans(values), scores, tile.PRECISION)
+            scores = product(d_out, tl.trans(values), scores, PRECISION)
             value_sums = value_sums + tl.cumsum(values, axis=0)
         mean += tl.sum(d_out * value_sums, axis=1)
     if tile.CAUSAL:
         k_rows = rows_of(given.k, batch, key_head, begin)
         g, b, b_other = load_features(k_rows, given.k.token, given.rotation, n, inside, d, D)
         scores = tl.where(n[:, None] >= n[None, :], scores, 0.0)
-        w = product(scores, b, w, tile.PRECISION)
+        w = product(scores, b, w, PRECISION)
         if ROTATES:
-            w_other = product(scores, b_other, w_other, tile.PRECISION)
+            w_other = product(scores, b_other, w_other, PRECISION)
         key_sums = key_sums + tl.cumsum(g, axis=0)
         count = (lengths.seen + n + 1).to(tl.float32)
     share = given.scale / count
@@ -103,6 +104,7 @@ def mala_key_gradient_kernel(
     """dk and dv of a chunk from dS, dZ, dU: of all queries, or causal of those after the chunk and of every head."""
     D: tl.constexpr = tile.D
     DV: tl.constexpr = tile.DV
+    PRECISION: tl.constexpr = tile.PRECISION
     BLOCK_N: tl.constexpr = tile.BLOCK_N
     BLOCK_D: tl.constexpr = tile.BLOCK_D
     BLOCK_V: tl.constexpr = tile.BLOCK_V
@@ -131,12 +133,12 @@ def mala_key_gradient_kernel(
             at = line
             if tile.CAUSAL:
                 at = (line * given.group + member) * given.chunks + chunk
-            dv = product(b, load_sums(sums.s + at * D * DV, d, v, D, DV), dv, tile.PRECISION)
+            dv = product(b, load_sums(sums.s + at * D * DV, d, v, D, DV), dv, PRECISION)
             dv += tl.load(sums.u + at * DV + v, mask=v < DV, other=0.0)[None, :]
-            w = product(values, tl.trans(load_sums(sums.s + at * D * DV, d, v, D, DV)), w, tile.PRECISION)
+            w = product(values, tl.trans(load_sums(sums.s + at * D * DV, d, v, D, DV)), w, PRECISION)
             if ROTATES:
                 s_other = load_sums(sums.s + at * D * DV, d ^ 1, v, D, DV)
-                w_other = product(values, tl.trans(s_other), w_other, tile.PRECISION)
+                w_other = product(values, tl.trans(s_other), w_other, PRECISION)
             if start == 0:
                 dg += tl.load(sums.z + at * D + d, mask=d < D, other=0.0)[None, :]
             if tile.CAUSAL:
@@ -148,14 +150,14 @@ def mala_key_gradient_kernel(
                 c0, c1, c2 = load_coefficients(coefficients, coefficient_stride, n, inside)
                 d_out = load_tokens(rows_of(grad, batch, head, begin), grad.token, n, inside, v, DV, 0.0)
                 zero = tl.zeros([BLOCK_N, BLOCK_N], tl.float32)
-                scores = product(b, tl.trans(a * c0[:, None]), zero, tile.PRECISION)
-                dv = product(tl.where(sees, scores, 0.0), d_out, dv, tile.PRECISION)
+                scores = product(b, tl.trans(a * c0[:, None]), zero, PRECISION)
+                dv = product(tl.where(sees, scores, 0.0), d_out, dv, PRECISION)
                 weighted = d_out * c2[:, None]
                 dv += tl.sum(weighted, axis=0)[None, :] - tl.cumsum(weighted, axis=0) + weighted
-                scores = tl.where(sees, product(values, tl.trans(d_out), zero, tile.PRECISION), 0.0)
-                w = product(scores, a * c0[:, None], w, tile.PRECISION)
+                scores = tl.where(sees, product(values, tl.trans(d_out), zero, PRECISION), 0.0)
+                w = product(scores, a * c0[:, None], w, PRECISION)
                 if ROTATES:
-                    w_other = product(scores, a_other * c0[:, None], w_other, tile.PRECISION)
+                    w_other = product(scores, a_other * c0[:, None], w_other, PRECISION)
                 if start == 0:
                     weighted_f = f * c1[:, None]
                     dg += tl.sum(weighted_f, axis=0)[None, :] - tl.cumsum(weighted_f, axis=0) + weighted_f

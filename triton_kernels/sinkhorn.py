@@ -84,6 +84,7 @@ def sinkhorn_half_step_kernel(
     """The update of f from g, of a problem that has done t iterations; averaged, from the g before. With a it also
     takes the error of f: the last program of the problem adds up those of all, and unless that stops the problem it
     counts the iteration and says what the next one does."""
+    KIND: tl.constexpr = tile.KIND
     BLOCK_N: tl.constexpr = tile.BLOCK_N
     BLOCK_M: tl.constexpr = tile.BLOCK_M
     programs = tl.cdiv(pairs.N, BLOCK_N)
@@ -107,9 +108,9 @@ def sinkhorn_half_step_kernel(
     sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for begin in range(0, pairs.M, BLOCK_M):
         j = begin + tl.arange(0, BLOCK_M)
-        z = pairs_of_tile(pairs, problem, i, j, tile.KIND, tile.BLOCK_D)
+        z = pairs_of_tile(pairs, problem, i, j, KIND, tile.BLOCK_D)
         offset = load_offset(g_ptr, pairs.y_squares, update.log_b, problem * pairs.M + j, j < pairs.M, inverse)
-        scores = factor_of(inverse, tile.KIND) * z + offset[None, :]
+        scores = factor_of(inverse, KIND) * z + offset[None, :]
         row_max, sums, _, _, _, _ = softmax_merge(row_max, sums, scores, tl.max(scores, 1))
     lse = row_max + tl.log(tl.sum(sums, 1))  # without a pair both are -inf
     if pairs.x_squares is not None:
@@ -150,13 +151,14 @@ def sinkhorn_half_step_kernel(
 @triton.jit
 def sinkhorn_plan_kernel(pairs, plan, out_ptr, tile: tl.constexpr):
     """A tile of P."""
+    KIND: tl.constexpr = tile.KIND
     N, M = pairs.N, pairs.M
     blocks = tl.cdiv(N, tile.BLOCK_N)
     problem = (tl.program_id(0) // blocks).to(tl.int64)
     i = tl.program_id(0) % blocks * tile.BLOCK_N + tl.arange(0, tile.BLOCK_N)
     j = tl.program_id(1) * tile.BLOCK_M + tl.arange(0, tile.BLOCK_M)
     inverse = 1.0 / tl.load(plan.epsilon + problem)
-    costs = pairs_of_tile(pairs, problem, i, j, tile.KIND, tile.BLOCK_D)
+    costs = pairs_of_tile(pairs, problem, i, j, KIND, tile.BLOCK_D)
     offset_i = load_offset(plan.f, None, plan.log_a, problem * N + i, i < N, inverse)
     offset_j = load_offset(plan.g, None, plan.log_b, problem * M + j, j < M, inverse)
     at = (problem * N + i)[:, None] * M + j[None, :]
@@ -170,6 +172,7 @@ def sinkhorn_apply_kernel(
     tile: tl.constexpr
 ):  # fmt: skip
     """sum_j P_ij <h_i, k_j> / z_ij v_j of some rows and values, without what is not given."""
+    KIND: tl.constexpr = tile.KIND
     BLOCK_N: tl.constexpr = tile.BLOCK_N
     N, M, V = pairs.N, pairs.M, values.size
     blocks = tl.cdiv(N, BLOCK_N)
@@ -183,9 +186,9 @@ def sinkhorn_apply_kernel(
     for begin in range(0, M, tile.BLOCK_M):
         j = begin + tl.arange(0, tile.BLOCK_M)
         columns = problem * M + j
-        z = pairs_of_tile(pairs, problem, i, j, tile.KIND, tile.BLOCK_D)
+        z = pairs_of_tile(pairs, problem, i, j, KIND, tile.BLOCK_D)
         offset_j = load_offset(plan.g, pairs.y_squares, plan.log_b, columns, j < M, inverse)
-        weights = tl.exp(factor_of(inverse, tile.KIND) * z + (offset_i[:, None] + offset_j[None, :]))
+        weights = tl.exp(factor_of(inverse, KIND) * z + (offset_i[:, None] + offset_j[None, :]))
         if h.ptr is not None:
             weights *= products(h.ptr, k.ptr, rows * h.size, columns * h.size, i < N, j < M, h.size, BLOCK_K)
         if OVER_DISTANCE:
