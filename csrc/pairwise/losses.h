@@ -1,5 +1,4 @@
-// The losses of the pairwise engine (pairwise/fold.h says what a program is); triton_kernels/pairwise_losses.py has the
-// same in the same order.
+// The losses of the pairwise engine (pairwise/fold.h says what a program is), as in triton_kernels/pairwise_losses.py.
 #pragma once
 
 #include "pairwise/fold.h"
@@ -65,7 +64,6 @@ TILEWISE_PROGRAM void log_sums(Row& row, const Exponent& exponent, const Functio
 // L = lse_{P+N} z - mean_P z                                     SupCon, InfoNCE (one positive), NT-Xent
 struct Softmax {
   static constexpr PairProgram kProgram{"softmax", 0};
-
   template <typename T, typename Row>
   TILEWISE_PROGRAM void run(Row& row) {
     const Values<T, 2> all = row.template fold<Max, Sum>(
@@ -96,7 +94,6 @@ struct Softmax {
 // L = mean_P softplus(lse_N z - z_p)                             the positives are no part of the denominator
 struct DecoupledSoftmax {
   static constexpr PairProgram kProgram{"decoupled_softmax", 0};
-
   template <typename T, typename Row>
   TILEWISE_PROGRAM void run(Row& row) {
     const Values<T, 2> all = row.template fold<Max, Sum>(
@@ -130,7 +127,6 @@ struct DecoupledSoftmax {
 // L = sum_P softplus(-z) + sum_N softplus(z)                     SigLIP
 struct Sigmoid {
   static constexpr PairProgram kProgram{"sigmoid", 0};
-
   template <typename T, typename Row>
   TILEWISE_PROGRAM void run(Row& row) {
     row.finish(row.template fold<Sum>(
@@ -148,7 +144,6 @@ struct Sigmoid {
 // loss. epsilon = inf keeps all, and a row of one kind has the loss of that kind.
 struct MultiSimilarity {
   static constexpr PairProgram kProgram{"multi_similarity", 4};
-
   template <typename T, typename Row>
   TILEWISE_PROGRAM void run(Row& row, T alpha, T beta, T base, T epsilon) {
     const Extremes<T> ends = extremes<T>(row);
@@ -189,7 +184,6 @@ struct MultiSimilarity {
 // L = mean_P softplus(-alpha (z - base)) + mean_N softplus(beta (z - base))
 struct BinomialDeviance {
   static constexpr PairProgram kProgram{"binomial_deviance", 3};
-
   template <typename T, typename Row>
   TILEWISE_PROGRAM void run(Row& row, T alpha, T beta, T base) {
     const auto x = [=](auto z, auto relation) { return relation > 0 ? -alpha * (z - base) : beta * (z - base); };
@@ -202,7 +196,6 @@ struct BinomialDeviance {
 // L = max(0, log sum_P e^(positive_margin - z) + log sum_N e^(z - negative_margin))
 struct LiftedStructure {
   static constexpr PairProgram kProgram{"lifted_structure", 2};
-
   template <typename T, typename Row>
   TILEWISE_PROGRAM void run(Row& row, T positive_margin, T negative_margin) {
     const auto exponent = [](auto z, auto relation) {
@@ -218,7 +211,6 @@ struct LiftedStructure {
 // L = mean_P max(0, positive_margin - z) + mean_N max(0, z - negative_margin)
 struct Contrastive {
   static constexpr PairProgram kProgram{"contrastive", 2};
-
   template <typename T, typename Row>
   TILEWISE_PROGRAM void run(Row& row, T positive_margin, T negative_margin) {
     const auto gap = [=](auto z, auto relation) { return relation > 0 ? positive_margin - z : z - negative_margin; };
@@ -232,7 +224,6 @@ struct Contrastive {
 // L = max(0, max_N z - min_P z + margin)                         the hardest positive and negative; ties: lowest column
 struct Triplet {
   static constexpr PairProgram kProgram{"triplet", 1};
-
   template <typename T, typename Row>
   TILEWISE_PROGRAM void run(Row& row, T margin) {
     const Extremes<T> ends = extremes<T>(row);

@@ -45,14 +45,12 @@ auto with_program(int place, const Function& f, ProgramList<First, More...>) {
   return kCalls[place](f);
 }
 
-template <typename Program, typename T, typename Row, size_t... kIndex>
-TILEWISE_PROGRAM void run_program(Program, Row& row, const T* parameters, std::index_sequence<kIndex...>) {
-  Program::template run<T>(row, parameters[kIndex]...);
-}
-
 template <typename Program, typename T, typename Row>
-TILEWISE_PROGRAM void run_program(Program program, Row& row, const T* parameters) {
-  run_program(program, row, parameters, std::make_index_sequence<Program::kProgram.parameters>{});
+TILEWISE_PROGRAM void run_program(Program, Row& row, const T* parameters) {
+  const auto run = [&]<size_t... kIndex>(std::index_sequence<kIndex...>) {
+    Program::template run<T>(row, parameters[kIndex]...);
+  };
+  run(std::make_index_sequence<Program::kProgram.parameters>{});
 }
 
 }  // namespace tilewise

@@ -37,7 +37,6 @@ TILEWISE_PROGRAM void extreme_of(Row& row, T none, const Chosen& chosen) {
 // L = lse_{P+N} z                                                of Softmax
 struct LogSumExp {
   static constexpr PairProgram kProgram{"log_sum_exp", 0};
-
   template <typename T, typename Row>
   TILEWISE_PROGRAM void run(Row& row) {
     log_sum_exp_of(row, T(1), [](auto, auto relation) { return relation != 0; });
@@ -47,7 +46,6 @@ struct LogSumExp {
 // L = sum_P z                                                    of Softmax
 struct PositiveSum {
   static constexpr PairProgram kProgram{"positive_sum", 0};
-
   template <typename T, typename Row>
   TILEWISE_PROGRAM void run(Row& row) {
     row.finish(row.template fold<Sum>([](auto z, auto relation) { return relation > 0 ? z : T(0); }));
@@ -58,7 +56,6 @@ struct PositiveSum {
 // L = min_P z, inf without positives                             of MultiSimilarity, which mines by it
 struct LeastPositive {
   static constexpr PairProgram kProgram{"least_positive", 0};
-
   template <typename T, typename Row>
   TILEWISE_PROGRAM void run(Row& row) {
     extreme_of<Min>(row, infinity<T>(), [](auto relation) { return relation > 0; });
@@ -68,7 +65,6 @@ struct LeastPositive {
 // L = max_N z, -inf without negatives
 struct MostNegative {
   static constexpr PairProgram kProgram{"most_negative", 0};
-
   template <typename T, typename Row>
   TILEWISE_PROGRAM void run(Row& row) {
     extreme_of<Max>(row, -infinity<T>(), [](auto relation) { return relation < 0; });
@@ -79,7 +75,6 @@ struct MostNegative {
 // MultiSimilarity keeps, with the extreme of the other kind taken off z
 struct WindowLogSumExp {
   static constexpr PairProgram kProgram{"window_log_sum_exp", 3};
-
   template <typename T, typename Row>
   TILEWISE_PROGRAM void run(Row& row, T slope, T limit, T side) {
     log_sum_exp_of(row, slope, [=](auto z, auto relation) {

@@ -155,24 +155,11 @@ def _first(mask: Tensor) -> Tensor:
     return mask & (mask.cumsum(1) == 1)
 
 
-LOSSES = {
-    function.__name__: function
-    for function in (
-        softmax,
-        decoupled_softmax,
-        sigmoid,
-        multi_similarity,
-        binomial_deviance,
-        lifted_structure,
-        contrastive,
-        triplet,
-        log_sum_exp,
-        positive_sum,
-        least_positive,
-        most_negative,
-        window_log_sum_exp,
-    )
-}
+LOSSES = (
+    softmax, decoupled_softmax, sigmoid, multi_similarity, binomial_deviance, lifted_structure, contrastive, triplet
+)  # fmt: skip
+SHARES = (log_sum_exp, positive_sum, least_positive, most_negative, window_log_sum_exp)
+FORMULAS = {function.__name__: function for function in LOSSES + SHARES}
 
 
 def relations(
@@ -197,7 +184,9 @@ def relations(
 
 def row_losses(z, positive, negative, loss: str, parameters=()) -> tuple[Tensor, Tensor, Tensor]:
     """(N,) losses, which rows have one, and (N, M) dL/dz."""
-    found, active, weights = LOSSES[loss](z, positive, negative, *parameters)
+    if loss not in FORMULAS:
+        raise ValueError(f"tilewise.pairwise_loss: expected loss to be the name of a loss, got {loss!r}")
+    found, active, weights = FORMULAS[loss](z, positive, negative, *parameters)
     return torch.where(active, found, 0), active, torch.where(active[:, None], weights, 0)
 
 
