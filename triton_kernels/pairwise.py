@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .pairwise_fold import INFINITY, compiled
+from .pairwise_fold import INFINITY, Program, with_parameters
 from .pairwise_losses import LOSSES
 from .pairwise_shares import SHARES
 from .rows import check_logits
@@ -104,7 +104,7 @@ def combined(OP: tl.constexpr, total, value, cols, columns):
 
 
 @triton.jit
-def over_row(fold, row, guide, before, parameters, BLOCK: tl.constexpr):
+def over_row(program, fold, row, guide, before, BLOCK: tl.constexpr):
     """The totals of a fold, which sees those of the folds before."""
     totals = ()
     for i in tl.static_range(fold.count):
@@ -112,7 +112,7 @@ def over_row(fold, row, guide, before, parameters, BLOCK: tl.constexpr):
     for start in range(0, row.columns, BLOCK):
         cols = start + tl.arange(0, BLOCK)
         z, relation = load_pairs(row, guide, cols)
-        values = fold.function(z, relation, before, parameters)
+        values = fold.function(program, z, relation, before)
         longer = ()
         for i in tl.static_range(fold.count):
             longer = longer + (combined(fold.ops[i], totals[i], values[i], cols, row.columns),)
@@ -133,7 +133,7 @@ def guide_of_row(chunk, index, row, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["self_offset"])
-def pairwise_kernel(chunk, upstream, self_offset, parameters, program, BLOCK: tl.constexpr):
+def pairwise_kernel(chunk, upstream, self_offset, program, BLOCK: tl.constexpr):
     index = tl.program_id(0).to(tl.int64)
     row = Row(
         chunk.similarities + index * chunk.columns,
@@ -149,8 +149,8 @@ def pairwise_kernel(chunk, upstream, self_offset, parameters, program, BLOCK: tl
         guide = guide_of_row(chunk, index, row, BLOCK)
     totals = ()
     for i in tl.static_range(program.count):
-        totals = totals + over_row(program.folds[i], row, guide, totals, parameters, BLOCK)
-    active, loss = program.finish(totals, parameters)
+        totals = totals + over_row(program, program.folds[i], row, guide, totals, BLOCK)
+    active, loss = program.finish(program, totals)
     tl.store(chunk.loss_rows + index, tl.where(active, loss, 0.0))
     tl.store(chunk.active_rows + index, tl.where(active, 1.0, 0.0))
 
@@ -165,9 +165,9 @@ def pairwise_kernel(chunk, upstream, self_offset, parameters, program, BLOCK: tl
             cols = start + tl.arange(0, BLOCK)
             if program.weight is not None:
                 z, relation = load_pairs(row, guide, cols)
-                weight = tl.where(relation != 0, program.weight(z, relation, totals + (loss,), parameters), 0.0)
+                weight = tl.where(relation != 0, program.weight(program, z, relation, totals + (loss,)), 0.0)
             else:
-                a, at_a, b, at_b = program.write_two(totals + (loss,), parameters)
+                a, at_a, b, at_b = program.write_two(program, totals + (loss,))
                 weight = tl.where(cols == a, at_a, 0.0) + tl.where(cols == b, at_b, 0.0)
             g = tl.where(active, factor * weight, 0.0)
             bias_gradient += tl.sum(tl.where(cols < chunk.columns, g, 0.0))
@@ -192,7 +192,7 @@ class Problem(NamedTuple):
     chunk_bytes: int = 0
 
 
-def program_of(problem: Problem) -> type:
+def program_of(problem: Problem) -> Program:
     if problem.loss not in PROGRAMS:
         raise ValueError(
             f"tilewise.pairwise_loss: expected loss to be the name of a loss, got {problem.loss!r}; "
@@ -204,7 +204,7 @@ def program_of(problem: Problem) -> type:
             f"tilewise.pairwise_loss: expected {program.parameters} parameters of loss {problem.loss!r}, "
             f"got {len(problem.parameters)}"
         )
-    return program
+    return with_parameters(program, problem.parameters)
 
 
 def form_similarities(out, x, y):
@@ -229,7 +229,7 @@ def run_chunks(problem: Problem, upstream: Upstream, wanted: tuple[bool, bool, b
     """Row losses, active rows and the gradients (empty where not wanted) with the upstream of each row."""
     x, y, self_offset = problem.x, problem.y, problem.self_offset
     check_logits("pairwise_loss", x)
-    program = compiled(program_of(problem))
+    program = program_of(problem)
     N, M = len(x), len(y)
     loss_rows, active_rows, bias_rows = torch.empty((3, N), dtype=torch.float32, device=x.device)
     dx = x.new_empty(x.shape if wanted[0] else 0)
@@ -267,7 +267,6 @@ def run_chunks(problem: Problem, upstream: Upstream, wanted: tuple[bool, bool, b
                 chunk,
                 upstream._replace(grad_loss=grad_loss),
                 None if self_offset is None else min(max(self_offset, -N), M) + begin,
-                tuple(map(float, problem.parameters)),
                 program,
                 BLOCK=min(MOST_BLOCK, max(16, triton.next_power_of_2(M))),
                 num_warps=8 if M > 512 else 1,

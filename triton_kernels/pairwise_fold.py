@@ -1,17 +1,16 @@
 """What the programs of the pairwise engine are made of: the twin of csrc/pairwise/fold.h.
 
 A program is a loss, or a share of one, over one row of similarities: a class with its name, the number of its
-parameters, and device functions of a tile of pairs or of the row.
+parameters, and device functions of a tile of pairs or of the row. `self` is what the kernel is given: a Program.
 
-    first, second, third         folds: @fold(Op...) gives a tuple of one value per Op, of (z, relation, row, p)
-    finish(row, p)               whether the row has the pairs that the loss needs, and the loss
-    weight(z, relation, row, p)  dL/dz of positives and negatives; or
-    write_two(row, p)            two columns and their dL/dz, in turn; 0 of all others
+    first, second, third           folds: @fold(Op...) gives a tuple of one value per Op, of (self, z, relation, row)
+    finish(self, row)              whether the row has the pairs that the loss needs, and the loss
+    weight(self, z, relation, row) dL/dz of positives and negatives; or
+    write_two(self, row)           two columns and their dL/dz, in turn; 0 of all others
 
     z           scale s + bias
     relation    1 for positives, -1 for negatives, 0 for what is neither, which adds nothing to a fold
     row         the totals of the folds before, in order; where gradients are written also the loss
-    p           the parameters
 """
 
 from typing import NamedTuple
@@ -31,27 +30,28 @@ class Fold(NamedTuple):
 
 
 class Program(NamedTuple):
-    """What the kernel takes of a program's class."""
-
+    parameters: tuple[float, ...]
     count: tl.constexpr
-    folds: tuple
+    folds: tuple[Fold, ...]
     finish: triton.JITFunction
     weight: triton.JITFunction | None
     write_two: triton.JITFunction | None
+    term: triton.JITFunction | None
+    outer: triton.JITFunction | None
 
 
 def fold(*ops):
     return lambda function: Fold(tl.constexpr(len(ops)), ops, triton.jit(function))
 
 
-def compiled(program: type) -> Program:
+def with_parameters(program: type, parameters: list[float]) -> Program:
     folds = tuple(getattr(program, name) for name in ("first", "second", "third") if hasattr(program, name))
-    gradient = (getattr(program, name, None) for name in ("weight", "write_two"))
-    return Program(tl.constexpr(len(folds)), folds, program.finish, *gradient)
+    others = (getattr(program, name, None) for name in Program._fields[3:])
+    return Program(tuple(map(float, parameters)), tl.constexpr(len(folds)), folds, *others)
 
 
 @fold(Min, Max)
-def extremes(z, relation, row, p):
+def extremes(self, z, relation, row):
     """The hardest pairs: min_P z, inf without positives, and max_N z, -inf without negatives."""
     return tl.where(relation > 0, z, INFINITY), tl.where(relation < 0, z, -INFINITY)
 

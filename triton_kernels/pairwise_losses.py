@@ -38,37 +38,52 @@ def log_one_plus(shift, total):
     return tl.where(shift > 0, shift + tl.log(tl.exp(-shift) + total), log1p(total))
 
 
-@triton.jit
-def mean_by_kind(row, p):
-    """L = mean_P f + mean_N f: from the sums of f and the numbers of pairs."""
-    positive, negative, positives, negatives = row
-    loss = positive / tl.maximum(positives, 1.0) + negative / tl.maximum(negatives, 1.0)
-    return positives + negatives > 0, loss
+class MeanByKind:
+    """L = mean_P f + mean_N f of f(z, relation); term gives f and its derivative"""
+
+    @fold(Sum, Sum, Sum, Sum)
+    def first(self, z, relation, row):
+        return by_kind(relation, self.term(self, z, relation)[0], 0.0) + by_kind(relation, 1.0, 0.0)
+
+    @triton.jit
+    def finish(self, row):
+        positive, negative, positives, negatives = row
+        loss = positive / tl.maximum(positives, 1.0) + negative / tl.maximum(negatives, 1.0)
+        return positives + negatives > 0, loss
+
+    @triton.jit
+    def weight(self, z, relation, row):
+        _, _, positives, negatives, _ = row
+        share = tl.where(relation > 0, 1.0 / tl.maximum(positives, 1.0), 1.0 / tl.maximum(negatives, 1.0))
+        return share * self.term(self, z, relation)[1]
 
 
-@triton.jit
-def share_of_kind(relation, row):
-    _, _, positives, negatives, _ = row
-    return tl.where(relation > 0, 1.0 / tl.maximum(positives, 1.0), 1.0 / tl.maximum(negatives, 1.0))
+class LogSums:
+    """L = f(lse_P x + lse_N x) of exponents x(z, relation), of rows with pairs of both kinds; term gives x, outer f,
+    with their derivatives"""
 
+    @fold(Max, Max)
+    def first(self, z, relation, row):
+        return by_kind(relation, self.term(self, z, relation)[0], -INFINITY)
 
-@triton.jit
-def exponential(x, relation, row):
-    """e^x, relative to the highest of its kind: the row's first two totals."""
-    return tl.exp(x - tl.where(relation > 0, row[0], row[1]))
+    @fold(Sum, Sum)
+    def second(self, z, relation, row):
+        x, _ = self.term(self, z, relation)
+        return by_kind(relation, tl.exp(x - tl.where(relation > 0, row[0], row[1])), 0.0)
 
+    @triton.jit
+    def finish(self, row):
+        positive_top, negative_top, positive, negative = row
+        loss, _ = self.outer(self, (positive_top + tl.log(positive)) + (negative_top + tl.log(negative)))
+        return (positive_top > -INFINITY) & (negative_top > -INFINITY), loss
 
-@triton.jit
-def log_sums(row):
-    """Whether there are pairs of both kinds, and lse_P x + lse_N x: from the highest x and the sums of exponentials."""
-    both = (row[0] > -INFINITY) & (row[1] > -INFINITY)
-    return both, (row[0] + tl.log(row[2])) + (row[1] + tl.log(row[3]))
-
-
-@triton.jit
-def share_of_log_sum(x, relation, row):
-    """The derivative of lse_P x + lse_N x in x."""
-    return exponential(x, relation, row) * tl.where(relation > 0, 1.0 / row[2], 1.0 / row[3])
+    @triton.jit
+    def weight(self, z, relation, row):
+        positive_top, negative_top, positive, negative, _ = row
+        _, derivative = self.outer(self, (positive_top + tl.log(positive)) + (negative_top + tl.log(negative)))
+        x, slope = self.term(self, z, relation)
+        e = tl.exp(x - tl.where(relation > 0, positive_top, negative_top))
+        return tl.where(relation > 0, derivative / positive, derivative / negative) * e * slope
 
 
 class Softmax:
@@ -77,23 +92,23 @@ class Softmax:
     name, parameters = "softmax", 0
 
     @fold(Max, Sum)
-    def first(z, relation, row, p):
+    def first(self, z, relation, row):
         return tl.where(relation != 0, z, -INFINITY), tl.where(relation > 0, 1.0, 0.0)
 
     @fold(Sum, Sum, Sum)
-    def second(z, relation, row, p):
+    def second(self, z, relation, row):
         top, _ = row
         positive, negative = by_kind(relation, tl.exp(z - top), 0.0)
         return positive, negative, tl.where(relation > 0, z - top, 0.0)
 
     @triton.jit
-    def finish(row, p):
+    def finish(self, row):
         # Apart: a positive that takes nearly all leaves to the negatives what 1 would swallow.
         _, positives, positive, negative, below = row
         return positives > 0, log1p((positive - 1.0) + negative) - below / tl.maximum(positives, 1.0)
 
     @triton.jit
-    def weight(z, relation, row, p):
+    def weight(self, z, relation, row):
         """p, less 1 / #P at positives: 0 - negative of one positive."""
         top, positives, positive, negative, _, _ = row
         inverse = 1.0 / (positive + negative)
@@ -107,27 +122,27 @@ class DecoupledSoftmax:
     name, parameters = "decoupled_softmax", 0
 
     @fold(Max, Sum)
-    def first(z, relation, row, p):
+    def first(self, z, relation, row):
         return tl.where(relation < 0, z, -INFINITY), tl.where(relation > 0, 1.0, 0.0)
 
     @fold(Sum)
-    def second(z, relation, row, p):
+    def second(self, z, relation, row):
         top, _ = row
         return (tl.where(relation < 0, tl.exp(z - top), 0.0),)
 
     @fold(Sum, Sum)
-    def third(z, relation, row, p):
+    def third(self, z, relation, row):
         top, _, sum = row
         gap = (top - z) + tl.log(sum)
         return tl.where(relation > 0, softplus(gap), 0.0), tl.where(relation > 0, sigmoid(gap), 0.0)
 
     @triton.jit
-    def finish(row, p):
+    def finish(self, row):
         _, positives, _, pull, _ = row
         return positives > 0, pull / tl.maximum(positives, 1.0)
 
     @triton.jit
-    def weight(z, relation, row, p):
+    def weight(self, z, relation, row):
         top, positives, sum, _, pushes, _ = row
         share = 1.0 / positives
         gap = (top - z) + tl.log(sum)
@@ -140,23 +155,23 @@ class Sigmoid:
     name, parameters = "sigmoid", 0
 
     @fold(Sum)
-    def first(z, relation, row, p):
+    def first(self, z, relation, row):
         return (tl.where(relation != 0, softplus(tl.where(relation > 0, -z, z)), 0.0),)
 
     @triton.jit
-    def finish(row, p):
+    def finish(self, row):
         return True, row[0]
 
     @triton.jit
-    def weight(z, relation, row, p):
+    def weight(self, z, relation, row):
         probability = sigmoid(tl.where(relation > 0, -z, z))
         return tl.where(relation > 0, -probability, probability)
 
 
 @triton.jit
-def mined(z, relation, row, p):
+def kept(self, z, relation, row):
     """Which pairs are kept."""
-    _, _, _, epsilon = p
+    _, _, _, epsilon = self.parameters
     mines = epsilon != INFINITY
     margin = tl.where(mines, epsilon, 0.0)
     above = tl.where(mines, row[0], -INFINITY)
@@ -165,16 +180,16 @@ def mined(z, relation, row, p):
 
 
 @triton.jit
-def shifts(row, p):
+def shifts(self, row):
     """The highest exponents of positives and of negatives, or 0."""
-    alpha, beta, base, _ = p
+    alpha, beta, base, _ = self.parameters
     return tl.maximum(-alpha * (row[0] - base), 0.0), tl.maximum(beta * (row[1] - base), 0.0)
 
 
 @triton.jit
-def shifted_exponential(z, relation, row, p):
-    alpha, beta, base, _ = p
-    positive_shift, negative_shift = shifts(row, p)
+def exponential(self, z, relation, row):
+    alpha, beta, base, _ = self.parameters
+    positive_shift, negative_shift = shifts(self, row)
     return tl.exp(tl.where(relation > 0, -alpha * (z - base) - positive_shift, beta * (z - base) - negative_shift))
 
 
@@ -189,99 +204,68 @@ class MultiSimilarity:
     first = extremes
 
     @fold(Sum, Sum, Sum, Sum)
-    def second(z, relation, row, p):
-        kept = mined(z, relation, row, p)
-        e = tl.where(kept, shifted_exponential(z, relation, row, p), 0.0)
-        return by_kind(relation, e, 0.0) + by_kind(relation, tl.where(kept, 1.0, 0.0), 0.0)
+    def second(self, z, relation, row):
+        keeps = kept(self, z, relation, row)
+        e = tl.where(keeps, exponential(self, z, relation, row), 0.0)
+        return by_kind(relation, e, 0.0) + by_kind(relation, tl.where(keeps, 1.0, 0.0), 0.0)
 
     @triton.jit
-    def finish(row, p):
-        alpha, beta, _, epsilon = p
+    def finish(self, row):
+        alpha, beta, _, epsilon = self.parameters
         _, _, positive, negative, positives, negatives = row
-        positive_shift, negative_shift = shifts(row, p)
+        positive_shift, negative_shift = shifts(self, row)
         loss = log_one_plus(positive_shift, positive) / alpha + log_one_plus(negative_shift, negative) / beta
         most, least = tl.maximum(positives, negatives), tl.minimum(positives, negatives)
         return tl.where(epsilon != INFINITY, least, most) > 0, loss
 
     @triton.jit
-    def weight(z, relation, row, p):
+    def weight(self, z, relation, row):
         _, _, positive, negative, _, _, _ = row
-        positive_shift, negative_shift = shifts(row, p)
+        positive_shift, negative_shift = shifts(self, row)
         factor = tl.where(
             relation > 0, -1.0 / (tl.exp(-positive_shift) + positive), 1.0 / (tl.exp(-negative_shift) + negative)
         )
-        return tl.where(mined(z, relation, row, p), factor * shifted_exponential(z, relation, row, p), 0.0)
+        return tl.where(kept(self, z, relation, row), factor * exponential(self, z, relation, row), 0.0)
 
 
-@triton.jit
-def deviance_exponent(z, relation, p):
-    alpha, beta, base = p
-    return tl.where(relation > 0, -alpha * (z - base), beta * (z - base))
-
-
-class BinomialDeviance:
+class BinomialDeviance(MeanByKind):
     """L = mean_P softplus(-alpha (z - base)) + mean_N softplus(beta (z - base))"""
 
     name, parameters = "binomial_deviance", 3
-    finish = mean_by_kind
-
-    @fold(Sum, Sum, Sum, Sum)
-    def first(z, relation, row, p):
-        return by_kind(relation, softplus(deviance_exponent(z, relation, p)), 0.0) + by_kind(relation, 1.0, 0.0)
 
     @triton.jit
-    def weight(z, relation, row, p):
-        alpha, beta, _ = p
-        slope = tl.where(relation > 0, -alpha, beta) * sigmoid(deviance_exponent(z, relation, p))
-        return share_of_kind(relation, row) * slope
+    def term(self, z, relation):
+        alpha, beta, base = self.parameters
+        slope = tl.where(relation > 0, -alpha, beta)
+        return softplus(slope * (z - base)), slope * sigmoid(slope * (z - base))
 
 
-class LiftedStructure:
+class LiftedStructure(LogSums):
     """L = max(0, log sum_P e^(positive_margin - z) + log sum_N e^(z - negative_margin))"""
 
     name, parameters = "lifted_structure", 2
 
-    @fold(Max, Max)
-    def first(z, relation, row, p):
-        return by_kind(relation, tl.where(relation > 0, -z, z), -INFINITY)
-
-    @fold(Sum, Sum)
-    def second(z, relation, row, p):
-        return by_kind(relation, exponential(tl.where(relation > 0, -z, z), relation, row), 0.0)
+    @triton.jit
+    def term(self, z, relation):
+        return tl.where(relation > 0, -z, z), tl.where(relation > 0, -1.0, 1.0)
 
     @triton.jit
-    def finish(row, p):
-        positive_margin, negative_margin = p
-        both, total = log_sums(row)
-        loss = total + (positive_margin - negative_margin)
-        return both, tl.where(loss < 0, 0.0, loss)
-
-    @triton.jit
-    def weight(z, relation, row, p):
-        share = share_of_log_sum(tl.where(relation > 0, -z, z), relation, row)
-        return tl.where(row[4] > 0, tl.where(relation > 0, -share, share), 0.0)
+    def outer(self, sum):
+        positive_margin, negative_margin = self.parameters
+        loss = sum + (positive_margin - negative_margin)
+        return tl.where(loss < 0, 0.0, loss), tl.where(loss > 0, 1.0, 0.0)
 
 
-@triton.jit
-def hinge_gap(z, relation, p):
-    positive_margin, negative_margin = p
-    return tl.where(relation > 0, positive_margin - z, z - negative_margin)
-
-
-class Contrastive:
+class Contrastive(MeanByKind):
     """L = mean_P max(0, positive_margin - z) + mean_N max(0, z - negative_margin)"""
 
     name, parameters = "contrastive", 2
-    finish = mean_by_kind
-
-    @fold(Sum, Sum, Sum, Sum)
-    def first(z, relation, row, p):
-        return by_kind(relation, tl.maximum(hinge_gap(z, relation, p), 0.0), 0.0) + by_kind(relation, 1.0, 0.0)
 
     @triton.jit
-    def weight(z, relation, row, p):
-        slope = tl.where(hinge_gap(z, relation, p) > 0, tl.where(relation > 0, -1.0, 1.0), 0.0)
-        return share_of_kind(relation, row) * slope
+    def term(self, z, relation):
+        positive_margin, negative_margin = self.parameters
+        gap = tl.where(relation > 0, positive_margin - z, z - negative_margin)
+        return tl.where(gap < 0, 0.0, gap), tl.where(gap > 0, tl.where(relation > 0, -1.0, 1.0), 0.0)
 
 
 class Triplet:
@@ -291,18 +275,18 @@ class Triplet:
     first = extremes
 
     @fold(First, First)
-    def second(z, relation, row, p):
+    def second(self, z, relation, row):
         least, most = row
         return (relation > 0) & (z == least), (relation < 0) & (z == most)
 
     @triton.jit
-    def finish(row, p):
+    def finish(self, row):
         least, most, _, _ = row
-        loss = most - least + p[0]
+        loss = most - least + self.parameters[0]
         return (least < INFINITY) & (most > -INFINITY), tl.where(loss < 0, 0.0, loss)
 
     @triton.jit
-    def write_two(row, p):
+    def write_two(self, row):
         _, _, positive, negative, loss = row
         weight = tl.where(loss > 0, 1.0, 0.0)
         return positive, -weight, negative, weight

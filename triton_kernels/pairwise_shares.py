@@ -8,7 +8,7 @@ from .pairwise_fold import INFINITY, First, Max, Min, Sum, fold
 
 
 @triton.jit
-def log_sum(row, p):
+def log_sum(self, row):
     """L = lse of a highest exponent and a sum relative to it, -inf without any"""
     return True, row[0] + tl.log(row[1])
 
@@ -20,15 +20,15 @@ class LogSumExp:
     finish = log_sum
 
     @fold(Max)
-    def first(z, relation, row, p):
+    def first(self, z, relation, row):
         return (tl.where(relation != 0, z, -INFINITY),)
 
     @fold(Sum)
-    def second(z, relation, row, p):
+    def second(self, z, relation, row):
         return (tl.where(relation != 0, tl.exp(z - row[0]), 0.0),)
 
     @triton.jit
-    def weight(z, relation, row, p):
+    def weight(self, z, relation, row):
         return tl.exp(z - row[0]) / row[1]
 
 
@@ -38,25 +38,25 @@ class PositiveSum:
     name, parameters = "positive_sum", 0
 
     @fold(Sum)
-    def first(z, relation, row, p):
+    def first(self, z, relation, row):
         return (tl.where(relation > 0, z, 0.0),)
 
     @triton.jit
-    def finish(row, p):
+    def finish(self, row):
         return True, row[0]
 
     @triton.jit
-    def weight(z, relation, row, p):
+    def weight(self, z, relation, row):
         return tl.where(relation > 0, 1.0, 0.0)
 
 
 @triton.jit
-def extreme(row, p):
+def extreme(self, row):
     return True, row[0]
 
 
 @triton.jit
-def first_of_equals(row, p):
+def first_of_equals(self, row):
     return row[1], 1.0, -1, 0.0
 
 
@@ -67,11 +67,11 @@ class LeastPositive:
     finish, write_two = extreme, first_of_equals
 
     @fold(Min)
-    def first(z, relation, row, p):
+    def first(self, z, relation, row):
         return (tl.where(relation > 0, z, INFINITY),)
 
     @fold(First)
-    def second(z, relation, row, p):
+    def second(self, z, relation, row):
         return ((relation > 0) & (z == row[0]),)
 
 
@@ -82,17 +82,17 @@ class MostNegative:
     finish, write_two = extreme, first_of_equals
 
     @fold(Max)
-    def first(z, relation, row, p):
+    def first(self, z, relation, row):
         return (tl.where(relation < 0, z, -INFINITY),)
 
     @fold(First)
-    def second(z, relation, row, p):
+    def second(self, z, relation, row):
         return ((relation < 0) & (z == row[0]),)
 
 
 @triton.jit
-def in_window(z, relation, p):
-    _, limit, side = p
+def in_window(self, z, relation):
+    _, limit, side = self.parameters
     return tl.where(side > 0, (relation > 0) & (z < limit), (relation < 0) & (z > -limit))
 
 
@@ -104,16 +104,18 @@ class WindowLogSumExp:
     finish = log_sum
 
     @fold(Max)
-    def first(z, relation, row, p):
-        return (tl.where(in_window(z, relation, p), p[0] * z, -INFINITY),)
+    def first(self, z, relation, row):
+        return (tl.where(in_window(self, z, relation), self.parameters[0] * z, -INFINITY),)
 
     @fold(Sum)
-    def second(z, relation, row, p):
-        return (tl.where(in_window(z, relation, p), tl.exp(p[0] * z - row[0]), 0.0),)
+    def second(self, z, relation, row):
+        return (tl.where(in_window(self, z, relation), tl.exp(self.parameters[0] * z - row[0]), 0.0),)
 
     @triton.jit
-    def weight(z, relation, row, p):
-        return tl.where(in_window(z, relation, p), p[0] * tl.exp(p[0] * z - row[0]) / row[1], 0.0)
+    def weight(self, z, relation, row):
+        return tl.where(
+            in_window(self, z, relation), self.parameters[0] * tl.exp(self.parameters[0] * z - row[0]) / row[1], 0.0
+        )
 
 
 SHARES = LogSumExp, PositiveSum, LeastPositive, MostNegative, WindowLogSumExp

@@ -11,12 +11,12 @@ TILEWISE_FN T log_one_plus(T shift, T sum) {
   return shift > T(0) ? shift + natural_log(fast_exp(-shift) + sum) : natural_log1p(sum);
 }
 
-// L = mean_P f + mean_N f of f(z, relation) with the derivative slope(z, relation)
-template <typename T, typename Row, typename Function, typename Slope>
-TILEWISE_PROGRAM void mean_by_kind(Row& row, const Function& f, const Slope& slope) {
+// L = mean_P f + mean_N f of f(z, relation); term gives f and its derivative
+template <typename T, typename Row, typename Term>
+TILEWISE_PROGRAM void mean_by_kind(Row& row, const Term& term) {
   const Values<T, 4> sums = row.template fold<Sum, Sum, Sum, Sum>([=](auto z, auto relation) {
-    const auto term = f(z, relation);
-    return values(relation > 0 ? term : T(0), relation > 0 ? T(1) : T(0), relation < 0 ? term : T(0),
+    const auto f = term(z, relation).value[0];
+    return values(relation > 0 ? f : T(0), relation > 0 ? T(1) : T(0), relation < 0 ? f : T(0),
                   relation < 0 ? T(1) : T(0));
   });
   const T positives = sums.value[1];
@@ -27,37 +27,38 @@ TILEWISE_PROGRAM void mean_by_kind(Row& row, const Function& f, const Slope& slo
   row.finish(sums.value[0] * positive + sums.value[2] * negative);
   if (!row.wants_gradient()) return;
   row.write([=](auto z, auto relation) {
-    return relation != 0 ? (relation > 0 ? positive : negative) * slope(z, relation) : T(0);
+    return relation != 0 ? (relation > 0 ? positive : negative) * term(z, relation).value[1] : T(0);
   });
 }
 
-// L = f(lse_P x + lse_N x) of exponents x(z, relation), of rows with pairs of both kinds. x and f give their
-// derivatives beside their values.
-template <typename T, typename Row, typename Exponent, typename Function>
-TILEWISE_PROGRAM void log_sums(Row& row, const Exponent& exponent, const Function& f) {
+// L = f(lse_P x + lse_N x) of exponents x(z, relation), of rows with pairs of both kinds; term gives x, outer f, with
+// their derivatives
+template <typename T, typename Row, typename Term, typename Outer>
+TILEWISE_PROGRAM void log_sums(Row& row, const Term& term, const Outer& outer) {
   const Values<T, 2> tops = row.template fold<Max, Max>([=](auto z, auto relation) {
-    const auto x = exponent(z, relation).value[0];
+    const auto x = term(z, relation).value[0];
     return values(relation > 0 ? x : -infinity<T>(), relation < 0 ? x : -infinity<T>());
   });
   const T positive_top = tops.value[0];
   const T negative_top = tops.value[1];
   if (positive_top == -infinity<T>() || negative_top == -infinity<T>()) return row.skip();
-  const auto exponential = [=](auto z, auto relation) {
-    return fast_exp(exponent(z, relation).value[0] - (relation > 0 ? positive_top : negative_top));
+  const auto exponential = [=](auto x, auto relation) {
+    return fast_exp(x - (relation > 0 ? positive_top : negative_top));
   };
   const Values<T, 2> sums = row.template fold<Sum, Sum>([=](auto z, auto relation) {
-    const auto e = exponential(z, relation);
+    const auto e = exponential(term(z, relation).value[0], relation);
     return values(relation > 0 ? e : T(0), relation < 0 ? e : T(0));
   });
   const Values<T, 2> loss =
-      f((positive_top + natural_log(sums.value[0])) + (negative_top + natural_log(sums.value[1])));
+      outer((positive_top + natural_log(sums.value[0])) + (negative_top + natural_log(sums.value[1])));
   row.finish(loss.value[0]);
   if (!row.wants_gradient()) return;
   const T positive = loss.value[1] / sums.value[0];
   const T negative = loss.value[1] / sums.value[1];
   row.write([=](auto z, auto relation) {
-    const auto share = (relation > 0 ? positive : negative) * exponential(z, relation);
-    return relation != 0 ? share * exponent(z, relation).value[1] : T(0);
+    const auto x = term(z, relation);
+    const auto share = (relation > 0 ? positive : negative) * exponential(x.value[0], relation);
+    return relation != 0 ? share * x.value[1] : T(0);
   });
 }
 
@@ -186,10 +187,10 @@ struct BinomialDeviance {
   static constexpr PairProgram kProgram{"binomial_deviance", 3};
   template <typename T, typename Row>
   TILEWISE_PROGRAM void run(Row& row, T alpha, T beta, T base) {
-    const auto x = [=](auto z, auto relation) { return relation > 0 ? -alpha * (z - base) : beta * (z - base); };
-    const auto term = [=](auto z, auto relation) { return softplus(x(z, relation)); };
-    mean_by_kind<T>(row, term,
-                    [=](auto z, auto relation) { return (relation > 0 ? -alpha : beta) * sigmoid(x(z, relation)); });
+    mean_by_kind<T>(row, [=](auto z, auto relation) {
+      const auto slope = relation > 0 ? -alpha : beta;
+      return values(softplus(slope * (z - base)), slope * sigmoid(slope * (z - base)));
+    });
   }
 };
 
@@ -198,10 +199,8 @@ struct LiftedStructure {
   static constexpr PairProgram kProgram{"lifted_structure", 2};
   template <typename T, typename Row>
   TILEWISE_PROGRAM void run(Row& row, T positive_margin, T negative_margin) {
-    const auto exponent = [](auto z, auto relation) {
-      return values(relation > 0 ? -z : z, relation > 0 ? T(-1) : T(1));
-    };
-    log_sums<T>(row, exponent, [=](T sum) {
+    const auto term = [](auto z, auto relation) { return values(relation > 0 ? -z : z, relation > 0 ? T(-1) : T(1)); };
+    log_sums<T>(row, term, [=](T sum) {
       const T loss = sum + (positive_margin - negative_margin);
       return values(loss < T(0) ? T(0) : loss, loss > T(0) ? T(1) : T(0));  // NaN stays NaN
     });
@@ -213,10 +212,9 @@ struct Contrastive {
   static constexpr PairProgram kProgram{"contrastive", 2};
   template <typename T, typename Row>
   TILEWISE_PROGRAM void run(Row& row, T positive_margin, T negative_margin) {
-    const auto gap = [=](auto z, auto relation) { return relation > 0 ? positive_margin - z : z - negative_margin; };
-    const auto hinge = [=](auto z, auto relation) { return gap(z, relation) < T(0) ? T(0) : gap(z, relation); };
-    mean_by_kind<T>(row, hinge, [=](auto z, auto relation) {
-      return gap(z, relation) > T(0) ? (relation > 0 ? T(-1) : T(1)) : T(0);
+    mean_by_kind<T>(row, [=](auto z, auto relation) {
+      const auto gap = relation > 0 ? positive_margin - z : z - negative_margin;
+      return values(gap < T(0) ? T(0) : gap, gap > T(0) ? (relation > 0 ? T(-1) : T(1)) : T(0));
     });
   }
 };
