@@ -292,4 +292,23 @@ class Triplet:
         return positive, -weight, negative, weight
 
 
-LOSSES = Softmax, DecoupledSoftmax, Sigmoid, MultiSimilarity, BinomialDeviance, LiftedStructure, Contrastive, Triplet
+class Circle(LogSums):
+    """L = softplus(lse_P x + lse_N x), x_p = a (1 - margin - z) with a = gamma max(0, 1 + margin - z) and
+    x_n = a (z - margin) with a = gamma max(0, z + margin); the gradient takes a for a constant"""
+
+    name, parameters = "circle", 2
+
+    @triton.jit
+    def term(self, z, relation):
+        margin, gamma = self.parameters
+        a = gamma * tl.maximum(tl.where(relation > 0, 1.0 + margin - z, z + margin), 0.0)
+        return a * tl.where(relation > 0, 1.0 - margin - z, z - margin), tl.where(relation > 0, -a, a)
+
+    @triton.jit
+    def outer(self, sum):
+        return softplus(sum), sigmoid(sum)
+
+
+LOSSES = (
+    Softmax, DecoupledSoftmax, Sigmoid, MultiSimilarity, BinomialDeviance, LiftedStructure, Contrastive, Triplet, Circle
+)  # fmt: skip

@@ -238,7 +238,22 @@ struct Triplet {
   }
 };
 
+// L = softplus(lse_P x + lse_N x), x_p = a (1 - margin - z) with a = gamma max(0, 1 + margin - z) and x_n = a (z -
+// margin) with a = gamma max(0, z + margin); the gradient takes a for a constant
+struct Circle {
+  static constexpr PairProgram kProgram{"circle", 2};
+  template <typename T, typename Row>
+  TILEWISE_PROGRAM void run(Row& row, T margin, T gamma) {
+    const auto term = [=](auto z, auto relation) {
+      const auto away = relation > 0 ? T(1) + margin - z : z + margin;
+      const auto a = away > T(0) ? gamma * away : T(0);
+      return values(a * (relation > 0 ? T(1) - margin - z : z - margin), relation > 0 ? -a : a);
+    };
+    log_sums<T>(row, term, [](T sum) { return values(softplus(sum), sigmoid(sum)); });
+  }
+};
+
 using PairLosses = ProgramList<Softmax, DecoupledSoftmax, Sigmoid, MultiSimilarity, BinomialDeviance, LiftedStructure,
-                               Contrastive, Triplet>;
+                               Contrastive, Triplet, Circle>;
 
 }  // namespace tilewise

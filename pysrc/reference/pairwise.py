@@ -120,6 +120,16 @@ def triplet(z, positive, negative, margin):
     return loss[:, 0], positive.any(1) & negative.any(1), weights
 
 
+def circle(z, positive, negative, margin, gamma):
+    x_p = gamma * torch.relu(1 + margin - z) * (1 - margin - z)
+    x_n = gamma * torch.relu(margin + z) * (z - margin)
+    pulled, pushed = _lse(x_p, positive), _lse(x_n, negative)
+    pull = gamma * torch.relu(1 + margin - z) * _exp(x_p - pulled, positive)
+    push = gamma * torch.relu(margin + z) * _exp(x_n - pushed, negative)
+    weights = torch.sigmoid(pulled + pushed) * (push - pull)
+    return _softplus(pulled + pushed)[:, 0], positive.any(1) & negative.any(1), weights
+
+
 def log_sum_exp(z, positive, negative):
     pairs = positive | negative
     lse = torch.where(pairs.any(1, keepdim=True), _lse(z, pairs), -math.inf)
@@ -157,7 +167,7 @@ def _first(mask: Tensor) -> Tensor:
 
 LOSSES = (
     softmax, decoupled_softmax, sigmoid, multi_similarity, binomial_deviance, lifted_structure, contrastive, triplet
-)  # fmt: skip
+) + (circle,)  # fmt: skip
 SHARES = (log_sum_exp, positive_sum, least_positive, most_negative, window_log_sum_exp)
 FORMULAS = {function.__name__: function for function in LOSSES + SHARES}
 
