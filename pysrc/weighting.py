@@ -16,7 +16,7 @@ class _Weighting:
         for name, value in vars(self).items():
             if name == "epsilon" and value is None:
                 continue
-            check = rows.check_positive if name in ("alpha", "beta") else rows.check_number
+            check = rows.check_positive if name in ("alpha", "beta", "gamma") else rows.check_number
             check(f"weighting.{type(self).__name__}", name, value)
 
     @property
@@ -70,3 +70,14 @@ class Triplet(_Weighting):
 
     margin: float = 0.1
     loss = "triplet"
+
+
+@dataclass(frozen=True)
+class Circle(_Weighting):
+    """log(1 + sum_P e^(a_p (1 - margin - s)) sum_N e^(a_n (s - margin))) with a_p = gamma max(0, 1 + margin - s) and
+    a_n = gamma max(0, s + margin) (Sun et al., 2020); anchors with pairs of both kinds. The gradient takes a_p and a_n
+    for constants, as the paper and pytorch-metric-learning do."""
+
+    margin: float = 0.4
+    gamma: float = 80.0
+    loss = "circle"

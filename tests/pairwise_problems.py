@@ -19,6 +19,7 @@ LOSSES = {
     "lifted_structure": [1.0, 0.2],
     "contrastive": [0.9, 0.1],
     "triplet": [0.2],
+    "circle": [0.25, 2.0],
     "log_sum_exp": [],
     "positive_sum": [],
     "least_positive": [],

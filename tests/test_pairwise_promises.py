@@ -250,6 +250,13 @@ def test_bad_arguments(function, error, message):
         function()
 
 
+@pytest.mark.parametrize("name", ["hinge", "", "Softmax", "softmax "])
+def test_unknown_losses_are_refused(name):
+    arguments = [t.to(DEVICE) for t in (X, X, LABELS, LABELS, torch.tensor(1.0))]
+    with pytest.raises((RuntimeError, ValueError), match=f"expected loss to be the name of a loss, got '{name}'"):
+        torch.ops.tilewise.pairwise_loss(*arguments, loss=name, parameters=[])
+
+
 @pytest.mark.skipif(BACKEND != "cpu", reason="the checks of the C++ operator itself")
 def test_bad_arguments_of_the_operator():
     good = dict(x=X, y=X, x_labels=LABELS, y_labels=LABELS, scale=torch.tensor(1.0), loss="softmax", parameters=[])

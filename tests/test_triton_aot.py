@@ -90,13 +90,14 @@ def run_linear_cross_entropy(dtype, *, D, V, options=PLAIN, everything=False, pr
 
 def run_pairwise(dtype):
     """Every loss where the gradient is float32; the storage of 16-bit gradients with one of them, and a guide."""
-    from tilewise.triton_kernels.pairwise import LOSSES, OPS
+    from tilewise.triton_kernels.pairwise import OPS, PROGRAMS
 
     x = torch.empty(ROWS, 128, dtype=dtype, device="meta")
     labels, number = torch.empty(ROWS, dtype=torch.int64, device="meta"), torch.empty((), device="meta")
     flags = {"x_grad": True, "y_grad": True, "bias_grad": True, "reduction": "mean", "chunk_bytes": 0}
-    for loss in LOSSES if dtype == torch.float32 else ("multi_similarity",):
-        options = {"loss": loss, "parameters": [2.0, 50.0, 0.5, 0.1], "self_offset": 0, "guide_margin": 0.1}
+    for loss in PROGRAMS if dtype == torch.float32 else ("multi_similarity",):
+        parameters = [2.0, 50.0, 0.5, 0.1][: PROGRAMS[loss].parameters]
+        options = {"loss": loss, "parameters": parameters, "self_offset": 0, "guide_margin": 0.1}
         guides = (None, None) if dtype == torch.float32 else (x, x)
         OPS["pairwise_loss_backward"](number, x, x, labels, labels, number, number, *guides, number, **options, **flags)
 

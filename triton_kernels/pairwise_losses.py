@@ -1,23 +1,9 @@
-"""Pairwise losses as programs over one row of similarities: the twin of csrc/pairwise/losses.h, with the formulas."""
+"""The losses of the pairwise engine (pairwise_fold.py says what a program is), as in csrc/pairwise/losses.h."""
 
 import triton
 import triton.language as tl
 
-LOSSES = (
-    "softmax",
-    "decoupled_softmax",
-    "sigmoid",
-    "multi_similarity",
-    "binomial_deviance",
-    "lifted_structure",
-    "contrastive",
-    "triplet",
-    "log_sum_exp",
-    "positive_sum",
-    "least_positive",
-    "most_negative",
-    "window_log_sum_exp",
-)
+from .pairwise_fold import INFINITY, First, Max, Sum, by_kind, extremes, fold
 
 
 @triton.jit
@@ -41,120 +27,288 @@ def softplus(x):
 
 
 @triton.jit
+def log1p(x):
+    """Of x >= 0."""
+    return softplus(tl.log(x))
+
+
+@triton.jit
 def log_one_plus(shift, total):
-    """log(1 + sum e^x), of a total relative to shift = max(0, max x)."""
-    return tl.where(shift > 0, shift + tl.log(tl.exp(-shift) + total), softplus(tl.log(total)))
+    """log(e^0 + sum of e^(x - shift)) + shift with shift = max(0, max x)"""
+    return tl.where(shift > 0, shift + tl.log(tl.exp(-shift) + total), log1p(total))
 
 
-@triton.jit
-def kept_pairs(z, positive, negative, least, most, epsilon, p1, p2, LOSS: tl.constexpr, MINES: tl.constexpr):
-    """What mining leaves of the pairs of a multi-similarity loss; of other losses, all."""
-    if LOSS == "multi_similarity" and MINES:
-        positive = positive & (z - epsilon < most)
-        negative = negative & (z + epsilon > least)
-    if LOSS == "window_log_sum_exp":
-        positive = positive & (z < p1) & (p2 > 0)
-        negative = negative & (z > -p1) & (p2 < 0)
-    return positive, negative
+class MeanByKind:
+    """L = mean_P f + mean_N f of f(z, relation); term gives f and its derivative"""
+
+    @fold(Sum, Sum, Sum, Sum)
+    def first(self, z, relation, row):
+        return by_kind(relation, self.term(self, z, relation)[0], 0.0) + by_kind(relation, 1.0, 0.0)
+
+    @triton.jit
+    def finish(self, row):
+        positive, negative, positives, negatives = row
+        loss = positive / tl.maximum(positives, 1.0) + negative / tl.maximum(negatives, 1.0)
+        return positives + negatives > 0, loss
+
+    @triton.jit
+    def weight(self, z, relation, row):
+        _, _, positives, negatives, _ = row
+        share = tl.where(relation > 0, 1.0 / tl.maximum(positives, 1.0), 1.0 / tl.maximum(negatives, 1.0))
+        return share * self.term(self, z, relation)[1]
 
 
-@triton.jit
-def exponents(z, least, most, p0, p1, p2, LOSS: tl.constexpr):
-    """x of the terms f(x) of positives and of negatives, and what is taken off before exp."""
-    pull_shift = 0.0
-    push_shift = 0.0
-    if LOSS == "multi_similarity" or LOSS == "binomial_deviance":
-        pull = -p0 * (z - p2)
-        push = p1 * (z - p2)
-        pull_shift = tl.maximum(-p0 * (least - p2), 0.0)
-        push_shift = tl.maximum(p1 * (most - p2), 0.0)
-    elif LOSS == "lifted_structure":
-        pull = least - z
-        push = z - most
-    elif LOSS == "contrastive":
-        pull = p0 - z
-        push = z - p1
-    else:
-        pull = -z
-        push = z
-    return pull, push, pull_shift, push_shift
+class LogSums:
+    """L = f(lse_P x + lse_N x) of exponents x(z, relation), of rows with pairs of both kinds; term gives x, outer f,
+    with their derivatives"""
+
+    @fold(Max, Max)
+    def first(self, z, relation, row):
+        return by_kind(relation, self.term(self, z, relation)[0], -INFINITY)
+
+    @fold(Sum, Sum)
+    def second(self, z, relation, row):
+        x, _ = self.term(self, z, relation)
+        return by_kind(relation, tl.exp(x - tl.where(relation > 0, row[0], row[1])), 0.0)
+
+    @triton.jit
+    def finish(self, row):
+        positive_top, negative_top, positive, negative = row
+        loss, _ = self.outer(self, (positive_top + tl.log(positive)) + (negative_top + tl.log(negative)))
+        return (positive_top > -INFINITY) & (negative_top > -INFINITY), loss
+
+    @triton.jit
+    def weight(self, z, relation, row):
+        positive_top, negative_top, positive, negative, _ = row
+        _, derivative = self.outer(self, (positive_top + tl.log(positive)) + (negative_top + tl.log(negative)))
+        x, slope = self.term(self, z, relation)
+        e = tl.exp(x - tl.where(relation > 0, positive_top, negative_top))
+        return tl.where(relation > 0, derivative / positive, derivative / negative) * e * slope
 
 
-@triton.jit
-def terms(z, positive, negative, least, most, top, p0, p1, p2, LOSS: tl.constexpr):
-    """The terms that a row sums over its positives and over its negatives."""
-    pull, push, pull_shift, push_shift = exponents(z, least, most, p0, p1, p2, LOSS)
-    if LOSS == "softmax" or LOSS == "log_sum_exp":
-        of_positive = tl.exp(z - top)
-        of_negative = of_positive
-    elif LOSS == "window_log_sum_exp":
-        of_negative = tl.exp(p0 * z - top)
-        of_positive = of_negative
-    elif LOSS == "decoupled_softmax" or LOSS == "positive_sum":
-        of_positive = z
-        of_negative = tl.exp(z - most)
-    elif LOSS == "sigmoid" or LOSS == "binomial_deviance":
-        of_positive = softplus(pull)
-        of_negative = softplus(push)
-    elif LOSS == "contrastive":
-        of_positive = tl.maximum(pull, 0.0)
-        of_negative = tl.maximum(push, 0.0)
-    else:
-        of_positive = tl.exp(pull - pull_shift)
-        of_negative = tl.exp(push - push_shift)
-    return tl.where(positive, of_positive, 0.0), tl.where(negative, of_negative, 0.0)
+class Softmax:
+    """L = lse_{P+N} z - mean_P z: SupCon, InfoNCE (one positive), NT-Xent"""
 
+    name, parameters = "softmax", 0
 
-@triton.jit
-def weights(
-    z, cols, positive, negative, least, most, top, n_positive, n_negative, of_positive, of_negative, loss,
-    first_positive, first_negative, p0, p1, p2, LOSS: tl.constexpr
-):  # fmt: skip
-    """dL/dz of a tile."""
-    pull, push, pull_shift, push_shift = exponents(z, least, most, p0, p1, p2, LOSS)
-    if LOSS == "softmax":
-        # The two sums apart: a positive that takes nearly all leaves to the negatives what 1 would swallow.
+    @fold(Max, Sum)
+    def first(self, z, relation, row):
+        return tl.where(relation != 0, z, -INFINITY), tl.where(relation > 0, 1.0, 0.0)
+
+    @fold(Sum, Sum, Sum)
+    def second(self, z, relation, row):
+        top, _ = row
+        positive, negative = by_kind(relation, tl.exp(z - top), 0.0)
+        return positive, negative, tl.where(relation > 0, z - top, 0.0)
+
+    @triton.jit
+    def finish(self, row):
+        # Apart: a positive that takes nearly all leaves to the negatives what 1 would swallow.
+        _, positives, positive, negative, below = row
+        return positives > 0, log1p((positive - 1.0) + negative) - below / tl.maximum(positives, 1.0)
+
+    @triton.jit
+    def weight(self, z, relation, row):
+        """p, less 1 / #P at positives: 0 - negative of one positive."""
+        top, positives, positive, negative, _, _ = row
+        inverse = 1.0 / (positive + negative)
         e = tl.exp(z - top)
-        inverse = 1.0 / (of_positive + of_negative)
-        on_negative = e * inverse
-        on_positive = ((n_positive * e - of_positive) - of_negative) * (inverse / n_positive)
-    elif LOSS == "decoupled_softmax":
-        # of_negative: the log of the negatives' sum, relative to most; of_positive: the sum of sigmoids
-        gap = (most - z) + of_negative
-        on_positive = -sigmoid(gap) / n_positive
-        on_negative = of_positive / n_positive * tl.exp(-gap)
-    elif LOSS == "sigmoid":
-        on_positive = -sigmoid(pull)
-        on_negative = sigmoid(push)
-    elif LOSS == "multi_similarity":
-        on_positive = -tl.exp(pull - pull_shift) / (tl.exp(-pull_shift) + of_positive)
-        on_negative = tl.exp(push - push_shift) / (tl.exp(-push_shift) + of_negative)
-    elif LOSS == "binomial_deviance":
-        on_positive = -p0 * sigmoid(pull) / n_positive
-        on_negative = p1 * sigmoid(push) / n_negative
-    elif LOSS == "lifted_structure":
-        on_positive = tl.where(loss > 0, -tl.exp(pull) / of_positive, 0.0)
-        on_negative = tl.where(loss > 0, tl.exp(push) / of_negative, 0.0)
-    elif LOSS == "log_sum_exp":
-        on_negative = tl.exp(z - top) / (of_positive + of_negative)
-        on_positive = on_negative
-    elif LOSS == "positive_sum":
-        on_positive = z * 0.0 + 1.0
-        on_negative = z * 0.0
-    elif LOSS == "window_log_sum_exp":
-        on_negative = p0 * tl.exp(p0 * z - top) / (of_positive + of_negative)
-        on_positive = on_negative
-    elif LOSS == "least_positive":
-        on_positive = tl.where(cols == first_positive, 1.0, 0.0)
-        on_negative = z * 0.0
-    elif LOSS == "most_negative":
-        on_positive = z * 0.0
-        on_negative = tl.where(cols == first_negative, 1.0, 0.0)
-    elif LOSS == "contrastive":
-        on_positive = tl.where(pull > 0, -1.0 / n_positive, 0.0)
-        on_negative = tl.where(push > 0, 1.0 / n_negative, 0.0)
-    else:
+        return tl.where(relation > 0, ((positives * e - positive) - negative) * (inverse / positives), e * inverse)
+
+
+class DecoupledSoftmax:
+    """L = mean_P softplus(lse_N z - z_p): the positives are no part of the denominator"""
+
+    name, parameters = "decoupled_softmax", 0
+
+    @fold(Max, Sum)
+    def first(self, z, relation, row):
+        return tl.where(relation < 0, z, -INFINITY), tl.where(relation > 0, 1.0, 0.0)
+
+    @fold(Sum)
+    def second(self, z, relation, row):
+        top, _ = row
+        return (tl.where(relation < 0, tl.exp(z - top), 0.0),)
+
+    @fold(Sum, Sum)
+    def third(self, z, relation, row):
+        top, _, sum = row
+        gap = (top - z) + tl.log(sum)
+        return tl.where(relation > 0, softplus(gap), 0.0), tl.where(relation > 0, sigmoid(gap), 0.0)
+
+    @triton.jit
+    def finish(self, row):
+        _, positives, _, pull, _ = row
+        return positives > 0, pull / tl.maximum(positives, 1.0)
+
+    @triton.jit
+    def weight(self, z, relation, row):
+        top, positives, sum, _, pushes, _ = row
+        share = 1.0 / positives
+        gap = (top - z) + tl.log(sum)
+        return tl.where(relation > 0, -sigmoid(gap) * share, pushes * share / sum * tl.exp(z - top))
+
+
+class Sigmoid:
+    """L = sum_P softplus(-z) + sum_N softplus(z): SigLIP"""
+
+    name, parameters = "sigmoid", 0
+
+    @fold(Sum)
+    def first(self, z, relation, row):
+        return (tl.where(relation != 0, softplus(tl.where(relation > 0, -z, z)), 0.0),)
+
+    @triton.jit
+    def finish(self, row):
+        return True, row[0]
+
+    @triton.jit
+    def weight(self, z, relation, row):
+        probability = sigmoid(tl.where(relation > 0, -z, z))
+        return tl.where(relation > 0, -probability, probability)
+
+
+@triton.jit
+def kept(self, z, relation, row):
+    """Which pairs are kept."""
+    _, _, _, epsilon = self.parameters
+    mines = epsilon != INFINITY
+    margin = tl.where(mines, epsilon, 0.0)
+    above = tl.where(mines, row[0], -INFINITY)
+    below = tl.where(mines, row[1], INFINITY)
+    return ((relation > 0) & (z - margin < below)) | ((relation < 0) & (z + margin > above))
+
+
+@triton.jit
+def shifts(self, row):
+    """The highest exponents of positives and of negatives, or 0."""
+    alpha, beta, base, _ = self.parameters
+    return tl.maximum(-alpha * (row[0] - base), 0.0), tl.maximum(beta * (row[1] - base), 0.0)
+
+
+@triton.jit
+def exponential(self, z, relation, row):
+    alpha, beta, base, _ = self.parameters
+    positive_shift, negative_shift = shifts(self, row)
+    return tl.exp(tl.where(relation > 0, -alpha * (z - base) - positive_shift, beta * (z - base) - negative_shift))
+
+
+class MultiSimilarity:
+    """L = (1/alpha) log(1 + sum_P' e^(-alpha (z - base))) + (1/beta) log(1 + sum_N' e^(beta (z - base)))
+
+    Mining keeps N' = {n: z_n + epsilon > min_P z} and P' = {p: z_p - epsilon < max_N z}; a row without either has no
+    loss. epsilon = inf keeps all, and a row of one kind has the loss of that kind.
+    """
+
+    name, parameters = "multi_similarity", 4
+    first = extremes
+
+    @fold(Sum, Sum, Sum, Sum)
+    def second(self, z, relation, row):
+        keeps = kept(self, z, relation, row)
+        e = tl.where(keeps, exponential(self, z, relation, row), 0.0)
+        return by_kind(relation, e, 0.0) + by_kind(relation, tl.where(keeps, 1.0, 0.0), 0.0)
+
+    @triton.jit
+    def finish(self, row):
+        alpha, beta, _, epsilon = self.parameters
+        _, _, positive, negative, positives, negatives = row
+        positive_shift, negative_shift = shifts(self, row)
+        loss = log_one_plus(positive_shift, positive) / alpha + log_one_plus(negative_shift, negative) / beta
+        most, least = tl.maximum(positives, negatives), tl.minimum(positives, negatives)
+        return tl.where(epsilon != INFINITY, least, most) > 0, loss
+
+    @triton.jit
+    def weight(self, z, relation, row):
+        _, _, positive, negative, _, _, _ = row
+        positive_shift, negative_shift = shifts(self, row)
+        factor = tl.where(
+            relation > 0, -1.0 / (tl.exp(-positive_shift) + positive), 1.0 / (tl.exp(-negative_shift) + negative)
+        )
+        return tl.where(kept(self, z, relation, row), factor * exponential(self, z, relation, row), 0.0)
+
+
+class BinomialDeviance(MeanByKind):
+    """L = mean_P softplus(-alpha (z - base)) + mean_N softplus(beta (z - base))"""
+
+    name, parameters = "binomial_deviance", 3
+
+    @triton.jit
+    def term(self, z, relation):
+        alpha, beta, base = self.parameters
+        slope = tl.where(relation > 0, -alpha, beta)
+        return softplus(slope * (z - base)), slope * sigmoid(slope * (z - base))
+
+
+class LiftedStructure(LogSums):
+    """L = max(0, log sum_P e^(positive_margin - z) + log sum_N e^(z - negative_margin))"""
+
+    name, parameters = "lifted_structure", 2
+
+    @triton.jit
+    def term(self, z, relation):
+        return tl.where(relation > 0, -z, z), tl.where(relation > 0, -1.0, 1.0)
+
+    @triton.jit
+    def outer(self, sum):
+        positive_margin, negative_margin = self.parameters
+        loss = sum + (positive_margin - negative_margin)
+        return tl.where(loss < 0, 0.0, loss), tl.where(loss > 0, 1.0, 0.0)
+
+
+class Contrastive(MeanByKind):
+    """L = mean_P max(0, positive_margin - z) + mean_N max(0, z - negative_margin)"""
+
+    name, parameters = "contrastive", 2
+
+    @triton.jit
+    def term(self, z, relation):
+        positive_margin, negative_margin = self.parameters
+        gap = tl.where(relation > 0, positive_margin - z, z - negative_margin)
+        return tl.where(gap < 0, 0.0, gap), tl.where(gap > 0, tl.where(relation > 0, -1.0, 1.0), 0.0)
+
+
+class Triplet:
+    """L = max(0, max_N z - min_P z + margin): the hardest positive and negative; ties: lowest column"""
+
+    name, parameters = "triplet", 1
+    first = extremes
+
+    @fold(First, First)
+    def second(self, z, relation, row):
+        least, most = row
+        return (relation > 0) & (z == least), (relation < 0) & (z == most)
+
+    @triton.jit
+    def finish(self, row):
+        least, most, _, _ = row
+        loss = most - least + self.parameters[0]
+        return (least < INFINITY) & (most > -INFINITY), tl.where(loss < 0, 0.0, loss)
+
+    @triton.jit
+    def write_two(self, row):
+        _, _, positive, negative, loss = row
         weight = tl.where(loss > 0, 1.0, 0.0)
-        on_positive = tl.where(cols == first_positive, -weight, 0.0)
-        on_negative = tl.where(cols == first_negative, weight, 0.0)
-    return tl.where(positive, on_positive, tl.where(negative, on_negative, 0.0))
+        return positive, -weight, negative, weight
+
+
+class Circle(LogSums):
+    """L = softplus(lse_P x + lse_N x), x_p = a (1 - margin - z) with a = gamma max(0, 1 + margin - z) and
+    x_n = a (z - margin) with a = gamma max(0, z + margin); the gradient takes a for a constant"""
+
+    name, parameters = "circle", 2
+
+    @triton.jit
+    def term(self, z, relation):
+        margin, gamma = self.parameters
+        a = gamma * tl.maximum(tl.where(relation > 0, 1.0 + margin - z, z + margin), 0.0)
+        return a * tl.where(relation > 0, 1.0 - margin - z, z - margin), tl.where(relation > 0, -a, a)
+
+    @triton.jit
+    def outer(self, sum):
+        return softplus(sum), sigmoid(sum)
+
+
+LOSSES = (
+    Softmax, DecoupledSoftmax, Sigmoid, MultiSimilarity, BinomialDeviance, LiftedStructure, Contrastive, Triplet, Circle
+)  # fmt: skip

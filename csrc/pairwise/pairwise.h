@@ -4,29 +4,14 @@
 //   positive: x_label_i = y_label_j, j not i's own      negative: x_label_i != y_label_j
 //
 // A loss is a program over one row (pairwise/losses.h): folds over its pairs, a value, a gradient per pair. What runs a
-// program is a Row: pairwise_cpu.cpp walks it with vectors, pairwise_cuda.cu with a block of threads.
+// program is a Row: pairwise_cpu.cpp walks it with vectors, pairwise_cuda.cu with a block of threads. programs.h lists
+// the programs.
 #pragma once
 
 #include "common/isa.h"
 #include "rows/rows.h"
 
 namespace tilewise {
-
-enum class PairLoss : int32_t {
-  kSoftmax,
-  kDecoupledSoftmax,
-  kSigmoid,
-  kMultiSimilarity,
-  kBinomialDeviance,
-  kLiftedStructure,
-  kContrastive,
-  kTriplet,
-  kLogSumExp,
-  kPositiveSum,
-  kLeastPositive,
-  kMostNegative,
-  kWindowLogSumExp,
-};
 
 constexpr int kPairParameters = 4;
 
@@ -50,7 +35,7 @@ struct PairwiseChunk {
   int64_t columns = 0;
   int64_t row_stride = 0;
   Relations<T> relations;
-  PairLoss loss = PairLoss::kSoftmax;
+  int program = -1;  // its place among the PairPrograms
   T parameters[kPairParameters] = {};
   const T* scale = nullptr;  // z = scale s + bias
   const T* bias = nullptr;   // null: 0

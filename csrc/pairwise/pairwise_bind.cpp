@@ -1,6 +1,6 @@
 // Pairwise losses, a chunk of rows of the similarities at a time: a product forms it, a program per row
-// (pairwise/losses.h) takes its loss from it and where gradients are wanted writes G = dL/dz over it, which enters two
-// more products:
+// (pairwise/programs.h) takes its loss from it and where gradients are wanted writes G = dL/dz over it, which enters
+// two more products:
 //
 //   grad_x = G Y      grad_y += G^T X      grad_bias = G 1
 //
@@ -9,7 +9,7 @@
 
 #include "common/gemm.h"
 #include "common/operator.h"
-#include "pairwise/pairwise.h"
+#include "pairwise/programs.h"
 #include "rows/rows_bind.h"
 
 namespace tilewise {
@@ -51,37 +51,13 @@ struct Gradients {
   Tensor x, y, bias;
 };
 
-struct NamedLoss {
-  const char* name;
-  PairLoss loss;
-  size_t parameters;
-};
-
-constexpr NamedLoss kLosses[] = {
-    {"softmax", PairLoss::kSoftmax, 0},
-    {"decoupled_softmax", PairLoss::kDecoupledSoftmax, 0},
-    {"sigmoid", PairLoss::kSigmoid, 0},
-    {"multi_similarity", PairLoss::kMultiSimilarity, 4},
-    {"binomial_deviance", PairLoss::kBinomialDeviance, 3},
-    {"lifted_structure", PairLoss::kLiftedStructure, 2},
-    {"contrastive", PairLoss::kContrastive, 2},
-    {"triplet", PairLoss::kTriplet, 1},
-    {"log_sum_exp", PairLoss::kLogSumExp, 0},
-    {"positive_sum", PairLoss::kPositiveSum, 0},
-    {"least_positive", PairLoss::kLeastPositive, 0},
-    {"most_negative", PairLoss::kMostNegative, 0},
-    {"window_log_sum_exp", PairLoss::kWindowLogSumExp, 3},
-};
-
-const NamedLoss& loss_of(const Problem& problem) {
-  for (const NamedLoss& found : kLosses) {
-    if (problem.loss != found.name) continue;
-    require(problem.parameters.size() == found.parameters, kOp, "expected ", found.parameters, " parameters of loss '",
-            found.name, "', got ", problem.parameters.size());
-    return found;
-  }
-  require(false, kOp, "expected loss to be the name of a loss, got '", problem.loss, "'");
-  return kLosses[0];
+int program_of(const Problem& problem) {
+  const int place = place_of_program(problem.loss);
+  require(place >= 0, kOp, "expected loss to be the name of a loss, got '", problem.loss, "'");
+  const size_t parameters = static_cast<size_t>(kPairPrograms[static_cast<size_t>(place)].parameters);
+  require(problem.parameters.size() == parameters, kOp, "expected ", parameters, " parameters of loss '", problem.loss,
+          "', got ", problem.parameters.size());
+  return place;
 }
 
 const int64_t* labels_of(const Tensor& labels, const Tensor& of, const char* name) {
@@ -129,8 +105,8 @@ int64_t rows_at_a_time(const Problem& problem) {
 
 template <typename T>
 PairwiseChunk<T> whole(const Problem& problem) {
-  const NamedLoss& loss = loss_of(problem);
   PairwiseChunk<T> chunk;
+  chunk.program = program_of(problem);
   chunk.columns = problem.y.size(0);
   chunk.relations.x_labels = labels_of(problem.x_labels, problem.x, "x_labels");
   chunk.relations.y_labels = labels_of(problem.y_labels, problem.y, "y_labels");
@@ -139,8 +115,7 @@ PairwiseChunk<T> whole(const Problem& problem) {
   chunk.relations.self_offset =
       std::clamp<int64_t>(problem.self_offset.value_or(0), -problem.x.size(0), problem.y.size(0));
   chunk.relations.guide_margin = static_cast<T>(problem.guide_margin);
-  chunk.loss = loss.loss;
-  for (size_t i = 0; i < loss.parameters; ++i) chunk.parameters[i] = static_cast<T>(problem.parameters[i]);
+  for (size_t i = 0; i < problem.parameters.size(); ++i) chunk.parameters[i] = static_cast<T>(problem.parameters[i]);
   const auto number = [&](const Tensor& tensor, const char* name) {
     return dense<T>(tensor, {}, statistics_type(problem.x), kOp, name);
   };

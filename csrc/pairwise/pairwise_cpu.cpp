@@ -4,7 +4,7 @@
 #include <utility>
 
 #include "common/simd.h"
-#include "pairwise/losses.h"
+#include "pairwise/programs.h"
 
 namespace tilewise::TILEWISE_ISA {
 namespace {
@@ -42,8 +42,13 @@ class Row {
   }
 
   template <typename... Ops, typename Function>
-  Values<T, sizeof...(Ops)> fold(const Function& f) const {
-    return fold_as<Function, Ops...>(f, std::index_sequence_for<Ops...>{});
+  auto fold(const Function& f) const {
+    if constexpr (sizeof...(Ops) == 1) {
+      const auto one = [&f](auto z, auto relation) { return values(f(z, relation)); };
+      return fold_as<decltype(one), Ops...>(one, std::index_sequence_for<Ops...>{}).value[0];
+    } else {
+      return fold_as<Function, Ops...>(f, std::index_sequence_for<Ops...>{});
+    }
   }
 
   template <typename Function>
@@ -163,12 +168,13 @@ template <typename T>
 void run(const PairwiseChunk<T>& chunk, int64_t begin, int64_t end) {
   using Relation = typename Row<T>::Relation;
   const std::unique_ptr<Relation[]> relation(new Relation[Row<T>::relations_of(chunk.columns)]);
-  with_loss(chunk.loss, [&](auto loss) {
+  const auto run_rows = [&](auto program) {
     for (int64_t i = begin; i < end; ++i) {
       Row<T> row(chunk, i, relation.get());
-      run_loss<decltype(loss)::value>(chunk.parameters, row);
+      run_program(program, row, chunk.parameters);
     }
-  });
+  };
+  with_program(chunk.program, run_rows, PairPrograms{});
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
 // The pairwise engine on CUDA: a warp or a block per row of similarities, which its threads walk side by side once per
 // fold of the loss. Relations are compared again in every fold: the labels of a chunk stay in the cache.
-#include "pairwise/losses.h"
+#include "pairwise/programs.h"
 #include "rows/rows.cuh"
 
 namespace tilewise {
@@ -27,11 +27,12 @@ class Row {
   }
 
   template <typename... Ops, typename Function>
-  __device__ __forceinline__ Values<float, sizeof...(Ops)> fold(const Function& f) {
-    Values<float, sizeof...(Ops)> total{initial(Ops{})...};
-#pragma unroll 4
-    for (int64_t j = threadIdx.x; j < chunk_.columns; j += blockDim.x) combine<Ops...>(total, f(z(j), relation(j)));
-    return over_row<Ops...>(total);
+  __device__ __forceinline__ auto fold(const Function& f) {
+    if constexpr (sizeof...(Ops) == 1) {
+      return fold_as<Ops...>([&f](auto z, auto relation) { return values(f(z, relation)); }).value[0];
+    } else {
+      return fold_as<Ops...>(f);
+    }
   }
 
   template <typename Function>
@@ -87,6 +88,14 @@ class Row {
   }
 
  private:
+  template <typename... Ops, typename Function>
+  __device__ __forceinline__ Values<float, sizeof...(Ops)> fold_as(const Function& f) {
+    Values<float, sizeof...(Ops)> total{initial(Ops{})...};
+#pragma unroll 4
+    for (int64_t j = threadIdx.x; j < chunk_.columns; j += blockDim.x) combine<Ops...>(total, f(z(j), relation(j)));
+    return over_row<Ops...>(total);
+  }
+
   static __device__ float initial(Sum) { return 0.0f; }
   static __device__ float initial(Max) { return -infinity<float>(); }
   static __device__ float initial(Min) { return infinity<float>(); }
@@ -156,29 +165,31 @@ class Row {
   int turn_ = 0;
 };
 
-template <typename Storage, PairLoss kLoss>
+template <typename Storage, typename Program>
 __global__ void __launch_bounds__(kMostThreads) pairwise_kernel(const __grid_constant__ PairwiseChunk<float> chunk) {
   const int64_t index = flat_block() * blockDim.y + threadIdx.y;
   if (index >= chunk.rows) return;  // all threads of the row alike
   Row<Storage> row(chunk, index);
-  run_loss<kLoss>(chunk.parameters, row);
+  run_program(Program{}, row, chunk.parameters);
 }
 
-template <typename Storage, PairLoss kLoss>
+template <typename Storage, typename Program>
 const char* launch_rows(const PairwiseChunk<float>& chunk, void* stream) {
   const dim3 block = row_block(chunk.columns);
   const size_t shared = 2 * block.x / kWarp * sizeof(Values<float, kMostValues>);
-  return launch(pairwise_kernel<Storage, kLoss>, flat_grid((chunk.rows + block.y - 1) / block.y), block, shared, stream,
-                chunk);
+  return launch(pairwise_kernel<Storage, Program>, flat_grid((chunk.rows + block.y - 1) / block.y), block, shared,
+                stream, chunk);
 }
 
 }  // namespace
 
 const char* pairwise_cuda(const PairwiseChunk<float>& chunk, void* stream) {
   if (chunk.rows == 0) return nullptr;
-  return with_storage(chunk.gradient_dtype, [&](auto tag) {
-    return with_loss(chunk.loss,
-                     [&](auto loss) { return launch_rows<decltype(tag), decltype(loss)::value>(chunk, stream); });
+  return with_storage(chunk.gradient_dtype, [&](auto storage) {
+    const auto launch_program = [&](auto program) {
+      return launch_rows<decltype(storage), decltype(program)>(chunk, stream);
+    };
+    return with_program(chunk.program, launch_program, PairPrograms{});
   });
 }
 

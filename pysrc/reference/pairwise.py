@@ -120,6 +120,16 @@ def triplet(z, positive, negative, margin):
     return loss[:, 0], positive.any(1) & negative.any(1), weights
 
 
+def circle(z, positive, negative, margin, gamma):
+    x_p = gamma * torch.relu(1 + margin - z) * (1 - margin - z)
+    x_n = gamma * torch.relu(margin + z) * (z - margin)
+    pulled, pushed = _lse(x_p, positive), _lse(x_n, negative)
+    pull = gamma * torch.relu(1 + margin - z) * _exp(x_p - pulled, positive)
+    push = gamma * torch.relu(margin + z) * _exp(x_n - pushed, negative)
+    weights = torch.sigmoid(pulled + pushed) * (push - pull)
+    return _softplus(pulled + pushed)[:, 0], positive.any(1) & negative.any(1), weights
+
+
 def log_sum_exp(z, positive, negative):
     pairs = positive | negative
     lse = torch.where(pairs.any(1, keepdim=True), _lse(z, pairs), -math.inf)
@@ -155,24 +165,11 @@ def _first(mask: Tensor) -> Tensor:
     return mask & (mask.cumsum(1) == 1)
 
 
-LOSSES = {
-    function.__name__: function
-    for function in (
-        softmax,
-        decoupled_softmax,
-        sigmoid,
-        multi_similarity,
-        binomial_deviance,
-        lifted_structure,
-        contrastive,
-        triplet,
-        log_sum_exp,
-        positive_sum,
-        least_positive,
-        most_negative,
-        window_log_sum_exp,
-    )
-}
+LOSSES = (
+    softmax, decoupled_softmax, sigmoid, multi_similarity, binomial_deviance, lifted_structure, contrastive, triplet
+) + (circle,)  # fmt: skip
+SHARES = (log_sum_exp, positive_sum, least_positive, most_negative, window_log_sum_exp)
+FORMULAS = {function.__name__: function for function in LOSSES + SHARES}
 
 
 def relations(
@@ -197,7 +194,9 @@ def relations(
 
 def row_losses(z, positive, negative, loss: str, parameters=()) -> tuple[Tensor, Tensor, Tensor]:
     """(N,) losses, which rows have one, and (N, M) dL/dz."""
-    found, active, weights = LOSSES[loss](z, positive, negative, *parameters)
+    if loss not in FORMULAS:
+        raise ValueError(f"tilewise.pairwise_loss: expected loss to be the name of a loss, got {loss!r}")
+    found, active, weights = FORMULAS[loss](z, positive, negative, *parameters)
     return torch.where(active, found, 0), active, torch.where(active[:, None], weights, 0)
 
 

@@ -4,7 +4,7 @@
 #include "common/launch.cuh"
 #include "cross_entropy/cross_entropy.h"
 #include "mala/mala_launch.h"
-#include "pairwise/pairwise.h"
+#include "pairwise/programs.h"
 #include "simplex_topk/simplex_topk.h"
 #include "sinkhorn/sinkhorn_launch.h"
 #include "sparse_ot/sparse_ot_launch.h"
@@ -43,7 +43,7 @@ struct PairCall {
   float* guide;
   int64_t guide_stride;
   double guide_margin;
-  int64_t loss;
+  const char* loss;
   double parameters[tilewise::kPairParameters];
   float *scale, *bias, *loss_rows, *active_rows;
   int64_t gradient_dtype;
@@ -240,7 +240,8 @@ extern "C" const char* pairwise(const PairCall& call) {
                      .guide = call.guide,
                      .guide_stride = call.guide_stride,
                      .guide_margin = static_cast<float>(call.guide_margin)};
-  chunk.loss = static_cast<tilewise::PairLoss>(call.loss);
+  chunk.program = tilewise::place_of_program(call.loss);
+  if (chunk.program < 0) return "no such loss";
   for (int i = 0; i < tilewise::kPairParameters; ++i) chunk.parameters[i] = static_cast<float>(call.parameters[i]);
   chunk.scale = call.scale;
   chunk.bias = call.bias;

@@ -64,7 +64,7 @@ class PairCall(ctypes.Structure):
         ("guide", c_void_p),
         ("guide_stride", c_int64),
         ("guide_margin", c_double),
-        ("loss", c_int64),
+        ("loss", c_char_p),
         ("parameters", c_double * 4),
         *[(name, c_void_p) for name in ("scale", "bias", "loss_rows", "active_rows")],
         ("gradient_dtype", c_int64),
