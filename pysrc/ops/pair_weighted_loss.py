@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from tilewise.formulas.rows import statistics_dtype
 from tilewise.ops import autocast
 from tilewise.ops.pairwise import (
     check_pair_reduction,
@@ -13,7 +14,6 @@ from tilewise.ops.pairwise import (
     prepared,
     similarity_chunks,
 )
-from tilewise.reference.rows import statistics_dtype
 from tilewise.weighting import _Weighting
 
 OP = "pair_weighted_loss"

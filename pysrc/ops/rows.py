@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from tilewise.reference.rows import statistics_dtype
+from tilewise.formulas.rows import statistics_dtype
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 INTEGER = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)

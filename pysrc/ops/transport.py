@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tilewise.lbfgs import Asked
+from tilewise.formulas.lbfgs import Asked
+from tilewise.formulas.rows import statistics_dtype
 from tilewise.ops import autocast, rows
-from tilewise.reference.rows import statistics_dtype
 
 Apply = Callable[[Tensor], Tensor]  # a plan, or its transpose, on (batch, size)
 
@@ -179,15 +179,6 @@ def implicit(
                 stacklevel=2,
             )
     return rows_by * (of_f - apply(v)), v
-
-
-def refuse_second(op: str, of: str) -> None:
-    """An operator of a backward, whose own derivative is asked for."""
-
-    def refuse(ctx, *grads):
-        raise RuntimeError(f"tilewise.{of}: expected no further differentiation: its gradients have no derivative here")
-
-    torch.library.register_autograd(f"tilewise::{op}", refuse)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch.nn import functional
 from tilewise.ops import autocast, register, rows, transport
 
 METHODS = ("systematic", "wta", "crs")
+_norms, _sample, _gather = map(register.operator, ("wta_crs_norms", "wta_crs_sample", "wta_crs_gather"))
 
 
 class RowSample(NamedTuple):
@@ -182,10 +183,10 @@ def _choose(
         return RowSample(x, None, None)
     if norms is not None:
         norms = norms.detach().to(torch.float32).reshape(1, n).contiguous()
-    x_norms = torch.ops.tilewise.wta_crs_norms(x[None])
+    x_norms = _norms(x[None])
     options = {"k": k, "method": method, "mix": float(mix)}
-    indices, scales = torch.ops.tilewise.wta_crs_sample(x_norms, norms, seed_tensor(op, seed, x), **options)
-    return RowSample(torch.ops.tilewise.wta_crs_gather(x[None], indices)[0], indices[0], scales[0])
+    indices, scales = _sample(x_norms, norms, seed_tensor(op, seed, x), **options)
+    return RowSample(_gather(x[None], indices)[0], indices[0], scales[0])
 
 
 def _linear_of_constant(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -213,9 +214,9 @@ class _SampledWeightGradient(torch.autograd.Function):
         sampled, indices, scales, ids = ctx.saved_tensors
         by_rows = grad.reshape(-1, grad.shape[-1])[None]
         if ctx.table is not None:
-            norms = torch.ops.tilewise.wta_crs_norms(by_rows).reshape(len(ids), -1)
+            norms = _norms(by_rows).reshape(len(ids), -1)
             ctx.table[without_wrapping(ids, len(ctx.table)), : norms.shape[1]] = norms.to(ctx.table.dtype)
-        chosen = by_rows if indices is None else torch.ops.tilewise.wta_crs_gather(by_rows, indices[None], scales[None])
+        chosen = by_rows if indices is None else _gather(by_rows, indices[None], scales[None])
         of_weight = chosen[0].t() @ sampled.to(grad.dtype)
         return grad, of_weight.to(ctx.dtype), None, None, None, None, None
 
@@ -267,11 +268,11 @@ def wta_crs_matmul(
     if k >= n:
         return a @ b
     columns, pairs = a.mT.flatten(0, -3) if a.dim() > 2 else a.mT[None], b.reshape(-1, *b.shape[-2:])
-    a_norms, b_norms = (torch.ops.tilewise.wta_crs_norms(t.detach()) for t in (columns, pairs))
+    a_norms, b_norms = (_norms(t.detach()) for t in (columns, pairs))
     options = {"k": k, "method": method, "mix": float(mix)}
-    indices, scales = torch.ops.tilewise.wta_crs_sample(a_norms, b_norms, seed_tensor(op, seed, a), **options)
-    left = torch.ops.tilewise.wta_crs_gather(columns, indices, scales)
-    product = left.mT @ torch.ops.tilewise.wta_crs_gather(pairs, indices)
+    indices, scales = _sample(a_norms, b_norms, seed_tensor(op, seed, a), **options)
+    left = _gather(columns, indices, scales)
+    product = left.mT @ _gather(pairs, indices)
     return product.reshape(*a.shape[:-1], b.shape[-1])
 
 
@@ -366,7 +367,7 @@ def _gather_fake(x, indices, scales=None):
     return x.new_empty(x.shape[0], indices.shape[1], x.shape[2])
 
 
-def _keep_places(ctx, inputs, output):
+def _keep_places(ctx, inputs, options, output):
     x, indices, scales = inputs
     ctx.save_for_backward(indices, scales)
     ctx.rows = x.shape[1]
@@ -380,6 +381,8 @@ def _scatter(ctx, grad):
     return zeros.scatter_add(1, indices.long()[:, :, None].expand_as(grad), grad), None, None
 
 
-torch.library.register_autograd("tilewise::wta_crs_gather", _scatter, setup_context=_keep_places)
+register.autograd("wta_crs_gather", _scatter, _keep_places, jvp=lambda ctx, x, *_: _gather(x, *ctx.saved_tensors))
+register.refuse_derivative("wta_crs_norms", "expected no gradient: the sample is a constant")
+register.refuse_derivative("wta_crs_sample", "expected no gradient: the sample is a constant")
 register.implicit("wta_crs_linear", wta_crs_linear)
 register.implicit("wta_crs_matmul", wta_crs_matmul)
