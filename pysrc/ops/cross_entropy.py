@@ -11,6 +11,7 @@ from tilewise.ops import register, rows
 
 OP = "cross_entropy"
 _forward, _gradient, _overwrite = map(register.operator, (OP, f"{OP}_backward", f"{OP}_backward_"))
+_DEFAULTS = register.defaults(OP)
 
 
 class CrossEntropyStats(NamedTuple):
@@ -99,23 +100,25 @@ def cross_entropy(
         target = rows.check_probabilities(OP, target, logits.shape, ignore_index, logits)
     else:
         target = rows.check_class_index(OP, target, logits)
-    rows.check_reduction(OP, reduction)
-    if inplace_backward:
-        _check_overwritable(logits)
-    loss, lse, entropy, argmax, _, _ = _forward(
-        logits,
-        target,
-        rows.check_vector(OP, "weight", weight, logits.shape[1], logits),
-        rows.check_vector(OP, "row_weight", row_weight, logits.shape[0], logits),
-        ignore_index=ignore_index,
-        label_smoothing=rows.check_number(OP, "label_smoothing", label_smoothing, low=0, high=1),
-        lse_square_scale=rows.check_number(OP, "lse_square_scale", lse_square_scale),
-        softcap=None if softcap is None else rows.check_positive(OP, "softcap", softcap),
-        logit_scale=rows.check_number(OP, "logit_scale", logit_scale),
-        reduction=reduction,
-        return_stats=return_stats,
-        inplace_backward=inplace_backward,
-    )
+    if weight is not None:
+        weight = rows.check_vector(OP, "weight", weight, logits.shape[1], logits)
+    if row_weight is not None:
+        row_weight = rows.check_vector(OP, "row_weight", row_weight, logits.shape[0], logits)
+    options = {
+        "ignore_index": ignore_index,
+        "label_smoothing": label_smoothing,
+        "lse_square_scale": lse_square_scale,
+        "softcap": softcap,
+        "logit_scale": logit_scale,
+        "reduction": reduction,
+        "return_stats": return_stats,
+        "inplace_backward": inplace_backward,
+    }
+    if options != _DEFAULTS:
+        _check_options(options)
+        if inplace_backward:
+            _check_overwritable(logits)
+    loss, lse, entropy, argmax, _, _ = _forward(logits, target, weight, row_weight, **options)
     if not return_stats:
         return loss
     if target.is_floating_point():
@@ -123,6 +126,15 @@ def cross_entropy(
     else:
         correct = (argmax == target) & (target != ignore_index)
     return loss, CrossEntropyStats(lse, entropy, argmax, correct)
+
+
+def _check_options(options: dict) -> None:
+    rows.check_reduction(OP, options["reduction"])
+    options["label_smoothing"] = rows.check_number(OP, "label_smoothing", options["label_smoothing"], low=0, high=1)
+    for name in ("lse_square_scale", "logit_scale"):
+        options[name] = rows.check_number(OP, name, options[name])
+    if options["softcap"] is not None:
+        options["softcap"] = rows.check_positive(OP, "softcap", options["softcap"])
 
 
 def _check_overwritable(logits: Tensor) -> None:

@@ -176,7 +176,7 @@ def _setup_context(ctx, inputs, options, output):
 def _backward(ctx, grad_loss, *_):
     if grad_loss is None:
         return None, None, None, None
-    hidden, weight, _, bias = ctx.needs_input_grad
+    hidden, weight, _, bias, *_ = ctx.needs_input_grad
     gradients = _gradients(
         grad_loss, *ctx.saved_tensors, **ctx.options, grad_hidden=hidden, grad_weight=weight, grad_bias=bias
     )

@@ -40,37 +40,46 @@ def overload_of(op: str) -> torch._ops.OpOverload:
 def operator(op: str) -> Callable:
     """An operator to be called from Python: torch.ops.tilewise.<op> without the detour over the dispatcher's Autograd
     key, which costs as much as a small kernel. Tracers and torch.func need the detour."""
-    overload = overload_of(op)
+    overload, direct = overload_of(op), _direct(op)
 
     def call(*inputs, **options):
         if is_compiling() or transforms_active():
             return overload(*inputs, **options)
-        return _differentiated(op, overload, inputs, options)
+        return direct(inputs, options)
 
     return call
 
 
-def _differentiated(op: str, overload: torch._ops.OpOverload, inputs: tuple, options: dict):
-    recording = torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)
-    if recording or forward_ad._current_level >= 0:
-        return _functions[op].apply(*_filled(op, inputs, options))
-    with torch._C._AutoDispatchBelowAutograd():
-        return overload(*inputs, **options)
+def _direct(op: str) -> Callable:
+    """Calls the operator's derivative where something records, else the kernel of the device."""
+    run, fill, plain = overload_of(op)._op, _filler(op), defaults(op)
+
+    def direct(inputs: tuple, options: dict):
+        if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)):
+            return _functions[op].apply(*fill(inputs, options))
+        with torch._C._AutoDispatchBelowAutograd():
+            return run(*inputs) if options == plain else run(*inputs, **options)  # parsing options takes its time
+
+    return direct
 
 
-@functools.cache
-def _defaults(op: str) -> tuple[tuple, dict]:
-    """Name and default of the positional arguments, and of the others."""
-    arguments = schema.schema_of(op)
-    positional = tuple((a.name, a.default_value) for a in arguments if not a.kwarg_only)
-    return positional, {a.name: a.default_value for a in arguments if a.kwarg_only}
+def defaults(op: str) -> dict | None:
+    """The options of an operator that has a default for each."""
+    options = [a for a in schema.schema_of(op) if a.kwarg_only]
+    return {a.name: a.default_value for a in options} if all(a.has_default_value() for a in options) else None
 
 
-def _filled(op: str, inputs: tuple, options: dict) -> tuple:
-    """All arguments: the dispatcher, and a caller, leave out those that are their default."""
-    positional, defaults = _defaults(op)
-    missing = (options.pop(name, default) for name, default in positional[len(inputs) :])
-    return *inputs, *missing, defaults | options
+def _filler(op: str) -> Callable:
+    """Of what fills in the arguments that the dispatcher, or a caller, left out because they are their defaults."""
+    positional = [(a.name, a.default_value) for a in schema.schema_of(op) if not a.kwarg_only]
+    others = {a.name: a.default_value for a in schema.schema_of(op) if a.kwarg_only}
+
+    def fill(inputs: tuple, options: dict) -> tuple:
+        if len(inputs) < len(positional):
+            inputs = (*inputs, *(options.pop(name, default) for name, default in positional[len(inputs) :]))
+        return *inputs, (options if len(options) == len(others) else others | options)
+
+    return fill
 
 
 def autograd(op: str, backward: Callable, setup_context: Callable, jvp: Callable | None = None) -> None:
@@ -82,46 +91,42 @@ def autograd(op: str, backward: Callable, setup_context: Callable, jvp: Callable
         backward: (ctx, *grads) -> a gradient or None for every input.
         jvp: (ctx, *tangents) -> a tangent or None for every output; None refuses forward mode. See :func:`of_losses`.
     """
-    overload = overload_of(op)
+    overload, run, direct = overload_of(op), overload_of(op)._op, _direct(op)
 
-    class Differentiable(_SingleLevelFunction):
-        @staticmethod
-        def forward(ctx, *arguments):
-            *inputs, options = arguments
-            if transforms_active():  # the next level records, too
-                with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), torch._C._AutoDispatchBelowAutograd():
-                    output = overload(*inputs, **options)
-            else:
-                with torch._C._AutoDispatchBelowAutograd():
-                    output = overload(*inputs, **options)
-            setup_context(ctx, inputs, options, output)
-            if forward_ad._current_level >= 0:
-                ctx.save_for_forward(*getattr(ctx, "to_save", None) or ())
-                results = (output,) if isinstance(output, Tensor) else output
-                ctx.results = [(r.shape, r.dtype, r.device) for r in results]
-            return output
+    def forward(ctx, *arguments):
+        *inputs, options = arguments
+        if transforms_active():  # the next level records, too
+            with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), torch._C._AutoDispatchBelowAutograd():
+                output = overload(*inputs, **options)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                output = run(*inputs, **options)
+        setup_context(ctx, inputs, options, output)
+        if forward_ad._current_level >= 0:
+            ctx.save_for_forward(*getattr(ctx, "to_save", None) or ())
+            results = (output,) if isinstance(output, Tensor) else output
+            ctx.results = [(r.shape, r.dtype, r.device) for r in results]
+        return output
 
-        @staticmethod
-        def backward(ctx, *grads):
-            gradients = backward(ctx, *grads)
-            return (*gradients, None) if isinstance(gradients, tuple) else (gradients, None)
+    def with_options(ctx, *grads):  # they are an argument, too
+        gradients = backward(ctx, *grads)
+        return (*gradients, None) if isinstance(gradients, tuple) else (gradients, None)
 
-        @staticmethod
-        def jvp(ctx, *tangents):
-            if jvp is None:
-                raise RuntimeError(
-                    f"tilewise.{op}: no derivative in forward mode (torch.func.jvp, jacfwd); reverse mode has it"
-                )
-            return jvp(ctx, *tangents[:-1])
+    def forward_mode(ctx, *tangents):
+        if jvp is None:
+            raise RuntimeError(
+                f"tilewise.{op}: no derivative in forward mode (torch.func.jvp, jacfwd); reverse mode has it"
+            )
+        return jvp(ctx, *tangents[:-1])
 
-    Differentiable.__name__ = Differentiable.__qualname__ = op
-    _functions[op] = Differentiable
+    rules = {"forward": forward, "backward": with_options, "jvp": forward_mode}
+    _functions[op] = type(op, (_SingleLevelFunction,), {name: staticmethod(rule) for name, rule in rules.items()})
 
     def kernel(*inputs, **options):
         allowed = get_single_level_autograd_function_allowed()
         set_single_level_autograd_function_allowed(True)
         try:
-            return _differentiated(op, overload, inputs, options)
+            return direct(inputs, options)
         finally:
             set_single_level_autograd_function_allowed(allowed)
 
