@@ -204,25 +204,22 @@ def second(op: str, formula: Callable) -> None:
     def keep(ctx, inputs, options, output):
         ctx.save_for_backward(*inputs)
         ctx.options = options
+        ctx.set_materialize_grads(False)
 
     def backward(ctx, *grads):
-        inputs = ctx.saved_tensors
-        with torch.enable_grad():
-            gradients = formula(*inputs, **ctx.options)
-        gradients = gradients if isinstance(gradients, tuple) else (gradients,)
-        given = [(g, u) for g, u in zip(gradients, grads, strict=True) if g is not None and u is not None]
-        places = [i for i, need in enumerate(ctx.needs_input_grad[: len(inputs)]) if need]
-        found = torch.autograd.grad(
-            [g for g, _ in given],
-            [inputs[i] for i in places],
-            [u for _, u in given],
-            create_graph=torch.is_grad_enabled(),
-            allow_unused=True,
-        )
-        result = [None] * len(inputs)
-        for i, gradient in zip(places, found, strict=True):
-            result[i] = gradient
-        return tuple(result)
+        inputs = list(ctx.saved_tensors)
+        places = [i for i, needs in enumerate(ctx.needs_input_grad[:-1]) if needs]
+
+        def gradients(*differentiated):
+            for place, tensor in zip(places, differentiated, strict=True):
+                inputs[place] = tensor
+            results = formula(*inputs, **ctx.options)
+            results = results if isinstance(results, tuple) else (results,)
+            return {i: r for i, r in enumerate(results) if r is not None and grads[i] is not None}
+
+        outputs, pull = torch.func.vjp(gradients, *(inputs[i] for i in places))
+        found = dict(zip(places, pull({i: grads[i] for i in outputs}), strict=True))
+        return tuple(found.get(i) for i in range(len(inputs)))
 
     autograd(op, backward, keep)
 

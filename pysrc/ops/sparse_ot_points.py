@@ -136,7 +136,7 @@ def _backward(ctx, grad_values, grad_indices, grad_alpha, grad_beta, grad_value,
     entries, grad_a, grad_b = gradients(
         grad_value, grad_values, values, indices, alpha, beta, gamma=ctx.options["gamma"]
     )
-    grad_x, grad_y = torch.zeros_like(x), torch.zeros_like(y)
+    grad_x, grad_y = entries.new_zeros(x.shape), entries.new_zeros(y.shape)
     for slot in range(values.shape[2]):  # an entry of every column at a time: O(n d) memory
         where = indices[:, :, slot, None].expand(-1, -1, x.shape[2])
         difference = x.gather(1, where) - y

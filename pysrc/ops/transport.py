@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tilewise.formulas.lbfgs import Asked
 from tilewise.formulas.rows import statistics_dtype
-from tilewise.ops import autocast, rows
+from tilewise.ops import autocast, register, rows
 
 Apply = Callable[[Tensor], Tensor]  # a plan, or its transpose, on (batch, size)
 
@@ -206,7 +206,7 @@ def finished(op: str, loss: TransportLoss, return_result: bool) -> Tensor | Tran
     if return_result:
         return loss
     known = loss.converged.device.type == "cpu" and type(loss.converged) is Tensor
-    if known and not torch.compiler.is_compiling() and not loss.converged.all():
+    if known and not torch.compiler.is_compiling() and not register.transforms_active() and not loss.converged.all():
         error, n_iter = float(loss.marginal_error.max()), int(loss.n_iter.max())
         warnings.warn(
             f"tilewise.{op}: not converged: the marginals' error is {error:.1e} after {n_iter} iterations; "

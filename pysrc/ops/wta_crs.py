@@ -201,12 +201,18 @@ def _linear_of_constant(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
 class _SampledWeightGradient(torch.autograd.Function):
     """y as it is; on its way back its gradient leaves an estimate of that of the weight, and its norms in a table."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, y, weight, sampled, indices, scales, table, ids):
-        ctx.save_for_backward(sampled, indices, scales, ids)
-        ctx.dtype, ctx.table = weight.dtype, table
+    def forward(y, weight, sampled, indices, scales, table, ids):
         # Not a view to autograd, which would refuse the relu_ that often follows. Nothing else holds y.
         return torch.ops.aten._unsafe_view(y, y.shape)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, weight, *sample, table, ids = inputs
+        ctx.save_for_backward(*sample, ids)
+        ctx.dtype, ctx.table = weight.dtype, table
 
     @staticmethod
     @once_differentiable
@@ -219,6 +225,12 @@ class _SampledWeightGradient(torch.autograd.Function):
         chosen = by_rows if indices is None else _gather(by_rows, indices[None], scales[None])
         of_weight = chosen[0].t() @ sampled.to(grad.dtype)
         return grad, of_weight.to(ctx.dtype), None, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        raise RuntimeError(
+            "tilewise.wta_crs_linear: no derivative in forward mode of a weight that records its gradient"
+        )
 
 
 def wta_crs_matmul(
