@@ -189,7 +189,9 @@ CASES = {
     "linear_taylor_softmax_loss": Case(
         linear(tilewise.linear_taylor_softmax_loss), linear(layer.linear_taylor_softmax_loss), LAYER
     ),
-    "linear_z_loss": Case(linear(tilewise.linear_z_loss, a=1.0, b=0.5), linear(layer.linear_z_loss, a=1.0, b=0.5), LAYER),
+    "linear_z_loss": Case(
+        linear(tilewise.linear_z_loss, a=1.0, b=0.5), linear(layer.linear_z_loss, a=1.0, b=0.5), LAYER
+    ),
     "mala": Case(
         lambda q, k, v: weighed(tilewise.mala(q, k, v, causal=True, scale=0.3)),
         lambda q, k, v: weighed(attend(q, k, v, causal=True, scale=0.3, eps=1e-6)[0]),

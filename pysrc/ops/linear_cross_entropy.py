@@ -246,5 +246,21 @@ def _backward(ctx, grad_loss, *_):
     return dx, dw, None, db, None
 
 
+@register.flops(OP)
+def _forward_flops(input, linear_weight, *_, out_shape, **options) -> int:
+    _, _, _, dx, dw, _ = out_shape
+    return _products(input, linear_weight, dx, dw)
+
+
+@register.flops(f"{OP}_backward")
+def _backward_flops(grad_loss, input, linear_weight, *_, out_shape, **options) -> int:
+    return _products(input, linear_weight, *out_shape[:2])
+
+
+def _products(input, linear_weight, *gradients) -> int:
+    """The logits, and a product for each gradient of a matrix that is formed."""
+    return 2 * input.numel() * linear_weight[0] * (1 + sum(0 not in gradient for gradient in gradients))
+
+
 register.autograd(OP, _backward, _setup_context, jvp=register.of_losses(OP, _backward, by_row=(0,)))
 register.second(f"{OP}_backward", layer_gradients)

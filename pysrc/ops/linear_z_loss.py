@@ -186,6 +186,19 @@ def _backward(ctx, grad_loss, *_):
     return d_hidden, d_weight, None, d_bias
 
 
+@register.flops(*FAMILY)
+def _forward_flops(hidden, weight, *_, out_shape, **options) -> int:
+    """The Gram matrix of the weight, and its product with the hidden rows."""
+    (n, d), classes = hidden, weight[0]
+    return 2 * (n + classes) * d * d
+
+
+@register.flops("linear_spherical_backward")
+def _backward_flops(grad_loss, hidden, weight, *_, out_shape, grad_hidden, grad_weight, **options) -> int:
+    (n, d), classes = hidden, weight[0]
+    return 2 * d * d * (n * grad_hidden + (n + classes) * grad_weight)
+
+
 for _op in FAMILY:
     register.fake(_op)(_forward_fake)
     register.autograd(_op, _backward, _setup_context, jvp=register.of_losses(_op, _backward, by_row=(0,)))

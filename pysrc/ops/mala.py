@@ -211,5 +211,16 @@ def _backward(ctx, grad_out, *_):
     return (*gradients, *(None,) * 7)
 
 
+@register.flops(OP)
+def _forward_flops(q, k, v, *_, out_shape, **options) -> int:
+    """The sums over keys, and their products with queries."""
+    return 2 * (q.numel() + k.numel()) * v[-1]
+
+
+@register.flops(f"{OP}_backward")
+def _backward_flops(grad_out, q, k, v, *_, out_shape, **options) -> int:
+    return 2 * _forward_flops(q, k, v, out_shape=None)
+
+
 register.autograd(OP, _backward, _setup_context)
 register.refuse_second(f"{OP}_backward", OP)

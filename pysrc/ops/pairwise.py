@@ -238,5 +238,22 @@ def _backward(ctx, grad_loss, *_):
     return d_x, d_y, None, None, d_scale, d_bias, None, None
 
 
+@register.flops(OP)
+def _forward_flops(x, y, x_labels, y_labels, scale, bias=None, guide_x=None, *_, out_shape, **options) -> int:
+    return _products(x, y, guide_x, *out_shape[2:4])
+
+
+@register.flops(f"{OP}_backward")
+def _backward_flops(grad_loss, x, y, x_labels, y_labels, scale, bias, guide_x, *_, out_shape, **options) -> int:
+    return _products(x, y, guide_x, *out_shape[:2])
+
+
+def _products(x, y, guide_x, *gradients) -> int:
+    """The similarities, those of a guide, and a product for each gradient of embeddings that is formed."""
+    (n, d), (m, _) = x, y
+    of_guide = 0 if guide_x is None else guide_x[1]
+    return 2 * n * m * (of_guide + d * (1 + sum(0 not in gradient for gradient in gradients)))
+
+
 register.autograd(OP, _backward, _setup_context, jvp=register.of_losses(OP, _backward, by_row=(0,)))
 register.refuse_second(f"{OP}_backward", OP)

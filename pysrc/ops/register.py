@@ -263,7 +263,12 @@ def _one_by_one(op: str, info, in_dims: tuple[int | None, ...], *inputs, **optio
 def flops(*ops: str) -> Callable[[Callable], Callable]:
     """Registers what torch.utils.flop_counter counts: a function of the operator's arguments, shapes in the place of
     tensors, and of out_shape."""
-    return register_flop_formula([getattr(torch.ops.tilewise, op) for op in ops])
+
+    def register(function: Callable) -> Callable:
+        register_flop_formula([getattr(torch.ops.tilewise, op) for op in ops])(function)
+        return function
+
+    return register
 
 
 def composite(op: str, function: Callable, shapes: str = "") -> None:

@@ -228,9 +228,7 @@ class _SampledWeightGradient(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx, *tangents):
-        raise RuntimeError(
-            "tilewise.wta_crs_linear: no derivative in forward mode of a weight that records its gradient"
-        )
+        raise RuntimeError("tilewise.wta_crs_linear: no forward mode where the weight records its gradient")
 
 
 def wta_crs_matmul(
