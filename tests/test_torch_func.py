@@ -8,7 +8,6 @@ from public_functions import CALLS, names
 from torch.func import grad, jacrev, jvp, vmap
 
 import tilewise
-from tilewise.ops import register
 
 WITHOUT_GRADIENT = {"batch_hard_mine", "multi_similarity_mine", "semihard_mine", "sinkhorn_knopp", "wta_crs_sample"}
 
@@ -112,4 +111,3 @@ def test_every_operator_says_what_it_has():
     for op in dir(torch.ops.tilewise):
         if op not in ("wta_crs_linear", "wta_crs_matmul") and not op.startswith("_") and op != "name":
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f"tilewise::{op}", "Autograd"), op
-    assert set(register._functions) <= set(dir(torch.ops.tilewise))

@@ -66,7 +66,7 @@ def check_number(op: str, name: str, value: float | Tensor, like: Tensor, *, pos
         if positive
         else rows.check_number(op, name, value, low=-most, high=most)
     )
-    return torch.full((), number, dtype=wide, device=like.device)
+    return register.as_tensor(number, wide, like.device)
 
 
 def check_references(op: str, embeddings: Tensor, labels: Tensor, ref_embeddings: Tensor | None, ref_labels):

@@ -7,6 +7,7 @@ no derivative says so, in reverse and in forward mode.
 """
 
 import functools
+import re
 import warnings
 from collections.abc import Callable
 
@@ -20,6 +21,7 @@ from torch._C._functorch import (
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 from torch.compiler import is_compiling
+from torch.fx.experimental.symbolic_shapes import has_static_value
 from torch.utils.flop_counter import register_flop_formula
 
 from tilewise import loading
@@ -28,8 +30,8 @@ from tilewise.ops import autocast, schema
 loading.load_libraries()
 
 COMPOSITE: set[str] = set()  # operators that need no reference, for they are PyTorch's and others of tilewise's
-_library = torch.library.Library("tilewise", "IMPL")
-_functions: dict[str, type[_SingleLevelFunction]] = {}  # of the operators with a derivative, or a refusal of one
+_library = torch.library.Library("tilewise", "FRAGMENT")
+_functions: dict[torch._ops.OpOverload, type[_SingleLevelFunction]] = {}  # the derivatives, and refusals of one
 _serving: torch.library.Library | None = None  # the kernels put over the compiled ones
 
 
@@ -40,23 +42,73 @@ def overload_of(op: str) -> torch._ops.OpOverload:
 def operator(op: str) -> Callable:
     """An operator to be called from Python: torch.ops.tilewise.<op> without the detour over the dispatcher's Autograd
     key, which costs as much as a small kernel. Tracers and torch.func need the detour."""
-    overload, direct = overload_of(op), _direct(op)
+    traced, direct = _traced(op), _direct(op, overload_of(op))
 
     def call(*inputs, **options):
-        if is_compiling() or transforms_active():
-            return overload(*inputs, **options)
+        if is_compiling() or transforms_active() or torch._C._len_torch_dispatch_stack() > 0:
+            return traced(inputs, options)
         return direct(inputs, options)
 
     return call
 
 
-def _direct(op: str) -> Callable:
+def _traced(op: str) -> Callable:
+    """Calls the operator for a tracer. A float of a graph is a constant of it, and another value another graph: those
+    that change are handed over as tensors, to an overload that takes them."""
+    overload = overload_of(op)
+    if not any(_is_float(a) for a in schema.schema_of(op)):
+        return lambda inputs, options: overload(*inputs, **options)
+    with_tensors = _overload_with_tensors(op)
+
+    def traced(inputs: tuple, options: dict):
+        if all(not isinstance(v, Tensor) and (type(v) is not float or has_static_value(v)) for v in options.values()):
+            return overload(*inputs, **options)
+        held = {name: as_tensor(v) if type(v) is float else v for name, v in options.items()}
+        return with_tensors(*inputs, **held)
+
+    return traced
+
+
+def as_tensor(number: float, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu") -> Tensor:
+    """A number as a tensor of no dimensions, by an operation that lets a tracer keep it apart from the graph."""
+    if is_compiling() and not has_static_value(number):
+        return torch.ones((), dtype=dtype, device=device) * number
+    return torch.full((), number, dtype=dtype, device=device)
+
+
+def _is_float(argument) -> bool:
+    return argument.kwarg_only and str(argument.type) in ("float", "Optional[float]")
+
+
+@functools.cache
+def _overload_with_tensors(op: str) -> torch._ops.OpOverload:
+    """The operator with tensors on the CPU in the place of its floats."""
+    overload = overload_of(op)
+    text = re.sub(r"\bfloat\?? (\w+)(=[^,)]*)?", r"Tensor? \1=None", str(overload._schema).removeprefix("tilewise::"))
+    _library.define(text.replace("(", ".with_tensors(", 1))
+    name = f"{op}.with_tensors"
+
+    fill = _filler(op)
+
+    def with_numbers(number_of: Callable) -> Callable:
+        def call(*inputs, **options):
+            *inputs, options = fill(inputs, options)
+            return overload(*inputs, **{k: number_of(v) if isinstance(v, Tensor) else v for k, v in options.items()})
+
+        return call
+
+    _library.impl(name, with_numbers(Tensor.item), "CompositeExplicitAutograd")
+    _library.impl(name, with_numbers(lambda tensor: 1.0), "Meta")
+    return getattr(torch.ops.tilewise, op).with_tensors
+
+
+def _direct(op: str, overload: torch._ops.OpOverload) -> Callable:
     """Calls the operator's derivative where something records, else the kernel of the device."""
-    run, fill, plain = overload_of(op)._op, _filler(op), defaults(op)
+    run, fill, plain = overload._op, _filler(op), defaults(op)
 
     def direct(inputs: tuple, options: dict):
         if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)):
-            return _functions[op].apply(*fill(inputs, options))
+            return _functions[overload].apply(*fill(inputs, options))
         with torch._C._AutoDispatchBelowAutograd():
             return run(*inputs) if options == plain else run(*inputs, **options)  # parsing options takes its time
 
@@ -91,7 +143,28 @@ def autograd(op: str, backward: Callable, setup_context: Callable, jvp: Callable
         backward: (ctx, *grads) -> a gradient or None for every input.
         jvp: (ctx, *tangents) -> a tangent or None for every output; None refuses forward mode. See :func:`of_losses`.
     """
-    overload, run, direct = overload_of(op), overload_of(op)._op, _direct(op)
+    overloads = {op: overload_of(op)}
+    if any(_is_float(a) for a in schema.schema_of(op)):
+        overloads[f"{op}.with_tensors"] = _overload_with_tensors(op)
+    for name, overload in overloads.items():
+        _functions[overload] = _function(op, overload, backward, setup_context, jvp)
+        _library.impl(name, _autograd_kernel(_direct(op, overload)), "Autograd")
+
+
+def _autograd_kernel(direct: Callable) -> Callable:
+    def kernel(*inputs, **options):
+        allowed = get_single_level_autograd_function_allowed()
+        set_single_level_autograd_function_allowed(True)
+        try:
+            return direct(inputs, options)
+        finally:
+            set_single_level_autograd_function_allowed(allowed)
+
+    return kernel
+
+
+def _function(op: str, overload, backward: Callable, setup_context: Callable, jvp: Callable | None):
+    run = overload._op
 
     def forward(ctx, *arguments):
         *inputs, options = arguments
@@ -120,17 +193,7 @@ def autograd(op: str, backward: Callable, setup_context: Callable, jvp: Callable
         return jvp(ctx, *tangents[:-1])
 
     rules = {"forward": forward, "backward": with_options, "jvp": forward_mode}
-    _functions[op] = type(op, (_SingleLevelFunction,), {name: staticmethod(rule) for name, rule in rules.items()})
-
-    def kernel(*inputs, **options):
-        allowed = get_single_level_autograd_function_allowed()
-        set_single_level_autograd_function_allowed(True)
-        try:
-            return direct(inputs, options)
-        finally:
-            set_single_level_autograd_function_allowed(allowed)
-
-    _library.impl(op, kernel, "Autograd")
+    return type(op, (_SingleLevelFunction,), {name: staticmethod(rule) for name, rule in rules.items()})
 
 
 class _AsBackward:

@@ -85,7 +85,7 @@ def check_problem(
         epsilon = epsilon.to(wide).expand(batch).reshape(size).contiguous()
     else:
         number = rows.check_positive(op, "epsilon", epsilon, wide)
-        epsilon = torch.full((size,), number, dtype=wide, device=like.device)
+        epsilon = register.as_tensor(number, wide, like.device).repeat(size)
     rows.check_integer(op, "max_iter", max_iter)
     tol = rows.check_number(op, "tol", tol, low=0.0)
     if not isinstance(reg_marginal, tuple):
