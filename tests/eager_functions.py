@@ -233,9 +233,10 @@ CASES = {
         lambda x, y: tilewise.sinkhorn_divergence(x, y, epsilon=2.0, tol=1e-12), divergence, POINTS
     ),
     "sinkhorn_points": Case(
-        lambda x, y: tilewise.sinkhorn_points(x, y, epsilon=0.5, tol=1e-13).value,
-        lambda x, y: transport(squares(x, y), uniform(7), uniform(6))[0],
-        POINTS,
+        lambda x, y, a, b: tilewise.sinkhorn_points(x, y, a, b, epsilon=0.5, tol=1e-13).value,
+        lambda x, y, a, b: transport(squares(x, y), a, b)[0],
+        (*POINTS, (7,), (6,)),
+        weights=(2, 3),
     ),
     "sinkhorn_points apply": Case(
         lambda x, y: weighed(tilewise.sinkhorn_points(x, y, epsilon=0.5, tol=1e-13).barycentric_map(y)),

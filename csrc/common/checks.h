@@ -47,15 +47,14 @@ struct ShapeText {
     for (int64_t i = 0; i < shape.tensor.dim(); ++i) text << (i > 0 ? ", " : "") << shape.tensor.size(i);
     return text << (shape.tensor.dim() == 1 ? ",)" : ")");
   }
+  friend bool operator==(const ShapeText& a, const ShapeText& b) {
+    bool same = a.tensor.dim() == b.tensor.dim();
+    for (int64_t i = 0; same && i < a.tensor.dim(); ++i) same = a.tensor.size(i) == b.tensor.size(i);
+    return same;
+  }
 };
 
 inline ShapeText shape_of(const Tensor& tensor) { return {tensor}; }
-
-inline bool same_shape(const Tensor& a, const Tensor& b) {
-  bool same = a.dim() == b.dim();
-  for (int64_t i = 0; same && i < a.dim(); ++i) same = a.size(i) == b.size(i);
-  return same;
-}
 
 inline void require_shape(const Tensor& tensor, const std::vector<int64_t>& shape, const char* op, const char* name) {
   bool same = tensor.dim() == static_cast<int64_t>(shape.size());

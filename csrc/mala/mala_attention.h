@@ -129,7 +129,7 @@ inline Sums copied(const Attention& attention, const std::optional<Tensor>& s, c
   if (!s.has_value()) return sums;
   const auto take = [](Tensor& sum, const Tensor& given, const char* name) {
     require_dtype(given, sum.scalar_type(), kOp, name);
-    require(same_shape(given, sum), kOp, "expected ", name, " to have shape ", shape_of(sum), ", got ",
+    require(shape_of(given) == shape_of(sum), kOp, "expected ", name, " to have shape ", shape_of(sum), ", got ",
             shape_of(given));
     torch::stable::copy_(sum, given);
   };

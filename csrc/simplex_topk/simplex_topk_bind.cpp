@@ -99,7 +99,7 @@ Tensor simplex_topk_backward(const Tensor& grad, const Tensor& p) {
   const char* op = "simplex_topk_backward";
   check_rows(grad, op, "grad");
   check_rows(p, op, "p");
-  require(same_shape(grad, p), op, "expected grad to have shape ", shape_of(p), ", got ", shape_of(grad));
+  require(shape_of(grad) == shape_of(p), op, "expected grad to have shape ", shape_of(p), ", got ", shape_of(grad));
   require_dtype(grad, p.scalar_type(), op, "grad");
   const DeviceScope scope(grad);
   const Tensor out = output_like(grad);

@@ -21,7 +21,6 @@ from torch._C._functorch import (
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 from torch.compiler import is_compiling
-from torch.fx.experimental.symbolic_shapes import has_static_value
 from torch.utils.flop_counter import register_flop_formula
 
 from tilewise import loading
@@ -55,25 +54,31 @@ def operator(op: str) -> Callable:
 def _traced(op: str) -> Callable:
     """Calls the operator for a tracer. A float of a graph is a constant of it, and another value another graph: those
     that change are handed over as tensors, to an overload that takes them."""
-    overload = overload_of(op)
-    if not any(_is_float(a) for a in schema.schema_of(op)):
+    overload, floats = overload_of(op), [a.name for a in schema.schema_of(op) if _is_float(a)]
+    if not floats:
         return lambda inputs, options: overload(*inputs, **options)
     with_tensors = _overload_with_tensors(op)
 
     def traced(inputs: tuple, options: dict):
-        if all(not isinstance(v, Tensor) and (type(v) is not float or has_static_value(v)) for v in options.values()):
+        given = {name: options[name] for name in floats if options.get(name) is not None}
+        if not any(isinstance(v, Tensor) or _changes(v) for v in given.values()):
             return overload(*inputs, **options)
-        held = {name: as_tensor(v) if type(v) is float else v for name, v in options.items()}
-        return with_tensors(*inputs, **held)
+        held = {name: v if isinstance(v, Tensor) else as_tensor(v) for name, v in given.items()}
+        return with_tensors(*inputs, **(options | held))
 
     return traced
 
 
 def as_tensor(number: float, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu") -> Tensor:
     """A number as a tensor of no dimensions, by an operation that lets a tracer keep it apart from the graph."""
-    if is_compiling() and not has_static_value(number):
+    if _changes(number):
         return torch.ones((), dtype=dtype, device=device) * number
     return torch.full((), number, dtype=dtype, device=device)
+
+
+def _changes(number: float) -> bool:
+    """Whether a tracer knows the number as a symbol: in a compilation, which has imported what tells."""
+    return is_compiling() and not torch.fx.experimental.symbolic_shapes.has_static_value(number)
 
 
 def _is_float(argument) -> bool:

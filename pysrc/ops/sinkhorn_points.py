@@ -235,9 +235,15 @@ def _backward(ctx, grad_f, grad_g, grad, *_):
 class _Constant(torch.autograd.Function):
     """Potentials in a gradient that is to be differentiated again: in marginals and epsilon of points it cannot be."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, potential, *problem):
+    def forward(potential, *problem):
         return potential.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
 
     @staticmethod
     def backward(ctx, grad):

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import _SingleLevelFunction, once_differentiable
 from torch.nn import functional
 
 from tilewise.ops import autocast, register, rows, transport
@@ -145,23 +145,20 @@ def wta_crs_linear(
     n = math.prod(x.shape[:-1])
     if record is not None:
         check_record(op, record, x, n)
+    if sample is None:  # what is wrong is wrong where nothing is sampled, too
+        k = check_choice(op, x, n, k, ratio, norms, method, mix)
+    else:
+        _check_sample(op, sample, x)
     if not (weight.requires_grad and torch.is_grad_enabled()):
-        if sample is None:  # what is wrong is wrong where nothing is sampled, too
-            check_choice(op, x, n, k, ratio, norms, method, mix)
         return functional.linear(x, weight, bias)
     if sample is None:
-        sample = _choose(op, x, k, ratio, norms, seed, method, mix)
-    if sample.rows.shape[-1] != x.shape[-1]:
-        raise ValueError(
-            f"tilewise.{op}: expected the sample to have rows of {x.shape[-1]}, got {sample.rows.shape[-1]}"
-        )
-    for part in sample:
-        if part is not None:
-            rows.check_device(op, "the sample", part, x, "x")
+        sample = _chosen(op, x, n, k, norms, seed, method, mix)
     if sample.indices is None and record is None:
         return functional.linear(x, weight, bias)
     y = _linear_of_constant(x, weight.detach(), bias)
-    return _SampledWeightGradient.apply(y, weight, *sample, *(record or (None, None)))
+    plain = not (torch.compiler.is_compiling() or register.transforms_active())
+    estimated = _sampled_weight_gradient if plain else _SampledWeightGradient.apply
+    return estimated(y, weight, *sample, *(record or (None, None)))
 
 
 def _choose(
@@ -175,18 +172,34 @@ def _choose(
     mix: float,
 ) -> RowSample:
     transport.check_tensor(op, "x", x, "d_in", 1)
-    x = x.detach()
-    x = x.reshape(-1, x.shape[-1])
-    n = len(x)
+    n = math.prod(x.shape[:-1])
     k = check_choice(op, x, n, k, ratio, norms, method, mix)
+    return _chosen(op, x, n, k, norms, seed, method, mix)
+
+
+def _chosen(
+    op: str, x: Tensor, n: int, k: int, norms: Tensor | None, seed: int | Tensor | None, method: str, mix: float
+) -> RowSample:
+    """The sample of checked arguments."""
+    x = x.detach().reshape(-1, x.shape[-1])
     if k >= n:
         return RowSample(x, None, None)
     if norms is not None:
         norms = norms.detach().to(torch.float32).reshape(1, n).contiguous()
-    x_norms = _norms(x[None])
+    x = x[None]
     options = {"k": k, "method": method, "mix": float(mix)}
-    indices, scales = _sample(x_norms, norms, seed_tensor(op, seed, x), **options)
-    return RowSample(_gather(x[None], indices)[0], indices[0], scales[0])
+    indices, scales = _sample(_norms(x), norms, seed_tensor(op, seed, x), **options)
+    return RowSample(_gather(x, indices)[0], indices[0], scales[0])
+
+
+def _check_sample(op: str, sample: RowSample, x: Tensor) -> None:
+    if sample.rows.shape[-1] != x.shape[-1]:
+        raise ValueError(
+            f"tilewise.{op}: expected the sample to have rows of {x.shape[-1]}, got {sample.rows.shape[-1]}"
+        )
+    for part in sample:
+        if part is not None:
+            rows.check_device(op, "the sample", part, x, "x")
 
 
 def _linear_of_constant(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -229,6 +242,10 @@ class _SampledWeightGradient(torch.autograd.Function):
     @staticmethod
     def jvp(ctx, *tangents):
         raise RuntimeError("tilewise.wta_crs_linear: no forward mode where the weight records its gradient")
+
+
+# The same where nothing transforms or traces, without Function.apply's reading of signatures.
+_sampled_weight_gradient = type("_Direct", (_SingleLevelFunction,), dict(vars(_SampledWeightGradient))).apply
 
 
 def wta_crs_matmul(
