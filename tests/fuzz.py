@@ -1,11 +1,13 @@
 """A fuzzer of every operator and public function: no call may crash, hang, read garbage or fail in an unclear way.
 
     python tests/fuzz.py [--calls 20000] [--seed 0] [--op mala] [--only 123]
+    python tests/fuzz.py --sweep
 
 The small launches of bench/sanitize.py are recorded: they give valid arguments to each operator of torch.ops.tilewise
 (those of backward passes included) and to each public function. A fuzzed call is one of them with one to three
-arguments made hostile. Calls run in a child process; when it dies or a call takes too long, the call is written down
-and another child goes on behind it.
+arguments made hostile. A sweep is not random: each tensor of each function in turn without its memory, on meta, in
+another layout, and with a 0 in each of its dimensions. Calls run in a child process; when it dies or a call takes too
+long, the call is written down and another child goes on behind it.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import select
 import signal
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -131,9 +134,7 @@ def hostile_tensor(tensor: torch.Tensor, others: list[torch.Tensor], choice: ran
     if kind == "meta":
         return kind, tensor.to("meta")
     if kind == "freed":
-        tensor = tensor.clone()
-        tensor.untyped_storage().resize_(0)
-        return kind, tensor
+        return kind, freed(tensor)
     if kind == "dtype":
         return kind, tensor.to(choice.choice(DTYPES))
     if kind == "none":
@@ -223,6 +224,36 @@ def make_call(calls: dict, seed: int, number: int) -> Call:
     return call
 
 
+def freed(tensor: torch.Tensor) -> torch.Tensor:
+    tensor = tensor.clone()
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+def sweep(calls: dict) -> list[Call]:
+    """One change at a time to the tensors of a function, in a call of each set of tensors that it was recorded with."""
+    swept = []
+    for op, recorded in sorted(calls.items()):
+        names, seen = names_of(op), set()
+        for origin in recorded:
+            given = {**dict(enumerate(origin[0])), **origin[1]}
+            tensors = {place: value for place, value in given.items() if isinstance(value, torch.Tensor)}
+            if frozenset(tensors) in seen:
+                continue
+            seen.add(frozenset(tensors))
+            for place, tensor in tensors.items():
+                changes = {"freed": freed(tensor), "meta": tensor.to("meta")}
+                changes |= {f"layout {seed}": other_layout(tensor, random.Random(seed)) for seed in range(3)}
+                changes |= {f"no {dim}": tensor.narrow(dim, 0, 0) for dim in range(tensor.dim())}
+                for change, value in changes.items():
+                    call = Call(op, list(detached(origin[0])), detached(origin[1]), origin)
+                    (call.args if isinstance(place, int) else call.kwargs)[place] = value
+                    name = names[place] if isinstance(place, int) else place
+                    call.changes.append(f"{name}={change.partition(' ')[0]}")
+                    swept.append(call)
+    return swept
+
+
 def tensors_in(value) -> list[torch.Tensor]:
     """Those of tuples, dictionaries and results, which are dataclasses."""
     leaves = tree_leaves(value)
@@ -255,6 +286,7 @@ def fault_of(call: Call) -> str | None:
         if not torch.equal(first.nan_to_num(7.5), second.nan_to_num(7.5)):
             return "two calls differ: memory that was not written is read or returned"
     if call.layout_only():
+        torch.manual_seed(0)
         expected = tensors_in(getattr(*functions()[call.op])(*call.origin[0], **call.origin[1]))
         for first, second in zip(results[0], expected, strict=True):
             if not torch.allclose(first.double(), second.double(), rtol=1e-3, atol=1e-5, equal_nan=True):
@@ -279,27 +311,27 @@ class Tally:
         return f"{len(self.operators)} operators, {self.calls} calls: {kinds}"
 
 
-def run_calls(calls: dict, options: argparse.Namespace, start: int, out: int) -> None:
+def run_calls(make: Callable[[int], Call], options: argparse.Namespace, start: int, out: int) -> None:
     """In a child: tells of each call before and after it."""
     if options.memory:
         held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (held + (options.memory << 30),) * 2)
     with open(out, "w", buffering=1) as tell:
         for number in range(start, options.calls):
-            call = make_call(calls, options.seed, number)
+            call = make(number)
             print(f"call {number} {call}", file=tell)
             fault = fault_of(call)
             print(f"fault {' '.join(fault.split())}" if fault else "done", file=tell)
         print("end", file=tell)
 
 
-def watch(calls: dict, options: argparse.Namespace, tally: Tally, start: int) -> int | None:
+def watch(make: Callable[[int], Call], options: argparse.Namespace, tally: Tally, start: int) -> int | None:
     """Forks a child that begins with call `start`; the number to go on with, or None at the end."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(read)
-        run_calls(calls, options, start, write)
+        run_calls(make, options, start, write)
         os._exit(0)
     os.close(write)
     number, what, buffer = start, "the first call", b""
@@ -336,8 +368,12 @@ def fuzz(options: argparse.Namespace) -> Tally:
     """A child inherits the recorded calls: it starts at once. One thread, for OpenMP's do not survive a fork."""
     torch.set_num_threads(1)
     calls, tally, start = corpus(options.op), Tally(), 0
+    make = functools.partial(make_call, calls, options.seed)
+    if options.sweep:
+        swept = sweep(calls)
+        make, options.calls = swept.__getitem__, len(swept)
     while start is not None and start < options.calls:
-        start = watch(calls, options, tally, start)
+        start = watch(make, options, tally, start)
     return tally
 
 
@@ -346,6 +382,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--calls", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--memory", type=int, default=4, help="GiB that a call may take; 0: all (for sanitizers)")
+    parser.add_argument("--sweep", action="store_true", help="each tensor in turn, without chance")
     parser.add_argument("--op", help="only this operator")
     parser.add_argument("--only", type=int, help="only the call of this number, in this process")
     return parser.parse_args(arguments)

@@ -171,8 +171,10 @@ def worker(rank, function, world, folder):
 FUNCTIONS = (compare, train_with_ddp, train_with_sampled_gradients, refuse_uneven, assign, route)
 
 
-@pytest.mark.parametrize("world", [2, 3])
-@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
+RUNS = [(compare, 2)] + [(function, 3) for function in FUNCTIONS]
+
+
+@pytest.mark.parametrize("function, world", RUNS, ids=[f"{function.__name__}-{world}" for function, world in RUNS])
 def test_processes(function, world, tmp_path):
     context = mp.get_context("spawn")
     processes = [context.Process(target=worker, args=(rank, function, world, tmp_path)) for rank in range(world)]

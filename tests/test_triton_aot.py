@@ -23,16 +23,16 @@ DTYPES = ("bfloat16", "float16", "float32")
 SHARED_MEMORY_LIMIT = 227 * 1024
 ROWS = 8192
 # Bytes that may lie on the stack: a few of the many addresses of attention with 96 features, rotated or causal, and of
-# the problems of a batch, do; so do a few of the statistics that the rows of a tile keep lane by lane.
+# the problems of a batch, do; so do four of the statistics that cross entropy with all its options keeps lane by lane.
 STACK_LIMIT = {
     "mala_query_gradient_kernel": 96,
     "mala_key_gradient_kernel": 96,
     "mala_sum_kernel": 16,
     "sinkhorn_apply_kernel": 48,
     "sinkhorn_half_step_kernel": 8,
-    "cross_entropy_forward_kernel": 128,
-    "spherical_family_forward_kernel": 128,
-    "spherical_family_backward_kernel": 128,
+    "cross_entropy_forward_kernel": 16,
+    "spherical_family_forward_kernel": 8,
+    "spherical_family_backward_kernel": 8,
 }
 SPARSE = ["simplex_topk_kernel", "simplex_topk_backward_kernel"] + [
     f"sparse_{part}_kernel" for part in ("cut", "rows", "lists")

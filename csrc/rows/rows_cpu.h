@@ -138,6 +138,20 @@ struct ExpSum {
   T max;  // of x
 };
 
+// sum e^(x - max) where the maximum is known, which is left out once.
+template <typename T>
+TILEWISE_FN T tile_exp_sum_below(const T* x, int64_t n, T max) {
+  T sum = 0;
+  T equals = -1;
+#pragma omp simd reduction(+ : sum, equals)
+  for (int64_t i = 0; i < n; ++i) {
+    const bool equal = x[i] == max;
+    sum += equal ? T(0) : fast_exp(x[i] - max);
+    equals += equal ? T(1) : T(0);
+  }
+  return sum + equals;
+}
+
 // The sum leaves out the maximum, once: each lane holds its own largest back and sums the smaller of that and what
 // comes.
 template <typename T>
@@ -211,13 +225,14 @@ static SoftmaxStats<T> softmax_statistics(const RowMatrix& logits, const Softmax
   for (int64_t begin = 0; begin < logits.columns; begin += kTile) {
     const int64_t n = logits.columns - begin < kTile ? logits.columns - begin : kTile;
     const T* x = load_logits(logits, request.transform, row, begin, n, buffer);
-    T origin = stats.max > -infinity<T>() ? stats.max : tile_max(x, n);
+    const bool first = stats.max == -infinity<T>();
+    T origin = first ? tile_max(x, n) : stats.max;
     const bool empty = origin == -infinity<T>();
     if (empty) origin = T(0);  // nothing but -inf so far, and -inf - -inf is NaN
-    ExpSum<T> exps = tile_exp_sum(x, n, origin);
+    ExpSum<T> exps = first && !empty ? ExpSum<T>{tile_exp_sum_below(x, n, origin), origin} : tile_exp_sum(x, n, origin);
     if (exps.max > origin + (request.details ? T(0) : kSlack)) {
       origin = exps.max;
-      exps = tile_exp_sum(x, n, origin);
+      exps.sum = tile_exp_sum_below(x, n, origin);
     }
     if (!empty) rebase(stats, origin);
     stats.sum += exps.sum;

@@ -147,6 +147,7 @@ def wta_crs_linear(
         check_record(op, record, x, n)
     if sample is None:  # what is wrong is wrong where nothing is sampled, too
         k = check_choice(op, x, n, k, ratio, norms, method, mix)
+        check_seed(op, seed, x)
     else:
         _check_sample(op, sample, x)
     if not (weight.requires_grad and torch.is_grad_enabled()):
@@ -363,18 +364,24 @@ def without_wrapping(ids: Tensor, size: int) -> Tensor:
     return torch.where(ids < 0, size, ids)
 
 
-def seed_tensor(op: str, seed: int | Tensor | None, like: Tensor) -> Tensor:
-    """On the device, without waiting for it."""
-    if seed is None:
-        return torch.randint(2**63 - 1, (1,), device=like.device)
+def check_seed(op: str, seed: int | Tensor | None, like: Tensor) -> None:
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.numel() != 1:
             raise ValueError(
                 f"tilewise.{op}: expected seed to be int64 with one element, got {seed.dtype} {tuple(seed.shape)}"
             )
         rows.check_device(op, "seed", seed, like, "x")
+    elif seed is not None:
+        rows.check_integer(op, "seed", seed, low=0, high=2**63 - 1, of="int64")
+
+
+def seed_tensor(op: str, seed: int | Tensor | None, like: Tensor) -> Tensor:
+    """On the device, without waiting for it."""
+    check_seed(op, seed, like)
+    if seed is None:
+        return torch.randint(2**63 - 1, (1,), device=like.device)
+    if isinstance(seed, Tensor):
         return seed.reshape(1)
-    rows.check_integer(op, "seed", seed, low=0, high=2**63 - 1, of="int64")
     return torch.full((1,), seed, dtype=torch.int64, device=like.device)
 
 
