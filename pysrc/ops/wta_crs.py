@@ -9,9 +9,9 @@ from torch.autograd.function import _SingleLevelFunction, once_differentiable
 from torch.nn import functional
 
 from tilewise.ops import autocast, register, rows, transport
+from tilewise.ops.row_sampling import gather_rows, row_norms, sample_rows
 
 METHODS = ("systematic", "wta", "crs")
-_norms, _sample, _gather = map(register.operator, ("wta_crs_norms", "wta_crs_sample", "wta_crs_gather"))
 
 
 class RowSample(NamedTuple):
@@ -157,9 +157,8 @@ def wta_crs_linear(
     if sample.indices is None and record is None:
         return functional.linear(x, weight, bias)
     y = _linear_of_constant(x, weight.detach(), bias)
-    plain = not (torch.compiler.is_compiling() or register.transforms_active())
-    estimated = _sampled_weight_gradient if plain else _SampledWeightGradient.apply
-    return estimated(y, weight, *sample, *(record or (None, None)))
+    function = _Traced if torch.compiler.is_compiling() or register.transforms_active() else _Direct
+    return function.apply(y, weight, *sample, *(record or (None, None)))
 
 
 def _choose(
@@ -189,8 +188,8 @@ def _chosen(
         norms = norms.detach().to(torch.float32).reshape(1, n).contiguous()
     x = x[None]
     options = {"k": k, "method": method, "mix": float(mix)}
-    indices, scales = _sample(_norms(x), norms, seed_tensor(op, seed, x), **options)
-    return RowSample(_gather(x, indices)[0], indices[0], scales[0])
+    indices, scales = sample_rows(row_norms(x), norms, seed_tensor(op, seed, x), **options)
+    return RowSample(gather_rows(x, indices)[0], indices[0], scales[0])
 
 
 def _check_sample(op: str, sample: RowSample, x: Tensor) -> None:
@@ -212,10 +211,8 @@ def _linear_of_constant(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
     return y if bias is None else y + bias
 
 
-class _SampledWeightGradient(torch.autograd.Function):
+class _SampledWeightGradient:
     """y as it is; on its way back its gradient leaves an estimate of that of the weight, and its norms in a table."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(y, weight, sampled, indices, scales, table, ids):
@@ -234,9 +231,9 @@ class _SampledWeightGradient(torch.autograd.Function):
         sampled, indices, scales, ids = ctx.saved_tensors
         by_rows = grad.reshape(-1, grad.shape[-1])[None]
         if ctx.table is not None:
-            norms = _norms(by_rows).reshape(len(ids), -1)
+            norms = row_norms(by_rows).reshape(len(ids), -1)
             ctx.table[without_wrapping(ids, len(ctx.table)), : norms.shape[1]] = norms.to(ctx.table.dtype)
-        chosen = by_rows if indices is None else _gather(by_rows, indices[None], scales[None])
+        chosen = by_rows if indices is None else gather_rows(by_rows, indices[None], scales[None])
         of_weight = chosen[0].t() @ sampled.to(grad.dtype)
         return grad, of_weight.to(ctx.dtype), None, None, None, None, None
 
@@ -245,8 +242,12 @@ class _SampledWeightGradient(torch.autograd.Function):
         raise RuntimeError("tilewise.wta_crs_linear: no forward mode where the weight records its gradient")
 
 
-# The same where nothing transforms or traces, without Function.apply's reading of signatures.
-_sampled_weight_gradient = type("_Direct", (_SingleLevelFunction,), dict(vars(_SampledWeightGradient))).apply
+class _Traced(_SampledWeightGradient, torch.autograd.Function):
+    generate_vmap_rule = True
+
+
+class _Direct(_SampledWeightGradient, _SingleLevelFunction):
+    """Where nothing transforms or traces: without the signatures that autograd.Function reads at every call."""
 
 
 def wta_crs_matmul(
@@ -296,11 +297,11 @@ def wta_crs_matmul(
     if k >= n:
         return a @ b
     columns, pairs = a.mT.flatten(0, -3) if a.dim() > 2 else a.mT[None], b.reshape(-1, *b.shape[-2:])
-    a_norms, b_norms = (_norms(t.detach()) for t in (columns, pairs))
+    a_norms, b_norms = (row_norms(t.detach()) for t in (columns, pairs))
     options = {"k": k, "method": method, "mix": float(mix)}
-    indices, scales = _sample(a_norms, b_norms, seed_tensor(op, seed, a), **options)
-    left = _gather(columns, indices, scales)
-    product = left.mT @ _gather(pairs, indices)
+    indices, scales = sample_rows(a_norms, b_norms, seed_tensor(op, seed, a), **options)
+    left = gather_rows(columns, indices, scales)
+    product = left.mT @ gather_rows(pairs, indices)
     return product.reshape(*a.shape[:-1], b.shape[-1])
 
 
@@ -385,38 +386,5 @@ def seed_tensor(op: str, seed: int | Tensor | None, like: Tensor) -> Tensor:
     return torch.full((1,), seed, dtype=torch.int64, device=like.device)
 
 
-@register.fake("wta_crs_norms")
-def _norms_fake(x):
-    return x.new_empty(x.shape[:2], dtype=torch.float32)
-
-
-@register.fake("wta_crs_sample")
-def _sample_fake(x_norms, norms, seed, *, k, method="systematic", mix=0.05):
-    places = x_norms.shape[0], k
-    return x_norms.new_empty(places, dtype=torch.int32), x_norms.new_empty(places)
-
-
-@register.fake("wta_crs_gather")
-def _gather_fake(x, indices, scales=None):
-    return x.new_empty(x.shape[0], indices.shape[1], x.shape[2])
-
-
-def _keep_places(ctx, inputs, options, output):
-    x, indices, scales = inputs
-    ctx.save_for_backward(indices, scales)
-    ctx.rows = x.shape[1]
-
-
-def _scatter(ctx, grad):
-    indices, scales = ctx.saved_tensors
-    if scales is not None:
-        grad = (grad * scales[:, :, None]).to(grad.dtype)
-    zeros = grad.new_zeros(grad.shape[0], ctx.rows, grad.shape[2])
-    return zeros.scatter_add(1, indices.long()[:, :, None].expand_as(grad), grad), None, None
-
-
-register.autograd("wta_crs_gather", _scatter, _keep_places, jvp=lambda ctx, x, *_: _gather(x, *ctx.saved_tensors))
-register.refuse_derivative("wta_crs_norms", "expected no gradient: the sample is a constant")
-register.refuse_derivative("wta_crs_sample", "expected no gradient: the sample is a constant")
 register.implicit("wta_crs_linear", wta_crs_linear)
 register.implicit("wta_crs_matmul", wta_crs_matmul)
