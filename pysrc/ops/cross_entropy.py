@@ -140,7 +140,7 @@ def _check_options(options: dict) -> None:
 def _check_overwritable(logits: Tensor) -> None:
     """Elements that share memory (expanded dimensions) cannot each hold their own gradient; under a transform of
     torch.func a tensor is not one place in memory."""
-    if register.transforms_active():
+    if not torch.compiler.is_compiling() and register.transforms_active():
         raise ValueError(f"tilewise.{OP}: inplace_backward is not available under torch.func transforms")
     (n, v), (row_stride, column_stride) = logits.shape, logits.stride()
     by_rows = (v == 1 or column_stride >= 1) and (n <= 1 or row_stride > (v - 1) * column_stride)

@@ -89,7 +89,7 @@ def pair_weighted_loss(
     x, y = prepared(x, y, normalize)
     wide = statistics_dtype(x)
     arguments = (x.to(wide), y.to(wide), x_labels, y_labels, self_offset, weighting)
-    if register.transforms_active():
+    if not torch.compiler.is_compiling() and register.transforms_active():
         losses, active = _composed(*arguments)
         total = losses if reduction == "none" else losses.sum()
     elif reduction == "none":
