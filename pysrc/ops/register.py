@@ -92,7 +92,7 @@ def _overload_with_tensors(op: str) -> torch._ops.OpOverload:
     text = re.sub(r"\bfloat\?? (\w+)(=[^,)]*)?", r"Tensor? \1=None", str(overload._schema).removeprefix("tilewise::"))
     _library.define(text.replace("(", ".with_tensors(", 1))
     name = f"{op}.with_tensors"
-
+    COMPOSITE.add(name)
     fill = _filler(op)
 
     def with_numbers(number_of: Callable) -> Callable:

@@ -157,8 +157,8 @@ def wta_crs_linear(
     if sample.indices is None and record is None:
         return functional.linear(x, weight, bias)
     y = _linear_of_constant(x, weight.detach(), bias)
-    function = _Traced if torch.compiler.is_compiling() or register.transforms_active() else _Direct
-    return function.apply(y, weight, *sample, *(record or (None, None)))
+    traced = torch.compiler.is_compiling() or register.transforms_active()
+    return (_SampledWeightGradient if traced else _Direct).apply(y, weight, *sample, *(record or (None, None)))
 
 
 def _choose(
@@ -211,8 +211,10 @@ def _linear_of_constant(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
     return y if bias is None else y + bias
 
 
-class _SampledWeightGradient:
+class _SampledWeightGradient(torch.autograd.Function):
     """y as it is; on its way back its gradient leaves an estimate of that of the weight, and its norms in a table."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(y, weight, sampled, indices, scales, table, ids):
@@ -237,17 +239,17 @@ class _SampledWeightGradient:
         of_weight = chosen[0].t() @ sampled.to(grad.dtype)
         return grad, of_weight.to(ctx.dtype), None, None, None, None, None
 
+
+class _Direct(_SingleLevelFunction):
+    """The same where nothing transforms or traces, without the signatures that autograd.Function reads each time."""
+
+    forward = staticmethod(_SampledWeightGradient.forward)
+    setup_context = staticmethod(_SampledWeightGradient.setup_context)
+    backward = staticmethod(_SampledWeightGradient.backward)
+
     @staticmethod
     def jvp(ctx, *tangents):
         raise RuntimeError("tilewise.wta_crs_linear: no forward mode where the weight records its gradient")
-
-
-class _Traced(_SampledWeightGradient, torch.autograd.Function):
-    generate_vmap_rule = True
-
-
-class _Direct(_SampledWeightGradient, _SingleLevelFunction):
-    """Where nothing transforms or traces: without the signatures that autograd.Function reads at every call."""
 
 
 def wta_crs_matmul(
