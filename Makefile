@@ -90,6 +90,7 @@ sanitize: venv ## the contract and the fuzzer on a CPU library with AddressSanit
 
 bench: build ## benchmarks on this machine, and the language model trained both ways
 	@$(PY) bench/run.py
+	@$(PY) bench/call_cost.py
 
 headlines: build ## the papers' claims on whole training steps (about 15 min), then the report with them
 	@$(PY) bench/headlines/z_loss.py

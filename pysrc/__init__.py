@@ -1,35 +1,27 @@
 """tilewise: training objectives computed tile by tile, never holding the big matrix."""
 
-from tilewise import loading
-
-loading.load_libraries()
-
-from tilewise import nn, reference, weighting  # noqa: E402  (they register on the operators that were just loaded)
-from tilewise.backend import backend, start  # noqa: E402
-from tilewise.ops.contrastive import clip_loss, info_nce, nt_xent, siglip_loss, supcon  # noqa: E402
-from tilewise.ops.cross_entropy import CrossEntropyStats, cross_entropy  # noqa: E402
-from tilewise.ops.linear_cross_entropy import linear_cross_entropy  # noqa: E402
-from tilewise.ops.linear_z_loss import (  # noqa: E402
-    linear_spherical_softmax_loss,
-    linear_taylor_softmax_loss,
-    linear_z_loss,
-)
-from tilewise.ops.mala import mala  # noqa: E402
-from tilewise.ops.mining import batch_hard_mine, multi_similarity_mine, semihard_mine  # noqa: E402
-from tilewise.ops.multi_similarity_loss import multi_similarity_loss  # noqa: E402
-from tilewise.ops.pair_weighted_loss import pair_weighted_loss  # noqa: E402
-from tilewise.ops.simplex_topk import simplex_topk  # noqa: E402
-from tilewise.ops.sinkhorn import sinkhorn  # noqa: E402
-from tilewise.ops.sinkhorn_divergence import monge_gap, sinkhorn_divergence  # noqa: E402
-from tilewise.ops.sinkhorn_knopp import sinkhorn_knopp  # noqa: E402
-from tilewise.ops.sinkhorn_points import sinkhorn_points  # noqa: E402
-from tilewise.ops.sparse_ot import SparseOTResult, sparse_ot  # noqa: E402
-from tilewise.ops.sparse_ot_points import sparse_ot_points  # noqa: E402
-from tilewise.ops.sparse_ot_router import Routing, sparse_ot_router  # noqa: E402
-from tilewise.ops.transport import SinkhornResult, TransportLoss  # noqa: E402
-from tilewise.ops.wta_crs import RowSample, wta_crs_linear, wta_crs_matmul, wta_crs_sample  # noqa: E402
-from tilewise.ops.z_loss import spherical_softmax_loss, taylor_softmax_loss, z_loss  # noqa: E402
-from tilewise.version import __version__  # noqa: E402
+from tilewise import nn, reference, weighting
+from tilewise.backend import backend, start
+from tilewise.ops.contrastive import clip_loss, info_nce, nt_xent, siglip_loss, supcon
+from tilewise.ops.cross_entropy import CrossEntropyStats, cross_entropy
+from tilewise.ops.linear_cross_entropy import linear_cross_entropy
+from tilewise.ops.linear_z_loss import linear_spherical_softmax_loss, linear_taylor_softmax_loss, linear_z_loss
+from tilewise.ops.mala import mala
+from tilewise.ops.mining import batch_hard_mine, multi_similarity_mine, semihard_mine
+from tilewise.ops.multi_similarity_loss import multi_similarity_loss
+from tilewise.ops.pair_weighted_loss import pair_weighted_loss
+from tilewise.ops.simplex_topk import simplex_topk
+from tilewise.ops.sinkhorn import sinkhorn
+from tilewise.ops.sinkhorn_divergence import monge_gap, sinkhorn_divergence
+from tilewise.ops.sinkhorn_knopp import sinkhorn_knopp
+from tilewise.ops.sinkhorn_points import sinkhorn_points
+from tilewise.ops.sparse_ot import SparseOTResult, sparse_ot
+from tilewise.ops.sparse_ot_points import sparse_ot_points
+from tilewise.ops.sparse_ot_router import Routing, sparse_ot_router
+from tilewise.ops.transport import SinkhornResult, TransportLoss
+from tilewise.ops.wta_crs import RowSample, wta_crs_linear, wta_crs_matmul, wta_crs_sample
+from tilewise.ops.z_loss import spherical_softmax_loss, taylor_softmax_loss, z_loss
+from tilewise.version import __version__
 
 start()
 

@@ -5,20 +5,18 @@ import importlib.util
 import os
 import pkgutil
 import threading
-import warnings
 from collections.abc import Callable
 
 import torch
 
 from tilewise import loading
-from tilewise.ops import autocast
+from tilewise.ops import register
 
 NAMES = ("auto", "cuda", "triton", "cpu", "reference")
 
 _switching = threading.RLock()
 _chosen: list["backend"] = []  # that act, the one in use last
 _current = "auto"
-_registrations: torch.library.Library | None = None  # what the current backend put over the compiled kernels
 _served: dict[str, str] = {}  # dispatch key -> who serves it, or why nobody does
 
 
@@ -178,13 +176,7 @@ def _plan(name: str) -> tuple[dict[str, str], dict[str, dict[str, Callable]]]:
 
 
 def _switch(name: str) -> None:
-    global _current, _registrations, _served
-    served, functions = _plan(name)
-    library = torch.library.Library("tilewise", "IMPL")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Warning only once for all operators")  # that a kernel is overridden
-        for key, operators in functions.items():
-            for operator, function in operators.items():
-                library.impl(operator, autocast.unaware(function), key)
-    # Destroys the previous registrations: where there are no new ones the compiled kernels are back.
-    _current, _registrations, _served = name, library, served
+    global _current, _served
+    served, kernels = _plan(name)
+    register.serve(kernels)
+    _current, _served = name, served

@@ -7,6 +7,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from tilewise.ops import register
+
+_pairwise_loss, _pairwise_gradients = map(register.operator, ("pairwise_loss", "pairwise_loss_backward"))
 Group = dist.ProcessGroup | None
 
 
@@ -140,7 +143,7 @@ def _with(x: Tensor, feature: Tensor | float) -> Tensor:
 
 
 def _rows(loss, x, y, x_labels, y_labels, scale, bias, self_offset, parameters=()) -> Tensor:
-    return torch.ops.tilewise.pairwise_loss(
+    return _pairwise_loss(
         x,
         y,
         x_labels,
@@ -156,7 +159,7 @@ def _rows(loss, x, y, x_labels, y_labels, scale, bias, self_offset, parameters=(
 
 def _row_gradients(upstream, loss, x, y, x_labels, y_labels, scale, bias, self_offset, parameters=()):
     """The gradients of scale x, scale y and the rows of bias."""
-    return torch.ops.tilewise.pairwise_loss_backward(
+    return _pairwise_gradients(
         upstream,
         x,
         y,

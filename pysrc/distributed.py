@@ -18,11 +18,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tilewise.collectives import GatherRows, Group, MiningRingLoss, RingLoss
+from tilewise.formulas.rows import statistics_dtype
+from tilewise.formulas.sparse_transport import adam, largest, project
 from tilewise.ops import contrastive, pairwise
 from tilewise.ops.multi_similarity_loss import parameters_of
 from tilewise.ops.sparse_ot_router import Routing, check_arguments
-from tilewise.reference.rows import statistics_dtype
-from tilewise.reference.sparse_ot import adam, largest, project
 
 REDUCTIONS = ("none", "sum", "mean")
 

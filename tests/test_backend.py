@@ -91,7 +91,7 @@ def test_a_choice_inside_a_block_ends_with_it(loss, fake_reference):
 def test_a_failing_switch_leaves_the_old_backend(loss, fake_reference, monkeypatch):
     with tilewise.backend("reference"):
         with monkeypatch.context() as broken:
-            broken.setattr(module.autocast, "unaware", lambda function: 1 / 0)
+            broken.setattr(register.autocast, "unaware", lambda function: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 with tilewise.backend("reference"):
                     pass

@@ -10,8 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from tilewise.lbfgs import Asked
-from tilewise.reference.sinkhorn import value_of
+from tilewise.formulas.lbfgs import Asked
+from tilewise.formulas.transport import value_of
 
 from .pairs import (
     Penalties,

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tilewise.reference.sparse_ot import solve
+from tilewise.formulas.sparse_transport import solve
 
 from .rows import check_float32
 from .simplex_topk import block_of, find_cut, keeps, load_scores

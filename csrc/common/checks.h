@@ -46,22 +46,31 @@ void require(bool condition, const char* op, const Parts&... parts) {
   throw std::runtime_error(message.str());
 }
 
-inline std::string shape_of(const Tensor& tensor) {
-  std::ostringstream text;
-  text << "(";
-  for (int64_t i = 0; i < tensor.dim(); ++i) text << (i > 0 ? ", " : "") << tensor.size(i);
-  text << (tensor.dim() == 1 ? ",)" : ")");
-  return text.str();
-}
+// A shape as text, formed where it is written: most calls refuse nothing, and a stream costs as much as a small kernel.
+struct ShapeText {
+  const Tensor& tensor;
 
-inline void require_shape(const Tensor& tensor, std::vector<int64_t> shape, const char* op, const char* name) {
-  bool same = tensor.dim() == static_cast<int64_t>(shape.size());
-  std::ostringstream expected;
-  for (size_t i = 0; i < shape.size(); ++i) {
-    same = same && tensor.size(static_cast<int64_t>(i)) == shape[i];
-    expected << (i > 0 ? ", " : "") << shape[i];
+  friend std::ostream& operator<<(std::ostream& text, const ShapeText& shape) {
+    text << "(";
+    for (int64_t i = 0; i < shape.tensor.dim(); ++i) text << (i > 0 ? ", " : "") << shape.tensor.size(i);
+    return text << (shape.tensor.dim() == 1 ? ",)" : ")");
   }
-  require(same, op, "expected ", name, " to have shape (", expected.str(), shape.size() == 1 ? ",)" : ")", ", got ",
+  friend bool operator==(const ShapeText& a, const ShapeText& b) {
+    bool same = a.tensor.dim() == b.tensor.dim();
+    for (int64_t i = 0; same && i < a.tensor.dim(); ++i) same = a.tensor.size(i) == b.tensor.size(i);
+    return same;
+  }
+};
+
+inline ShapeText shape_of(const Tensor& tensor) { return {tensor}; }
+
+inline void require_shape(const Tensor& tensor, const std::vector<int64_t>& shape, const char* op, const char* name) {
+  bool same = tensor.dim() == static_cast<int64_t>(shape.size());
+  for (size_t i = 0; same && i < shape.size(); ++i) same = tensor.size(static_cast<int64_t>(i)) == shape[i];
+  if (same) return;
+  std::ostringstream expected;
+  for (size_t i = 0; i < shape.size(); ++i) expected << (i > 0 ? ", " : "") << shape[i];
+  require(false, op, "expected ", name, " to have shape (", expected.str(), shape.size() == 1 ? ",)" : ")", ", got ",
           shape_of(tensor));
 }
 
@@ -87,7 +96,15 @@ const T* dense(const std::optional<Tensor>& tensor, std::vector<int64_t> shape, 
 // Uninitialised output. Large CPU outputs ask for huge pages: first touch of 4 KiB pages costs more than the
 // arithmetic of a row kernel.
 inline Tensor new_output(const Tensor& like, std::vector<int64_t> sizes, ScalarType dtype) {
-  Tensor output = torch::stable::new_empty(like, sizes, dtype);
+  // Straight through the C shim: torch::stable::new_empty looks its operator up by name and boxes its arguments.
+  int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), layout = 0, device = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(like.get(), &layout));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), sizes.data(), static_cast<int64_t>(sizes.size()),
+                                                          &type, &layout, &device, like.get_device_index(), nullptr,
+                                                          &handle));
+  Tensor output(handle);
 #if defined(__linux__) && !defined(TILEWISE_CUDA)
   constexpr uintptr_t kHuge = uintptr_t{2} << 20;
   const auto begin = reinterpret_cast<uintptr_t>(output.data_ptr());

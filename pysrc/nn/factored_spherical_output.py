@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
+from tilewise.formulas.spherical import OF_STATISTICS
 from tilewise.ops import rows
 from tilewise.ops.logits_free import CHUNK, slices, sum_of_class
-from tilewise.reference.z_loss import OF_STATISTICS
 
 NAME = "FactoredSphericalOutput"
 

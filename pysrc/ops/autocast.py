@@ -8,6 +8,7 @@ import functools
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 TYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
@@ -43,6 +44,8 @@ def widen(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def _cast(tensors, choose):
+    if not is_compiling() and not torch._C._is_any_autocast_enabled():
+        return tensors
     given = [t for t in tensors if isinstance(t, Tensor)]
     if not given or not enabled(device := given[0].device.type):
         return tensors

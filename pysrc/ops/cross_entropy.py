@@ -5,11 +5,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tilewise.formulas.cross_entropy import logits_gradient
+from tilewise.formulas.rows import statistics_dtype
 from tilewise.ops import register, rows
-from tilewise.reference import cross_entropy as reference
-from tilewise.reference.rows import statistics_dtype
 
 OP = "cross_entropy"
+_forward, _gradient, _overwrite = map(register.operator, (OP, f"{OP}_backward", f"{OP}_backward_"))
+_DEFAULTS = register.defaults(OP)
 
 
 class CrossEntropyStats(NamedTuple):
@@ -98,23 +100,25 @@ def cross_entropy(
         target = rows.check_probabilities(OP, target, logits.shape, ignore_index, logits)
     else:
         target = rows.check_class_index(OP, target, logits)
-    rows.check_reduction(OP, reduction)
-    if inplace_backward:
-        _check_overwritable(logits)
-    loss, lse, entropy, argmax, _, _ = torch.ops.tilewise.cross_entropy(
-        logits,
-        target,
-        rows.check_vector(OP, "weight", weight, logits.shape[1], logits),
-        rows.check_vector(OP, "row_weight", row_weight, logits.shape[0], logits),
-        ignore_index=ignore_index,
-        label_smoothing=rows.check_number(OP, "label_smoothing", label_smoothing, low=0, high=1),
-        lse_square_scale=rows.check_number(OP, "lse_square_scale", lse_square_scale),
-        softcap=None if softcap is None else rows.check_positive(OP, "softcap", softcap),
-        logit_scale=rows.check_number(OP, "logit_scale", logit_scale),
-        reduction=reduction,
-        return_stats=return_stats,
-        inplace_backward=inplace_backward,
-    )
+    if weight is not None:
+        weight = rows.check_vector(OP, "weight", weight, logits.shape[1], logits)
+    if row_weight is not None:
+        row_weight = rows.check_vector(OP, "row_weight", row_weight, logits.shape[0], logits)
+    options = {
+        "ignore_index": ignore_index,
+        "label_smoothing": label_smoothing,
+        "lse_square_scale": lse_square_scale,
+        "softcap": softcap,
+        "logit_scale": logit_scale,
+        "reduction": reduction,
+        "return_stats": return_stats,
+        "inplace_backward": inplace_backward,
+    }
+    if options != _DEFAULTS:
+        _check_options(options)
+        if inplace_backward:
+            _check_overwritable(logits)
+    loss, lse, entropy, argmax, _, _ = _forward(logits, target, weight, row_weight, **options)
     if not return_stats:
         return loss
     if target.is_floating_point():
@@ -124,8 +128,20 @@ def cross_entropy(
     return loss, CrossEntropyStats(lse, entropy, argmax, correct)
 
 
+def _check_options(options: dict) -> None:
+    rows.check_reduction(OP, options["reduction"])
+    options["label_smoothing"] = rows.check_number(OP, "label_smoothing", options["label_smoothing"], low=0, high=1)
+    for name in ("lse_square_scale", "logit_scale"):
+        options[name] = rows.check_number(OP, name, options[name])
+    if options["softcap"] is not None:
+        options["softcap"] = rows.check_positive(OP, "softcap", options["softcap"])
+
+
 def _check_overwritable(logits: Tensor) -> None:
-    """Elements that share memory (expanded dimensions) cannot each hold their own gradient."""
+    """Elements that share memory (expanded dimensions) cannot each hold their own gradient; under a transform of
+    torch.func a tensor is not one place in memory."""
+    if not torch.compiler.is_compiling() and register.transforms_active():
+        raise ValueError(f"tilewise.{OP}: inplace_backward is not available under torch.func transforms")
     (n, v), (row_stride, column_stride) = logits.shape, logits.stride()
     by_rows = (v == 1 or column_stride >= 1) and (n <= 1 or row_stride > (v - 1) * column_stride)
     by_columns = (n <= 1 or row_stride >= 1) and (v == 1 or column_stride > (n - 1) * row_stride)
@@ -175,13 +191,12 @@ def _backward_in_place_fake(*tensors, **options):
     return None
 
 
-def _setup_context(ctx, inputs, keyword_only_inputs, output):
-    logits, target, weight, row_weight = inputs
+def _setup_context(ctx, inputs, options, output):
     _, lse, entropy, argmax, row_state, total = output
-    ctx.options = dict(keyword_only_inputs)
-    stats = ctx.options.pop("return_stats")
-    ctx.inplace = ctx.options.pop("inplace_backward")
-    ctx.save_for_backward(logits, target, weight, row_weight, entropy if stats else None, row_state, total)
+    ctx.options = options
+    stats = options.pop("return_stats")
+    ctx.inplace = options.pop("inplace_backward")
+    ctx.save_for_backward(*inputs, entropy if stats else None, row_state, total)
     ctx.mark_non_differentiable(argmax, row_state, total, *(() if stats else (lse, entropy)))
     ctx.set_materialize_grads(False)
 
@@ -189,50 +204,16 @@ def _setup_context(ctx, inputs, keyword_only_inputs, output):
 def _backward(ctx, grad_loss, grad_lse, grad_entropy, *_):
     logits, *saved = ctx.saved_tensors
     if not ctx.inplace:
-        arguments = (grad_loss, grad_lse, grad_entropy, logits, *saved)
-        return torch.ops.tilewise.cross_entropy_backward(*arguments, **ctx.options), None, None, None
+        gradient = _gradient(grad_loss, grad_lse, grad_entropy, logits, *saved, **ctx.options)
+        return gradient, None, None, None
     if torch.is_grad_enabled():
         raise RuntimeError(f"tilewise.{OP}: inplace_backward cannot be differentiated twice (create_graph=True)")
     gradient = logits.detach()
-    torch.ops.tilewise.cross_entropy_backward_(grad_loss, grad_lse, grad_entropy, gradient, *saved, **ctx.options)
+    _overwrite(grad_loss, grad_lse, grad_entropy, gradient, *saved, **ctx.options)
     return gradient, None, None, None
 
 
-torch.library.register_autograd("tilewise::cross_entropy", _backward, setup_context=_setup_context)
-
-
-# The second derivative differentiates the reference's gradient. The upstream gradients and the logits are the only
-# arguments that may carry one.
-def _setup_double(ctx, inputs, keyword_only_inputs, output):
-    ctx.save_for_backward(*inputs)
-    ctx.options = keyword_only_inputs
-
-
-def _double_backward(ctx, grad):
-    *grads, logits, target, weight, row_weight, _, _, _ = ctx.saved_tensors
-    with torch.enable_grad():
-        gradient = reference.gradient(tuple(grads), logits, target, weight, row_weight, **ctx.options)
-    wanted = [(i, t) for i, t in enumerate((*grads, logits)) if t is not None and t.requires_grad]
-    found = torch.autograd.grad(
-        gradient, [t for _, t in wanted], grad, create_graph=torch.is_grad_enabled(), allow_unused=True
-    )
-    result = [None] * len(ctx.saved_tensors)
-    for (i, _), value in zip(wanted, found, strict=True):
-        result[i] = value
-    return tuple(result)
-
-
-torch.library.register_autograd("tilewise::cross_entropy_backward", _double_backward, setup_context=_setup_double)
-
-
-# A C++ operator that writes to an argument does not bump its version by itself; without the bump, whoever saved the
-# logits would silently read their gradient.
-def _bump_version(keyset, *args, **kwargs):
-    torch.autograd.graph.increment_version(args[3])
-    with torch._C._AutoDispatchBelowADInplaceOrView():
-        op = torch.ops.tilewise.cross_entropy_backward_.default
-        return op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args, **kwargs)
-
-
-_library = torch.library.Library("tilewise", "FRAGMENT")
-_library.impl("cross_entropy_backward_", _bump_version, "ADInplaceOrView", with_keyset=True)
+register.autograd(OP, _backward, _setup_context, jvp=register.of_losses(OP, _backward, outputs=(0, 1, 2), by_row=(0,)))
+register.second(f"{OP}_backward", logits_gradient)
+register.refuse_derivative(f"{OP}_backward_", "expected no gradient through an operator that writes to its argument")
+register.writes(f"{OP}_backward_", place=3)

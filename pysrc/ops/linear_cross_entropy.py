@@ -3,11 +3,12 @@
 import torch
 from torch import Tensor
 
-from tilewise.ops import autocast, register, rows
-from tilewise.reference import linear_cross_entropy as reference
-from tilewise.reference.rows import statistics_dtype
+from tilewise.formulas.cross_entropy import layer_gradients
+from tilewise.formulas.rows import statistics_dtype
+from tilewise.ops import autocast, formed, register, rows
 
 OP = "linear_cross_entropy"
+_forward, _gradients = map(register.operator, (OP, f"{OP}_backward"))
 
 
 def linear_cross_entropy(
@@ -136,7 +137,7 @@ def _call(input, linear_weight, target, linear_bias, weight, **options) -> tuple
     else:
         target = rows.check_class_index(OP, target, input)
     grad = torch.is_grad_enabled()
-    loss, _, total, *_ = torch.ops.tilewise.linear_cross_entropy(
+    loss, _, total, *_ = _forward(
         input,
         linear_weight,
         target,
@@ -192,14 +193,14 @@ def _forward_fake(
 ):
     statistics = input.new_empty(0, dtype=statistics_dtype(input))
     n = input.shape[0]
-    formed = reduction != "none" and statistics.dtype == input.dtype
+    reduced = reduction != "none" and statistics.dtype == input.dtype
     return (
         statistics.new_empty((n,) if reduction == "none" else ()),
         statistics.new_empty((3, n)),
         statistics.new_empty(()),
-        input.new_empty(input.shape if formed and form_input_grad else (0,)),
-        input.new_empty(linear_weight.shape if formed and form_weight_grad else (0,)),
-        input.new_empty(linear_weight.shape[:1] if formed and form_bias_grad and linear_bias is not None else (0,)),
+        input.new_empty(input.shape if reduced and form_input_grad else (0,)),
+        input.new_empty(linear_weight.shape if reduced and form_weight_grad else (0,)),
+        input.new_empty(linear_weight.shape[:1] if reduced and form_bias_grad and linear_bias is not None else (0,)),
     )
 
 
@@ -217,75 +218,49 @@ FORMED = ("form_input_grad", "form_weight_grad", "form_bias_grad")
 WANTED = ("input_grad", "weight_grad", "bias_grad")
 
 
-def _setup_context(ctx, inputs, keyword_only_inputs, output):
+def _setup_context(ctx, inputs, options, output):
     _, row_state, total, *gradients = output
-    ctx.options = dict(keyword_only_inputs)
-    asked = [ctx.options.pop(name) for name in FORMED]
-    reduced = ctx.options["reduction"] != "none" and inputs[0].dtype == statistics_dtype(inputs[0])
-    # Not through save_for_backward: the backward writes to them. Detached, or they would keep their own graph alive.
-    ctx.formed = [g.detach() if reduced and wish else None for g, wish in zip(gradients, asked, strict=True)]
+    asked = [options.pop(name) for name in FORMED]
+    ctx.options = options
+    formed.keep(ctx, inputs[0], gradients, asked)
     ctx.save_for_backward(*inputs, row_state, total)
     ctx.mark_non_differentiable(row_state, total, *gradients)
     ctx.set_materialize_grads(False)
 
 
-def _scaled(gradient: Tensor, scale: Tensor) -> Tensor:
-    """In place, but for tracers (whose tensors are subclasses): a compiler chooses the place itself."""
-    return gradient.mul_(scale) if type(gradient) is Tensor else gradient * scale
-
-
 def _backward(ctx, grad_loss, *_):
-    input, linear_weight, target, linear_bias, weight, row_state, total = ctx.saved_tensors
     if grad_loss is None:
         return None, None, None, None, None
-    needed = ctx.needs_input_grad  # ends with the last argument that is not its default
-    wanted = [i < len(needed) and needed[i] for i in (0, 1, 3)]
-    formed, ctx.formed = ctx.formed, [None, None, None]
-    if not torch.is_grad_enabled() and all(g is not None or not wish for g, wish in zip(formed, wanted, strict=True)):
-        # Gradients of the summed loss, formed by the forward: handed out once, for they are scaled where they lie.
+    *inputs, row_state, total = ctx.saved_tensors
+    wanted = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
+    gradients = formed.take(ctx, wanted)
+    if gradients is not None:
         scale = grad_loss
         if ctx.options["reduction"] == "mean":
             scale = torch.where(total == 0, 0, grad_loss / total)
-        dx, dw, db = (_scaled(g, scale) if wish else None for g, wish in zip(formed, wanted, strict=True))
-        return dx, dw, None, db, None
-    arguments = (grad_loss, input, linear_weight, target, linear_bias, weight, row_state, total)
-    found = torch.ops.tilewise.linear_cross_entropy_backward(
-        *arguments, **ctx.options, **dict(zip(WANTED, wanted, strict=True))
-    )
-    dx, dw, db = (g if wish else None for g, wish in zip(found, wanted, strict=True))
+        gradients = (formed.scaled(g, scale) if wish else None for g, wish in zip(gradients, wanted, strict=True))
+    else:
+        needs = dict(zip(WANTED, wanted, strict=True))
+        gradients = _gradients(grad_loss, *inputs, row_state, total, **ctx.options, **needs)
+    dx, dw, db = (g if wish else None for g, wish in zip(gradients, wanted, strict=True))
     return dx, dw, None, db, None
 
 
-torch.library.register_autograd("tilewise::linear_cross_entropy", _backward, setup_context=_setup_context)
+@register.flops(OP)
+def _forward_flops(input, linear_weight, *_, out_shape, **options) -> int:
+    _, _, _, dx, dw, _ = out_shape
+    return _products(input, linear_weight, dx, dw)
 
 
-# The second derivative differentiates the reference's gradients.
-def _setup_double(ctx, inputs, keyword_only_inputs, output):
-    ctx.save_for_backward(*inputs)
-    ctx.options = keyword_only_inputs
+@register.flops(f"{OP}_backward")
+def _backward_flops(grad_loss, input, linear_weight, *_, out_shape, **options) -> int:
+    return _products(input, linear_weight, *out_shape[:2])
 
 
-def _double_backward(ctx, *grads):
-    saved = ctx.saved_tensors
-    with torch.enable_grad():
-        gradients = reference.gradients(*saved[:6], **ctx.options)
-    outputs, upstream = zip(
-        *((g, u) for g, u in zip(gradients, grads, strict=True) if g is not None and u is not None), strict=True
-    )
-    positions = [i for i, t in enumerate(saved[:5]) if t is not None and t.requires_grad]
-    found = torch.autograd.grad(
-        outputs,
-        [saved[i] for i in positions],
-        upstream,
-        create_graph=torch.is_grad_enabled(),
-        allow_unused=True,
-    )
-    result = [None] * len(saved)
-    for i, value in zip(positions, found, strict=True):
-        result[i] = value
-    return tuple(result)
+def _products(input, linear_weight, *gradients) -> int:
+    """The logits, and a product for each gradient of a matrix that is formed."""
+    return 2 * input.numel() * linear_weight[0] * (1 + sum(0 not in gradient for gradient in gradients))
 
 
-torch.library.register_autograd(
-    "tilewise::linear_cross_entropy_backward", _double_backward, setup_context=_setup_double
-)
+register.autograd(OP, _backward, _setup_context, jvp=register.of_losses(OP, _backward, by_row=(0,)))
+register.second(f"{OP}_backward", layer_gradients)

@@ -3,8 +3,11 @@
 import torch
 from torch import Tensor
 
+from tilewise.formulas.rows import statistics_dtype
 from tilewise.ops import logits_free, register, rows  # noqa: F401  (logits_free registers the implementation)
-from tilewise.reference.rows import statistics_dtype
+
+FAMILY = ("linear_z_loss", "linear_taylor_softmax_loss", "linear_spherical_softmax_loss")
+_z, _taylor, _spherical, _gradients = map(register.operator, (*FAMILY, "linear_spherical_backward"))
 
 
 def linear_z_loss(
@@ -57,8 +60,7 @@ def linear_z_loss(
     arguments = _checked("linear_z_loss", hidden, weight, target, bias, reduction)
     a = rows.check_positive("linear_z_loss", "a", a)
     b = rows.check_number("linear_z_loss", "b", b)
-    op = torch.ops.tilewise.linear_z_loss
-    return op(*arguments, a=a, b=b, ignore_index=ignore_index, reduction=reduction)[0]
+    return _z(*arguments, a=a, b=b, ignore_index=ignore_index, reduction=reduction)[0]
 
 
 def linear_taylor_softmax_loss(
@@ -84,8 +86,7 @@ def linear_taylor_softmax_loss(
         1.3863
     """
     arguments = _checked("linear_taylor_softmax_loss", hidden, weight, target, bias, reduction)
-    op = torch.ops.tilewise.linear_taylor_softmax_loss
-    return op(*arguments, ignore_index=ignore_index, reduction=reduction)[0]
+    return _taylor(*arguments, ignore_index=ignore_index, reduction=reduction)[0]
 
 
 def linear_spherical_softmax_loss(
@@ -116,8 +117,7 @@ def linear_spherical_softmax_loss(
     """
     arguments = _checked("linear_spherical_softmax_loss", hidden, weight, target, bias, reduction)
     eps = rows.check_positive("linear_spherical_softmax_loss", "eps", eps)
-    op = torch.ops.tilewise.linear_spherical_softmax_loss
-    return op(*arguments, eps=eps, ignore_index=ignore_index, reduction=reduction)[0]
+    return _spherical(*arguments, eps=eps, ignore_index=ignore_index, reduction=reduction)[0]
 
 
 def _checked(op, hidden, weight, target, bias, reduction) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -166,9 +166,9 @@ def _backward_fake(
     )
 
 
-def _setup_context(ctx, inputs, keyword_only_inputs, output):
+def _setup_context(ctx, inputs, options, output):
     ctx.save_for_backward(*inputs, *output[1:])
-    ctx.options = {name: keyword_only_inputs[name] for name in ("ignore_index", "reduction")}
+    ctx.options = {name: options[name] for name in ("ignore_index", "reduction")}
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
@@ -176,8 +176,8 @@ def _setup_context(ctx, inputs, keyword_only_inputs, output):
 def _backward(ctx, grad_loss, *_):
     if grad_loss is None:
         return None, None, None, None
-    hidden, weight, _, bias = ctx.needs_input_grad
-    gradients = torch.ops.tilewise.linear_spherical_backward(
+    hidden, weight, _, bias, *_ = ctx.needs_input_grad
+    gradients = _gradients(
         grad_loss, *ctx.saved_tensors, **ctx.options, grad_hidden=hidden, grad_weight=weight, grad_bias=bias
     )
     d_hidden, d_weight, d_bias = (
@@ -186,11 +186,20 @@ def _backward(ctx, grad_loss, *_):
     return d_hidden, d_weight, None, d_bias
 
 
-def _no_double_backward(ctx, *grads):
-    raise RuntimeError("tilewise.linear_z_loss: the spherical family cannot be differentiated twice")
+@register.flops(*FAMILY)
+def _forward_flops(hidden, weight, *_, out_shape, **options) -> int:
+    """The Gram matrix of the weight, and its product with the hidden rows."""
+    (n, d), classes = hidden, weight[0]
+    return 2 * (n + classes) * d * d
 
 
-for _name in ("linear_z_loss", "linear_taylor_softmax_loss", "linear_spherical_softmax_loss"):
-    register.fake(_name)(_forward_fake)
-    torch.library.register_autograd(f"tilewise::{_name}", _backward, setup_context=_setup_context)
-torch.library.register_autograd("tilewise::linear_spherical_backward", _no_double_backward)
+@register.flops("linear_spherical_backward")
+def _backward_flops(grad_loss, hidden, weight, *_, out_shape, grad_hidden, grad_weight, **options) -> int:
+    (n, d), classes = hidden, weight[0]
+    return 2 * d * d * (n * grad_hidden + (n + classes) * grad_weight)
+
+
+for _op in FAMILY:
+    register.fake(_op)(_forward_fake)
+    register.autograd(_op, _backward, _setup_context, jvp=register.of_losses(_op, _backward, by_row=(0,)))
+register.refuse_second("linear_spherical_backward", "linear_z_loss")

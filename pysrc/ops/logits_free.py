@@ -17,9 +17,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from tilewise.formulas.rows import reduce_rows, split_target, statistics_dtype
+from tilewise.formulas.spherical import OF_STATISTICS
 from tilewise.ops import register
-from tilewise.reference.rows import reduce_rows, split_target, statistics_dtype
-from tilewise.reference.z_loss import OF_STATISTICS
 
 CHUNK = 2**20  # elements of weight held in the type of statistics at a time; more only where d^2 is more
 

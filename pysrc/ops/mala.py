@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor
 
+from tilewise.formulas.rows import statistics_dtype
 from tilewise.ops import autocast, register, rows
-from tilewise.reference.rows import statistics_dtype
 
 OP = "mala"
+_forward, _gradients = map(register.operator, (OP, f"{OP}_backward"))
 State = tuple[Tensor, Tensor, Tensor, int]
 
 
@@ -81,9 +82,7 @@ def mala(
     cos, sin = _angles(rope, q, k)
     bounds = _bounds(cu_seqlens, cu_seqlens_k, q, k, causal)
     before, seen = _state(state, q, v)
-    out, *after = torch.ops.tilewise.mala(
-        q, k, v, cos, sin, *bounds, *before, causal=causal, scale=scale, eps=eps, seen=seen
-    )
+    out, *after = _forward(q, k, v, cos, sin, *bounds, *before, causal=causal, scale=scale, eps=eps, seen=seen)
     out = out.to(given)
     return (out, (*after, seen + q.shape[2])) if return_state else out
 
@@ -195,9 +194,9 @@ def _backward_fake(grad_out, q, k, v, *tensors, **options):
     return tuple(t.new_empty(t.shape) for t in (q, k, v))
 
 
-def _setup_context(ctx, inputs, keyword_only_inputs, output):
-    ctx.options = keyword_only_inputs
-    start = inputs[7:] if keyword_only_inputs["causal"] else output[1:]
+def _setup_context(ctx, inputs, options, output):
+    ctx.options = options
+    start = inputs[7:] if options["causal"] else output[1:]
     ctx.save_for_backward(*inputs[:7], *start)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -208,15 +207,20 @@ def _backward(ctx, grad_out, *_):
         return (None,) * 10
     if grad_out.stride(-1) != 1:
         grad_out = grad_out.contiguous()
-    gradients = torch.ops.tilewise.mala_backward(grad_out, *ctx.saved_tensors, **ctx.options)
+    gradients = _gradients(grad_out, *ctx.saved_tensors, **ctx.options)
     return (*gradients, *(None,) * 7)
 
 
-torch.library.register_autograd("tilewise::mala", _backward, setup_context=_setup_context)
+@register.flops(OP)
+def _forward_flops(q, k, v, *_, out_shape, **options) -> int:
+    """The sums over keys, and their products with queries."""
+    return 2 * (q.numel() + k.numel()) * v[-1]
 
 
-def _refuse(ctx, *grads):
-    raise RuntimeError("tilewise.mala: expected one differentiation, got a second: its gradients have no derivative")
+@register.flops(f"{OP}_backward")
+def _backward_flops(grad_out, q, k, v, *_, out_shape, **options) -> int:
+    return 2 * _forward_flops(q, k, v, out_shape=None)
 
 
-torch.library.register_autograd("tilewise::mala_backward", _refuse)
+register.autograd(OP, _backward, _setup_context)
+register.refuse_second(f"{OP}_backward", OP)

@@ -5,7 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tilewise.ops import autocast
+from tilewise.formulas.rows import statistics_dtype
+from tilewise.ops import autocast, register
 from tilewise.ops.pairwise import (
     check_pair_reduction,
     check_references,
@@ -13,7 +14,6 @@ from tilewise.ops.pairwise import (
     prepared,
     similarity_chunks,
 )
-from tilewise.reference.rows import statistics_dtype
 from tilewise.weighting import _Weighting
 
 OP = "pair_weighted_loss"
@@ -89,13 +89,25 @@ def pair_weighted_loss(
     x, y = prepared(x, y, normalize)
     wide = statistics_dtype(x)
     arguments = (x.to(wide), y.to(wide), x_labels, y_labels, self_offset, weighting)
-    if reduction == "none":
-        return _Rows.apply(*arguments)
-    grad = torch.is_grad_enabled()
-    total, active = _Total.apply(*arguments, grad and x.requires_grad, grad and y.requires_grad)
-    if reduction == "sum":
+    if not torch.compiler.is_compiling() and register.transforms_active():
+        losses, active = _composed(*arguments)
+        total = losses if reduction == "none" else losses.sum()
+    elif reduction == "none":
+        total = _Rows.apply(*arguments)
+    else:
+        grad = torch.is_grad_enabled()
+        total, active = _Total.apply(*arguments, grad and x.requires_grad, grad and y.requires_grad)
+    if reduction in ("sum", "none"):
         return total
     return total / (active.clamp(min=1) if reduction == "mean_active" else max(1, len(x)))
+
+
+def _composed(x, y, x_labels, y_labels, self_offset, function) -> tuple[Tensor, Tensor]:
+    """Row losses and how many rows have pairs, for transforms of torch.func: they differentiate the function itself."""
+    chunks = list(similarity_chunks(x, y, x_labels, y_labels, self_offset, CHUNK))
+    losses = [_called(function, *pairs) for _, *pairs in chunks]
+    active = sum((positive | negative).any(1).sum() for *_, positive, negative in chunks)
+    return torch.cat(losses) if losses else x.new_zeros(0), x.new_zeros(()) + active
 
 
 class _Rows(torch.autograd.Function):

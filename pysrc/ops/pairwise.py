@@ -5,11 +5,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from tilewise.ops import autocast, register, rows
+from tilewise.formulas.rows import statistics_dtype
+from tilewise.ops import autocast, formed, register, rows
 from tilewise.ops.unit_rows import unit_rows
-from tilewise.reference.pairwise import relations
-from tilewise.reference.rows import statistics_dtype
 
+OP = "pairwise_loss"
+_forward, _gradients = map(register.operator, (OP, f"{OP}_backward"))
 REDUCTIONS = ("none", "sum", "mean", "mean_active")
 
 
@@ -65,7 +66,7 @@ def check_number(op: str, name: str, value: float | Tensor, like: Tensor, *, pos
         if positive
         else rows.check_number(op, name, value, low=-most, high=most)
     )
-    return torch.full((), number, dtype=wide, device=like.device)
+    return register.as_tensor(number, wide, like.device)
 
 
 def check_references(op: str, embeddings: Tensor, labels: Tensor, ref_embeddings: Tensor | None, ref_labels):
@@ -101,6 +102,16 @@ def prepared(x: Tensor, y: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
     return prepared_x, prepared_x if y is x else of(y)
 
 
+def _label_match(x_labels: Tensor, y_labels: Tensor, self_offset: int | None) -> tuple[Tensor, Tensor]:
+    """The masks (N, M) of positive and of negative pairs; a row and its own column are neither."""
+    same = x_labels[:, None] == y_labels
+    if self_offset is None:
+        return same, ~same
+    own = torch.arange(len(x_labels), device=x_labels.device)[:, None] + self_offset
+    other = torch.arange(len(y_labels), device=x_labels.device) != own
+    return same & other, ~same & other
+
+
 def similarity_chunks(
     x: Tensor, y: Tensor, x_labels: Tensor, y_labels: Tensor, self_offset: int | None, held: int
 ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
@@ -114,7 +125,7 @@ def similarity_chunks(
         own = None if self_offset is None else self_offset + begin
         with autocast.off(x.device.type):
             similarities = x[part].to(wide) @ columns
-        yield part, similarities, *relations(x_labels[part], y_labels, own)
+        yield part, similarities, *_label_match(x_labels[part], y_labels, own)
 
 
 def pairwise_loss(
@@ -142,7 +153,7 @@ def pairwise_loss(
         scale = torch.ones((), dtype=statistics_dtype(x), device=x.device)
     guide_x, guide_y = (None, None) if guide is None else prepared(*guide, normalize)
     grad = torch.is_grad_enabled()
-    return torch.ops.tilewise.pairwise_loss(
+    return _forward(
         x,
         y,
         x_labels,
@@ -177,8 +188,8 @@ def _gradient_shapes(x: Tensor, y: Tensor, wanted: list[bool]) -> tuple[Tensor, 
 
 @register.fake("pairwise_loss")
 def _forward_fake(x, y, x_labels, y_labels, scale, *tensors, reduction="mean", **options):
-    formed = reduction != "none" and x.dtype == statistics_dtype(x)
-    wanted = [formed and options.get(name, False) for name in FORMED]
+    reduced = reduction != "none" and x.dtype == statistics_dtype(x)
+    wanted = [reduced and options.get(name, False) for name in FORMED]
     loss = scale.new_empty(x.shape[:1] if reduction == "none" else ())
     return loss, scale.new_empty(()), *_gradient_shapes(x, y, wanted)
 
@@ -188,13 +199,11 @@ def _backward_fake(grad_loss, x, y, *tensors, **options):
     return _gradient_shapes(x, y, [options[name] for name in WANTED])
 
 
-def _setup_context(ctx, inputs, keyword_only_inputs, output):
+def _setup_context(ctx, inputs, options, output):
     _, total, *gradients = output
-    ctx.options = dict(keyword_only_inputs)
-    asked = [ctx.options.pop(name) for name in FORMED]
-    formed = ctx.options["reduction"] != "none" and inputs[0].dtype == statistics_dtype(inputs[0])
-    # Not through save_for_backward: the backward writes to them. Detached, or they would keep their own graph alive.
-    ctx.formed = [g.detach() if formed and wish else None for g, wish in zip(gradients, asked, strict=True)]
+    asked = [options.pop(name) for name in FORMED]
+    ctx.options = options
+    formed.keep(ctx, inputs[0], gradients, asked)
     ctx.save_for_backward(*inputs, total)
     ctx.mark_non_differentiable(total, *gradients)
     ctx.set_materialize_grads(False)
@@ -202,53 +211,49 @@ def _setup_context(ctx, inputs, keyword_only_inputs, output):
 
 def _backward(ctx, grad_loss, *_):
     *inputs, total = ctx.saved_tensors
-    x, _, _, _, scale, bias, *_ = inputs
-    none = [None] * len(inputs)
     if grad_loss is None:
-        return tuple(none)
-    needed = [i < len(ctx.needs_input_grad) and ctx.needs_input_grad[i] for i in range(len(inputs))]
-    wanted = [needed[0] or needed[4], needed[1], bias is not None and needed[5]]
-    formed, ctx.formed = ctx.formed, [None, None, None]
-    factor = scale
-    if not torch.is_grad_enabled() and all(g is not None or not wish for g, wish in zip(formed, wanted, strict=True)):
-        # Gradients of the summed loss, formed by the forward: handed out once, for they are scaled where they lie.
-        found = formed
+        return (None,) * len(inputs)
+    x, _, _, _, scale, bias, *_ = inputs
+    needs_x, needs_y, _, _, needs_scale, needs_bias, *_ = ctx.needs_input_grad
+    wanted = [needs_x or needs_scale, needs_y, bias is not None and needs_bias]
+    gradients = formed.take(ctx, wanted)
+    upstream = None
+    if gradients is not None:
         upstream = grad_loss
         if ctx.options["reduction"] == "mean":
             upstream = grad_loss / max(1, x.shape[0])
         if ctx.options["reduction"] == "mean_active":
             upstream = grad_loss / total.clamp(min=1)
-        factor = scale * upstream
     else:
-        found = torch.ops.tilewise.pairwise_loss_backward(
-            grad_loss, *inputs, total, **ctx.options, **dict(zip(WANTED, wanted, strict=True))
-        )
-        upstream = torch.ones_like(scale)
-    dx, dy, dbias = found
-    gradients = none
-    if needed[4]:
-        gradients[4] = upstream * (dx * x).sum(dtype=scale.dtype)
-    if wanted[2]:
-        gradients[5] = upstream * dbias.sum()
-    if needed[0]:
-        gradients[0] = _scaled(dx, factor)
-    if needed[1]:
-        gradients[1] = _scaled(dy, factor)
-    return tuple(gradients)
+        needs = dict(zip(WANTED, wanted, strict=True))
+        gradients = _gradients(grad_loss, *inputs, total, **ctx.options, **needs)
+    dx, dy, dbias = gradients
+    factor = scale if upstream is None else scale * upstream
+    d_scale = (dx * x).sum(dtype=scale.dtype) if needs_scale else None
+    d_bias = dbias.sum() if wanted[2] else None
+    if upstream is not None:
+        d_scale, d_bias = (None if d is None else upstream * d for d in (d_scale, d_bias))
+    d_x = formed.scaled(dx, factor) if needs_x else None
+    d_y = formed.scaled(dy, factor) if needs_y else None
+    return d_x, d_y, None, None, d_scale, d_bias, None, None
 
 
-def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
-    """In place, but for tracers (whose tensors are subclasses): a compiler chooses the place itself."""
-    return gradient.mul_(factor) if type(gradient) is Tensor else (gradient * factor).to(gradient.dtype)
+@register.flops(OP)
+def _forward_flops(x, y, x_labels, y_labels, scale, bias=None, guide_x=None, *_, out_shape, **options) -> int:
+    return _products(x, y, guide_x, *out_shape[2:4])
 
 
-torch.library.register_autograd("tilewise::pairwise_loss", _backward, setup_context=_setup_context)
+@register.flops(f"{OP}_backward")
+def _backward_flops(grad_loss, x, y, x_labels, y_labels, scale, bias, guide_x, *_, out_shape, **options) -> int:
+    return _products(x, y, guide_x, *out_shape[:2])
 
 
-def _refuse(ctx, *grads):
-    raise RuntimeError(
-        "tilewise.pairwise_loss: expected one differentiation, got a second: its gradients have no derivative"
-    )
+def _products(x, y, guide_x, *gradients) -> int:
+    """The similarities, those of a guide, and a product for each gradient of embeddings that is formed."""
+    (n, d), (m, _) = x, y
+    of_guide = 0 if guide_x is None else guide_x[1]
+    return 2 * n * m * (of_guide + d * (1 + sum(0 not in gradient for gradient in gradients)))
 
 
-torch.library.register_autograd("tilewise::pairwise_loss_backward", _refuse)
+register.autograd(OP, _backward, _setup_context, jvp=register.of_losses(OP, _backward, by_row=(0,)))
+register.refuse_second(f"{OP}_backward", OP)

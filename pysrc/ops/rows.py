@@ -4,9 +4,12 @@ import math
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.compiler import is_compiling
 
-from tilewise.reference.rows import statistics_dtype
+from tilewise.formulas.rows import statistics_dtype
 
+PLAIN = (Tensor, torch.nn.Parameter)
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 INTEGER = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 REDUCTIONS = ("none", "mean", "sum")
@@ -24,11 +27,11 @@ def check_logits(op: str, logits: Tensor) -> None:
 
 def check_memory(op: str, name: str, tensor: Tensor) -> None:
     """Not one whose storage was freed, as sharded and offloaded parameters are between their uses."""
-    if torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter):
+    if is_compiling() or type(tensor) not in PLAIN or is_functorch_wrapped_tensor(tensor):
         return
-    if torch._C._functorch.is_functorch_wrapped_tensor(tensor) or tensor.layout != torch.strided:
+    if tensor.layout != torch.strided or tensor.data_ptr() != 0 or tensor.numel() == 0:
         return
-    if tensor.untyped_storage().nbytes() == 0 and tensor.numel() > 0:
+    if tensor.untyped_storage().nbytes() == 0:
         raise ValueError(f"tilewise.{op}: expected {name} to have memory, but its storage was freed")
 
 
@@ -85,6 +88,8 @@ def check_class_index(op: str, target: Tensor, rows: Tensor, rows_name: str = "l
     if target.dim() != 1 or target.shape[0] != rows.shape[0]:
         raise ValueError(f"tilewise.{op}: expected target to have shape ({rows.shape[0]},), got {tuple(target.shape)}")
     check_device(op, "target", target, rows, rows_name)
+    if target.dtype == torch.int64 and target.is_contiguous():
+        return target
     return target.to(torch.int64).contiguous()
 
 

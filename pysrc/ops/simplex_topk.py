@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor
 
+from tilewise.formulas.rows import statistics_dtype
 from tilewise.ops import register, rows, transport
-from tilewise.reference.rows import statistics_dtype
 
 OP = "simplex_topk"
+_forward, _project = map(register.operator, (OP, f"{OP}_backward"))
 
 
 def simplex_topk(x: Tensor, k: int, *, scale: float = 1.0) -> Tensor:
@@ -43,7 +44,7 @@ def simplex_topk(x: Tensor, k: int, *, scale: float = 1.0) -> Tensor:
     rows.check_integer(OP, "k", k, high=size, of="the size of x")
     wide = x.to(statistics_dtype(x)).contiguous()
     scale = rows.check_positive(OP, "scale", scale, wide.dtype)
-    return torch.ops.tilewise.simplex_topk(wide, k=k, scale=scale).to(x.dtype)
+    return _forward(wide, k=k, scale=scale).to(x.dtype)
 
 
 @register.fake("simplex_topk")
@@ -56,24 +57,24 @@ def _backward_fake(grad, p):
     return torch.empty_like(grad)
 
 
-def _setup_context(ctx, inputs, keyword_only_inputs, output):
+def _keep_result(ctx, inputs, options, output):
     ctx.save_for_backward(output)
 
 
-def _backward(ctx, grad):
-    (p,) = ctx.saved_tensors
-    return torch.ops.tilewise.simplex_topk_backward(grad.contiguous(), p)
-
-
-def _keep_support(ctx, inputs, output):
+def _keep_support(ctx, inputs, options, output):
     ctx.save_for_backward(inputs[1])
 
 
-def _twice(ctx, grad):
-    """The backward is a symmetric projection, constant in x as long as the support is."""
+def _backward(ctx, grad):
+    """A symmetric projection, constant in x as long as the support is: its own derivative, in either mode."""
     (p,) = ctx.saved_tensors
-    return torch.ops.tilewise.simplex_topk_backward(grad.contiguous(), p), None
+    return _project(grad.contiguous(), p)
 
 
-torch.library.register_autograd("tilewise::simplex_topk", _backward, setup_context=_setup_context)
-torch.library.register_autograd("tilewise::simplex_topk_backward", _twice, setup_context=_keep_support)
+register.autograd(OP, _backward, _keep_result, jvp=_backward)
+register.autograd(
+    f"{OP}_backward",
+    lambda ctx, grad: (_backward(ctx, grad), None),
+    _keep_support,
+    jvp=lambda ctx, tangent, _: _backward(ctx, tangent),
+)

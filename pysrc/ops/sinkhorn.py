@@ -3,14 +3,19 @@
 import torch
 from torch import Tensor
 
+from tilewise.formulas.rows import statistics_dtype
+from tilewise.formulas.transport import plan as plan_of_potentials
+from tilewise.formulas.transport import row_error, value_of
 from tilewise.ops import register, rows, transport
 from tilewise.ops.transport import Problem, SinkhornResult, marginal_gradient
-from tilewise.reference.rows import statistics_dtype
-from tilewise.reference.sinkhorn import plan as plan_of_potentials
-from tilewise.reference.sinkhorn import row_error, value_of
 
 OP = "sinkhorn"
 SMALL, MOST_UNROLLED = 64, 10_000  # rows and columns, iterations of a problem that is differentiated through them
+_solve, _plan, _apply, _solve_unrolled, _unrolled_gradients, _as_solution, _plan_gradients = map(
+    register.operator,
+    (OP, "sinkhorn_plan", "sinkhorn_apply", "sinkhorn_unrolled", "sinkhorn_unrolled_backward", "sinkhorn_potentials",
+     "sinkhorn_plan_backward"),
+)  # fmt: skip
 
 
 def sinkhorn(
@@ -102,20 +107,20 @@ def sinkhorn(
     if epsilon_scaling is not None:
         matrix = cost.detach()
         start = matrix.masked_fill(matrix == torch.inf, 0).amax((1, 2))
-    f, g, value, error, n_iter = torch.ops.tilewise.sinkhorn(
+    f, g, value, error, n_iter = _solve(
         cost, a, b, epsilon, *problem.init, start, max_iter=max_iter, tol=problem.tol, scaling=scaling,
         **problem.penalties
     )  # fmt: skip
 
     def plan() -> Tensor:
-        return torch.ops.tilewise.sinkhorn_plan(cost, a, b, epsilon, f, g, **problem.penalties)
+        return _plan(cost, a, b, epsilon, f, g, **problem.penalties)
 
     def apply(v: Tensor, transpose: bool) -> Tensor:
         if torch.is_grad_enabled() and any(t.requires_grad for t in (cost, a, b, epsilon, v)):
             return (plan().mT if transpose else plan()) @ v
         if transpose:
-            return torch.ops.tilewise.sinkhorn_apply(cost.mT, b, a, epsilon, g, f, v)
-        return torch.ops.tilewise.sinkhorn_apply(cost, a, b, epsilon, f, g, v)
+            return _apply(cost.mT, b, a, epsilon, g, f, v)
+        return _apply(cost, a, b, epsilon, f, g, v)
 
     return _result(problem, f, g, value, error, n_iter, plan, apply)
 
@@ -148,11 +153,10 @@ def _unrolled(cost: Tensor, problem: Problem, init, epsilon_scaling) -> Sinkhorn
             f"every iteration, got {problem.max_iter}"
         )
     a, b, epsilon, penalties = problem.a, problem.b, problem.epsilon, problem.penalties
-    f, g = torch.ops.tilewise.sinkhorn_unrolled(cost, a, b, epsilon, max_iter=problem.max_iter, **penalties)
+    f, g = _solve_unrolled(cost, a, b, epsilon, max_iter=problem.max_iter, **penalties)
     value = value_of(f, g, a, b, epsilon, **penalties)
     with torch.no_grad():
-        scale = epsilon[:, None]
-        error = row_error(-cost / scale[:, None], f / scale, g / scale, a, b, epsilon, problem.rho_a)
+        error = row_error(cost, f, g, a, b, epsilon, problem.rho_a)
 
     def plan() -> Tensor:
         return plan_of_potentials(cost, a, b, epsilon, f, g)
@@ -214,9 +218,9 @@ def _penalties(options: dict) -> dict:
     return {"rho_a": options.get("rho_a"), "rho_b": options.get("rho_b")}
 
 
-def _setup_context(ctx, inputs, keyword_only_inputs, output):
+def _setup_context(ctx, inputs, options, output):
     f, g, _, error, n_iter = output
-    ctx.penalties = _penalties(keyword_only_inputs)
+    ctx.penalties = _penalties(options)
     ctx.save_for_backward(*inputs[:4], f, g)
     ctx.mark_non_differentiable(f, g, error, n_iter)
     ctx.set_materialize_grads(False)
@@ -230,7 +234,7 @@ def _backward(ctx, grad_f, grad_g, grad, *_):
     need_cost, need_a, need_b, need_epsilon = ctx.needs_input_grad[:4]
     d_cost = d_a = d_b = d_epsilon = None
     if (need_a or need_b or need_epsilon) and torch.is_grad_enabled():
-        f, g = torch.ops.tilewise.sinkhorn_potentials(cost, a, b, epsilon, f, g, **ctx.penalties)
+        f, g = _as_solution(cost, a, b, epsilon, f, g, **ctx.penalties)
     rho_a, rho_b = ctx.penalties.values()
     centred = rho_a is None and rho_b is None
     if need_a:
@@ -238,7 +242,7 @@ def _backward(ctx, grad_f, grad_g, grad, *_):
     if need_b:
         d_b = grad[:, None] * marginal_gradient(g, epsilon, a, rho_b, centred=centred)
     if need_cost or need_epsilon:
-        plan = torch.ops.tilewise.sinkhorn_plan(cost, a, b, epsilon, f.detach(), g.detach(), **ctx.penalties)
+        plan = _plan(cost, a, b, epsilon, f.detach(), g.detach(), **ctx.penalties)
         if need_epsilon:
             exponent = (f[:, :, None] + g[:, None] - cost.masked_fill(cost == torch.inf, 0)) / epsilon[:, None, None]
             d_epsilon = grad * ((plan * (exponent - 1)).sum((1, 2)) + a.sum(1) * b.sum(1))
@@ -247,34 +251,32 @@ def _backward(ctx, grad_f, grad_g, grad, *_):
     return d_cost, d_a, d_b, d_epsilon, None, None, None
 
 
-torch.library.register_autograd("tilewise::sinkhorn", _backward, setup_context=_setup_context)
+register.autograd(OP, _backward, _setup_context, jvp=register.of_losses(OP, _backward, (2,), by_row=(0, 1, 2, 3)))
 
 
-def _plan_setup(ctx, inputs, keyword_only_inputs, output):
+def _plan_setup(ctx, inputs, options, output):
     if inputs[1] is None or inputs[2] is None:
         raise RuntimeError("tilewise.sinkhorn_plan: expected both marginals where a gradient is wanted, got None")
-    ctx.penalties = _penalties(keyword_only_inputs)
+    ctx.penalties = _penalties(options)
     ctx.save_for_backward(*inputs)
 
 
 def _plan_backward(ctx, grad):
     wanted = {"a_grad": ctx.needs_input_grad[1], "b_grad": ctx.needs_input_grad[2]}
-    found = torch.ops.tilewise.sinkhorn_plan_backward(grad, None, None, *ctx.saved_tensors, **ctx.penalties, **wanted)
+    found = _plan_gradients(grad, None, None, *ctx.saved_tensors, **ctx.penalties, **wanted)
     return *found, None, None
 
 
-torch.library.register_autograd("tilewise::sinkhorn_plan", _plan_backward, setup_context=_plan_setup)
+register.autograd("sinkhorn_plan", _plan_backward, _plan_setup)
 
 
 def _potentials_backward(ctx, grad_f, grad_g):
     wanted = {"a_grad": ctx.needs_input_grad[1], "b_grad": ctx.needs_input_grad[2]}
-    found = torch.ops.tilewise.sinkhorn_plan_backward(
-        None, grad_f, grad_g, *ctx.saved_tensors, **ctx.penalties, **wanted
-    )
+    found = _plan_gradients(None, grad_f, grad_g, *ctx.saved_tensors, **ctx.penalties, **wanted)
     return *found, None, None
 
 
-torch.library.register_autograd("tilewise::sinkhorn_potentials", _potentials_backward, setup_context=_plan_setup)
+register.autograd("sinkhorn_potentials", _potentials_backward, _plan_setup)
 
 
 def _potentials(cost, a, b, epsilon, f, g, **penalties):
@@ -290,7 +292,7 @@ def _implicit_backward(
     dC = P (u + v) - W / eps,   da = (sum_j W - eps P v) / a,   db likewise,   d eps = sum dC (f + g - C) / eps
     """
     scale = epsilon[:, None]
-    plan = torch.ops.tilewise.sinkhorn_plan(cost, a, b, epsilon, f, g)
+    plan = _plan(cost, a, b, epsilon, f, g)
     of_f = torch.zeros_like(f) if grad_f is None else grad_f
     of_g = torch.zeros_like(g) if grad_g is None else grad_g
     weighted = None
@@ -314,27 +316,25 @@ def _implicit_backward(
 
     d_a, d_b = torch.zeros_like(a), torch.zeros_like(b)
     if a_grad:  # P / a, also where a is 0
-        d_a = of_marginal(torch.ops.tilewise.sinkhorn_plan(cost, None, b, epsilon, f, g), v, 2)
+        d_a = of_marginal(_plan(cost, None, b, epsilon, f, g), v, 2)
     if b_grad:
-        d_b = of_marginal(torch.ops.tilewise.sinkhorn_plan(cost, a, None, epsilon, f, g), u, 1)
+        d_b = of_marginal(_plan(cost, a, None, epsilon, f, g), u, 1)
     return d_cost, d_a, d_b, d_epsilon
 
 
-def _unrolled_setup(ctx, inputs, keyword_only_inputs, output):
-    ctx.options = keyword_only_inputs
+def _unrolled_setup(ctx, inputs, options, output):
+    ctx.options = options
     ctx.save_for_backward(*inputs)
 
 
 def _unrolled_backward(ctx, grad_f, grad_g):
-    return torch.ops.tilewise.sinkhorn_unrolled_backward(
-        grad_f.contiguous(), grad_g.contiguous(), *ctx.saved_tensors, **ctx.options
-    )
+    return _unrolled_gradients(grad_f.contiguous(), grad_g.contiguous(), *ctx.saved_tensors, **ctx.options)
 
 
-torch.library.register_autograd("tilewise::sinkhorn_unrolled", _unrolled_backward, setup_context=_unrolled_setup)
+register.autograd("sinkhorn_unrolled", _unrolled_backward, _unrolled_setup)
 PROBLEM = "cost b N M, a b N, b b M, epsilon b, f b N, g b M"
 register.composite("sinkhorn_potentials", _potentials, PROBLEM)
 register.composite("sinkhorn_plan_backward", _implicit_backward, PROBLEM + ", grad_plan b N M, grad_f b N, grad_g b M")
-transport.refuse_second("sinkhorn_apply", "sinkhorn_apply (use the plan)")
-transport.refuse_second("sinkhorn_plan_backward", "sinkhorn")
-transport.refuse_second("sinkhorn_unrolled_backward", "sinkhorn")
+register.refuse_derivative("sinkhorn_apply", "expected no gradient; the plan has one")
+register.refuse_second("sinkhorn_plan_backward", "sinkhorn")
+register.refuse_second("sinkhorn_unrolled_backward", "sinkhorn")

@@ -5,10 +5,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from tilewise.formulas.rows import statistics_dtype
 from tilewise.ops import autocast
-from tilewise.ops.sinkhorn_points import Pair, _centred, prepared
+from tilewise.ops.sinkhorn_points import Pair, _centred, prepared, solve
 from tilewise.ops.transport import Problem, TransportLoss, finished
-from tilewise.reference.rows import statistics_dtype
 
 
 def sinkhorn_divergence(
@@ -90,7 +90,7 @@ def solved(x: Tensor, y: Tensor, a: Tensor, b: Tensor, epsilon: Tensor, *, start
     """(f, g, value, error, n_iter); epsilon begins to fall from epsilon itself where nothing else is said, for the
     updates that go with it."""
     start = epsilon.detach() if start is None else start
-    return torch.ops.tilewise.sinkhorn_points(x, y, a, b, epsilon, start=start, **options)
+    return solve(x, y, a, b, epsilon, start=start, **options)
 
 
 def monge_gap(

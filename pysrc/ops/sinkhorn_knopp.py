@@ -4,10 +4,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tilewise.ops import rows
-from tilewise.reference.rows import statistics_dtype
+from tilewise.formulas.rows import statistics_dtype
+from tilewise.ops import register, rows
 
 OP = "sinkhorn_knopp"
+_solve = register.operator("sinkhorn")
 
 
 @torch.no_grad()
@@ -55,7 +56,7 @@ def sinkhorn_knopp(
     if n_iter > 1:
         n, k = logits.shape
         a, b = (logits.new_full((1, size), 1 / size) for size in (n, k))
-        _, g, *_ = torch.ops.tilewise.sinkhorn(
+        _, g, *_ = _solve(
             -logits[None], a, b, logits.new_full((1,), epsilon), None, g[None], max_iter=n_iter - 1, tol=-1.0
         )
         g = g[0]

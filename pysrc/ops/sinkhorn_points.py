@@ -5,15 +5,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tilewise.formulas.rows import statistics_dtype
+from tilewise.formulas.transport import costs_of_points
 from tilewise.ops import autocast, register, rows, transport
 from tilewise.ops.sinkhorn import _penalties, _result, _solved_shapes
 from tilewise.ops.transport import Problem, SinkhornResult, marginal_gradient
 from tilewise.ops.unit_rows import unit_rows
-from tilewise.reference.rows import statistics_dtype
-from tilewise.reference.sinkhorn import costs_of_points
 
 OP = "sinkhorn_points"
 COSTS = ("sqeuclidean", "euclidean", "cosine")
+solve, plan_of, _apply, _apply_gradients = map(
+    register.operator, (OP, "sinkhorn_plan", "sinkhorn_points_apply", "sinkhorn_points_apply_backward")
+)
 
 
 def sinkhorn_points(
@@ -74,11 +77,11 @@ def sinkhorn_points(
     )  # fmt: skip
     moved, kind = (pair.x, pair.y), pair.cost
     marginals = (problem.a, problem.b, problem.epsilon)
-    f, g, value, error, n_iter = torch.ops.tilewise.sinkhorn_points(*moved, *marginals, *problem.init, **options)
+    f, g, value, error, n_iter = solve(*moved, *marginals, *problem.init, **options)
 
     def plan() -> Tensor:
-        costs = costs_of_points(*moved, kind, by_products=True)
-        return torch.ops.tilewise.sinkhorn_plan(costs, *marginals, f, g, **problem.penalties)
+        costs = costs_of_points(*moved, kind)
+        return plan_of(costs, *marginals, f, g, **problem.penalties)
 
     def apply(v: Tensor, transpose: bool) -> Tensor:
         arguments = (*moved, *marginals, f, g)
@@ -86,7 +89,7 @@ def sinkhorn_points(
         if transpose:
             arguments = (*moved[::-1], problem.b, problem.a, problem.epsilon, g, f)
             penalties = {"rho_a": problem.rho_b, "rho_b": problem.rho_a}
-        return torch.ops.tilewise.sinkhorn_points_apply(*arguments, v, cost=kind, **penalties)
+        return _apply(*arguments, v, cost=kind, **penalties)
 
     result = _result(problem, f, g, value, error, n_iter, plan, apply)
     object.__setattr__(result, "_points", y)
@@ -163,10 +166,10 @@ def _apply_backward_fake(grad, x, y, a, b, epsilon, f, g, v, **options):
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, y, a, b, epsilon, v))
 
 
-def _setup_context(ctx, inputs, keyword_only_inputs, output):
+def _setup_context(ctx, inputs, options, output):
     f, g, _, error, n_iter = output
-    ctx.options = {"cost": keyword_only_inputs["cost"], **_penalties(keyword_only_inputs)}
-    ctx.symmetric = keyword_only_inputs.get("symmetric", False)
+    ctx.options = {"cost": options["cost"], **_penalties(options)}
+    ctx.symmetric = options.get("symmetric", False)
     ctx.save_for_backward(*inputs[:5], f, g)
     ctx.mark_non_differentiable(f, g, error, n_iter)
     ctx.set_materialize_grads(False)
@@ -205,14 +208,14 @@ def _backward(ctx, grad_f, grad_g, grad, *_):
     d_x = d_y = d_a = d_b = d_epsilon = None
     if need_x or need_epsilon:
         v = _with_ones(y, need_epsilon)
-        sums = torch.ops.tilewise.sinkhorn_points_apply(x, y, a, b, epsilon, f, g, v, **ctx.options, **over)
+        sums = _apply(x, y, a, b, epsilon, f, g, v, **ctx.options, **over)
         d_x = scale[:, :, None] * _toward(x, y, sums, cost)
     if need_y and ctx.symmetric and d_x is not None:
         d_y = d_x
     elif need_y:
         swapped = {"cost": cost, "rho_a": rho_b, "rho_b": rho_a}
         v = _with_ones(x, False)
-        of_y = torch.ops.tilewise.sinkhorn_points_apply(y, x, b, a, epsilon, g, f, v, **swapped, **over)
+        of_y = _apply(y, x, b, a, epsilon, g, f, v, **swapped, **over)
         d_y = scale[:, :, None] * _toward(y, x, of_y, cost)
     if (need_a or need_b or need_epsilon) and torch.is_grad_enabled():
         f, g = (_Constant.apply(p, x, y, a, b, epsilon) for p in (f, g))
@@ -232,9 +235,15 @@ def _backward(ctx, grad_f, grad_g, grad, *_):
 class _Constant(torch.autograd.Function):
     """Potentials in a gradient that is to be differentiated again: in marginals and epsilon of points it cannot be."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, potential, *problem):
+    def forward(potential, *problem):
         return potential.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
 
     @staticmethod
     def backward(ctx, grad):
@@ -244,15 +253,15 @@ class _Constant(torch.autograd.Function):
         )
 
 
-torch.library.register_autograd("tilewise::sinkhorn_points", _backward, setup_context=_setup_context)
+register.autograd(OP, _backward, _setup_context, jvp=register.of_losses(OP, _backward, (2,), by_row=(0, 1, 2, 3, 4)))
 
 
-def _apply_setup(ctx, inputs, keyword_only_inputs, output):
+def _apply_setup(ctx, inputs, options, output):
     *saved, h, _ = [*inputs, None, None][:10]
-    if saved[2] is None or saved[3] is None or h is not None or keyword_only_inputs.get("over_distance"):
+    if saved[2] is None or saved[3] is None or h is not None or options.get("over_distance"):
         ctx.options = None
         return
-    ctx.options = {"cost": keyword_only_inputs["cost"], **_penalties(keyword_only_inputs)}
+    ctx.options = {"cost": options["cost"], **_penalties(options)}
     ctx.save_for_backward(*saved)
 
 
@@ -262,12 +271,12 @@ def _apply_backward(ctx, grad):
             "tilewise.sinkhorn_points_apply: expected both marginals, no weights h and k and no over_distance where a "
             "gradient is wanted (a second derivative of euclidean costs is not there)"
         )
-    found = torch.ops.tilewise.sinkhorn_points_apply_backward(grad.contiguous(), *ctx.saved_tensors, **ctx.options)
+    found = _apply_gradients(grad.contiguous(), *ctx.saved_tensors, **ctx.options)
     *of_problem, grad_v = found
     return *of_problem, None, None, grad_v, None, None
 
 
-torch.library.register_autograd("tilewise::sinkhorn_points_apply", _apply_backward, setup_context=_apply_setup)
+register.autograd("sinkhorn_points_apply", _apply_backward, _apply_setup)
 
 
 def _implicit_backward(grad, x, y, a, b, epsilon, f, g, v, *, cost, rho_a, rho_b):
@@ -276,14 +285,10 @@ def _implicit_backward(grad, x, y, a, b, epsilon, f, g, v, *, cost, rho_a, rho_b
     scale = epsilon[:, None]
 
     def over(marginal, values, h=None, k=None, divided=False):
-        return torch.ops.tilewise.sinkhorn_points_apply(
-            x, y, marginal, b, epsilon, f, g, values, h, k, cost=cost, over_distance=divided
-        )
+        return _apply(x, y, marginal, b, epsilon, f, g, values, h, k, cost=cost, over_distance=divided)
 
     def back(marginal, values, h=None, k=None, divided=False):
-        return torch.ops.tilewise.sinkhorn_points_apply(
-            y, x, marginal, a, epsilon, g, f, values, h, k, cost=cost, over_distance=divided
-        )
+        return _apply(y, x, marginal, a, epsilon, g, f, values, h, k, cost=cost, over_distance=divided)
 
     ones_x, ones_y = torch.ones_like(x[:, :, :1]), torch.ones_like(y[:, :, :1])
     forward, r = over(a, torch.cat([v, ones_y], 2)).split([v.shape[2], 1], 2)
@@ -318,4 +323,4 @@ register.composite(
     _implicit_backward,
     "x b N d, y b M d, a b N, b b M, epsilon b, f b N, g b M, v b M w, grad b N w",
 )
-transport.refuse_second("sinkhorn_points_apply_backward", OP)
+register.refuse_second("sinkhorn_points_apply_backward", OP)

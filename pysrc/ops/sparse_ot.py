@@ -5,10 +5,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tilewise.formulas.rows import statistics_dtype
 from tilewise.ops import register, rows, transport
-from tilewise.reference.rows import statistics_dtype
 
 OP = "sparse_ot"
+_solve, gradients = map(register.operator, (OP, f"{OP}_backward"))
 METHODS = ("semi_dual", "dual")
 
 
@@ -132,7 +133,7 @@ def sparse_ot(
     problem = check_problem(OP, cost, batch, m, n, a, b, k=k, gamma=gamma, method=method, max_iter=max_iter, tol=tol,
                             init=init)  # fmt: skip
     costs = cost.mT.to(statistics_dtype(cost)).reshape(-1, n, m).contiguous()
-    return problem.result(torch.ops.tilewise.sparse_ot(costs, *problem.tensors, **problem.options))
+    return problem.result(_solve(costs, *problem.tensors, **problem.options))
 
 
 @dataclass(frozen=True)
@@ -222,15 +223,15 @@ def keep_solution(ctx, tensors, options, output) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _setup_context(ctx, inputs, keyword_only_inputs, output):
-    keep_solution(ctx, (), keyword_only_inputs, output)
+def _setup_context(ctx, inputs, options, output):
+    keep_solution(ctx, (), options, output)
 
 
 def _backward(ctx, grad_values, grad_indices, grad_alpha, grad_beta, grad_value, *_):
     if grad_values is None and grad_value is None:
         return (None,) * 5
     values, indices, alpha, beta = ctx.saved_tensors
-    entries, grad_a, grad_b = torch.ops.tilewise.sparse_ot_backward(
+    entries, grad_a, grad_b = gradients(
         grad_value, grad_values, values, indices, alpha, beta, gamma=ctx.options["gamma"]
     )
     costs = None
@@ -239,7 +240,7 @@ def _backward(ctx, grad_values, grad_indices, grad_alpha, grad_beta, grad_value,
     return costs, grad_a, grad_b, None, None
 
 
-torch.library.register_autograd("tilewise::sparse_ot", _backward, setup_context=_setup_context)
+register.autograd(OP, _backward, _setup_context)
 
 
 def _gradients(grad_value, grad_values, values, indices, alpha, beta, *, gamma):
@@ -279,4 +280,5 @@ register.composite(
     _gradients,
     "values b M k, #indices b M k, alpha b N, beta b M, grad_value b, grad_values b M k",
 )
-transport.refuse_second("sparse_ot_backward", OP)
+register.refuse_second(f"{OP}_backward", OP)
+register.refuse_derivative("sparse_ot_columns", "expected no gradient: sparse_ot has one")

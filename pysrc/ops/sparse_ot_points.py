@@ -3,12 +3,13 @@
 import torch
 from torch import Tensor
 
+from tilewise.formulas.rows import statistics_dtype
+from tilewise.formulas.sparse_transport import solve
 from tilewise.ops import autocast, register, transport
-from tilewise.ops.sparse_ot import SparseOTResult, check_problem, keep_solution, solved_shapes
-from tilewise.reference.rows import statistics_dtype
-from tilewise.reference.sparse_ot import solve
+from tilewise.ops.sparse_ot import SparseOTResult, check_problem, gradients, keep_solution, solved_shapes
 
 OP = "sparse_ot_points"
+_solve, _solve_costs, _columns = map(register.operator, (OP, "sparse_ot", "sparse_ot_columns"))
 COSTS = ("sqeuclidean", "euclidean")
 CHUNK_BYTES = 64 << 20
 
@@ -70,11 +71,7 @@ def sparse_ot_points(
     problem = check_problem(OP, x, batch, m, n, a, b, k=k, gamma=gamma, method=method, max_iter=max_iter, tol=tol,
                             init=init)  # fmt: skip
     x, y = (t.to(statistics_dtype(t)).reshape(-1, t.shape[-2], d).contiguous() for t in (x, y))
-    return problem.result(
-        torch.ops.tilewise.sparse_ot_points(
-            x, y, *problem.tensors, cost=cost, chunk_bytes=CHUNK_BYTES, **problem.options
-        )
-    )
+    return problem.result(_solve(x, y, *problem.tensors, cost=cost, chunk_bytes=CHUNK_BYTES, **problem.options))
 
 
 def _costs(x: Tensor, y: Tensor, cost: str) -> Tensor:
@@ -106,13 +103,13 @@ def _points(x, y, a, b, alpha=None, beta=None, *, cost, k, gamma, chunk_bytes=0,
     x, y = x - centre, y - centre
     count = max(1, (chunk_bytes or CHUNK_BYTES) // (x.element_size() * x.shape[0] * x.shape[1]))
     if count >= y.shape[1]:
-        return torch.ops.tilewise.sparse_ot(_costs(x, y, cost), a, b, alpha, beta, k=k, gamma=gamma, **options)
+        return _solve_costs(_costs(x, y, cost), a, b, alpha, beta, k=k, gamma=gamma, **options)
     dual = options["method"] == "dual"
 
     def evaluate(alpha, level):
         parts, sums = [], torch.zeros_like(alpha)
         for part, of_part in zip(y.split(count, 1), level.split(count, 1), strict=True):
-            *lists, row_sums, margin = torch.ops.tilewise.sparse_ot_columns(
+            *lists, row_sums, margin = _columns(
                 _costs(x, part, cost), alpha, of_part.contiguous(), k=k, gamma=gamma, dual=dual
             )
             sums += row_sums
@@ -128,18 +125,18 @@ def _forward_fake(x, y, *tensors, k, **options):
     return solved_shapes(x, x.shape[1], y.shape[1], k)
 
 
-def _setup_context(ctx, inputs, keyword_only_inputs, output):
-    keep_solution(ctx, inputs[:2], keyword_only_inputs, output)
+def _setup_context(ctx, inputs, options, output):
+    keep_solution(ctx, inputs[:2], options, output)
 
 
 def _backward(ctx, grad_values, grad_indices, grad_alpha, grad_beta, grad_value, *_):
     if grad_values is None and grad_value is None:
         return (None,) * 6
     x, y, values, indices, alpha, beta = ctx.saved_tensors
-    entries, grad_a, grad_b = torch.ops.tilewise.sparse_ot_backward(
+    entries, grad_a, grad_b = gradients(
         grad_value, grad_values, values, indices, alpha, beta, gamma=ctx.options["gamma"]
     )
-    grad_x, grad_y = torch.zeros_like(x), torch.zeros_like(y)
+    grad_x, grad_y = entries.new_zeros(x.shape), entries.new_zeros(y.shape)
     for slot in range(values.shape[2]):  # an entry of every column at a time: O(n d) memory
         where = indices[:, :, slot, None].expand(-1, -1, x.shape[2])
         difference = x.gather(1, where) - y
@@ -154,5 +151,5 @@ def _backward(ctx, grad_values, grad_indices, grad_alpha, grad_beta, grad_value,
     return grad_x, grad_y, grad_a, grad_b, None, None
 
 
-torch.library.register_autograd("tilewise::sparse_ot_points", _backward, setup_context=_setup_context)
+register.autograd(OP, _backward, _setup_context)
 register.composite("sparse_ot_points", _points, "x b N d, y b M d, a b N, b b M, alpha b N, beta b M")

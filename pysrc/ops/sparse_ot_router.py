@@ -5,10 +5,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tilewise.ops import rows, transport
-from tilewise.reference.rows import statistics_dtype
+from tilewise.formulas.rows import statistics_dtype
+from tilewise.ops import register, rows, transport
 
 OP = "sparse_ot_router"
+_solve = register.operator("sparse_ot")
 
 
 class Routing(NamedTuple):
@@ -67,9 +68,7 @@ def sparse_ot_router(
     costs = probabilities.detach().clone(memory_format=torch.contiguous_format).neg_()
     a = costs.new_ones(costs.shape[0], tokens)
     b = costs.new_full(costs.shape[:2], tokens / experts)
-    values, indices, *_ = torch.ops.tilewise.sparse_ot(
-        costs, a, b, k=capacity, gamma=gamma, method="adam", max_iter=steps, tol=0.0, lr=lr
-    )
+    values, indices, *_ = _solve(costs, a, b, k=capacity, gamma=gamma, method="adam", max_iter=steps, tol=0.0, lr=lr)
     used = values > 0
     weights = torch.where(used, probabilities.gather(2, indices), 0).to(logits.dtype)
     shape = (*batch, experts, capacity)

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tilewise.lbfgs import Asked
-from tilewise.ops import autocast, rows
-from tilewise.reference.rows import statistics_dtype
+from tilewise.formulas.lbfgs import Asked
+from tilewise.formulas.rows import statistics_dtype
+from tilewise.ops import autocast, register, rows
 
 Apply = Callable[[Tensor], Tensor]  # a plan, or its transpose, on (batch, size)
 
@@ -85,7 +85,7 @@ def check_problem(
         epsilon = epsilon.to(wide).expand(batch).reshape(size).contiguous()
     else:
         number = rows.check_positive(op, "epsilon", epsilon, wide)
-        epsilon = torch.full((size,), number, dtype=wide, device=like.device)
+        epsilon = register.as_tensor(number, wide, like.device).repeat(size)
     rows.check_integer(op, "max_iter", max_iter)
     tol = rows.check_number(op, "tol", tol, low=0.0)
     if not isinstance(reg_marginal, tuple):
@@ -181,15 +181,6 @@ def implicit(
     return rows_by * (of_f - apply(v)), v
 
 
-def refuse_second(op: str, of: str) -> None:
-    """An operator of a backward, whose own derivative is asked for."""
-
-    def refuse(ctx, *grads):
-        raise RuntimeError(f"tilewise.{of}: expected no further differentiation: its gradients have no derivative here")
-
-    torch.library.register_autograd(f"tilewise::{op}", refuse)
-
-
 @dataclass(frozen=True)
 class TransportLoss:
     """A loss made of solved transport problems, with how near to the solution they are: what
@@ -215,7 +206,7 @@ def finished(op: str, loss: TransportLoss, return_result: bool) -> Tensor | Tran
     if return_result:
         return loss
     known = loss.converged.device.type == "cpu" and type(loss.converged) is Tensor
-    if known and not torch.compiler.is_compiling() and not loss.converged.all():
+    if known and not torch.compiler.is_compiling() and not register.transforms_active() and not loss.converged.all():
         error, n_iter = float(loss.marginal_error.max()), int(loss.n_iter.max())
         warnings.warn(
             f"tilewise.{op}: not converged: the marginals' error is {error:.1e} after {n_iter} iterations; "

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tilewise.reference.rows import statistics_dtype
+from tilewise.formulas.rows import statistics_dtype
 
 
 def unit_rows(x: Tensor) -> Tensor:

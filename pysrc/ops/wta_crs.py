@@ -5,10 +5,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import _SingleLevelFunction, once_differentiable
 from torch.nn import functional
 
 from tilewise.ops import autocast, register, rows, transport
+from tilewise.ops.row_sampling import gather_rows, row_norms, sample_rows
 
 METHODS = ("systematic", "wta", "crs")
 
@@ -144,24 +145,20 @@ def wta_crs_linear(
     n = math.prod(x.shape[:-1])
     if record is not None:
         check_record(op, record, x, n)
+    if sample is None:  # what is wrong is wrong where nothing is sampled, too
+        k = check_choice(op, x, n, k, ratio, norms, method, mix)
+        check_seed(op, seed, x)
+    else:
+        _check_sample(op, sample, x)
     if not (weight.requires_grad and torch.is_grad_enabled()):
-        if sample is None:  # what is wrong is wrong where nothing is sampled, too
-            check_choice(op, x, n, k, ratio, norms, method, mix)
-            check_seed(op, seed, x)
         return functional.linear(x, weight, bias)
     if sample is None:
-        sample = _choose(op, x, k, ratio, norms, seed, method, mix)
-    if sample.rows.shape[-1] != x.shape[-1]:
-        raise ValueError(
-            f"tilewise.{op}: expected the sample to have rows of {x.shape[-1]}, got {sample.rows.shape[-1]}"
-        )
-    for part in sample:
-        if part is not None:
-            rows.check_device(op, "the sample", part, x, "x")
+        sample = _chosen(op, x, n, k, norms, seed, method, mix)
     if sample.indices is None and record is None:
         return functional.linear(x, weight, bias)
     y = _linear_of_constant(x, weight.detach(), bias)
-    return _SampledWeightGradient.apply(y, weight, *sample, *(record or (None, None)))
+    traced = torch.compiler.is_compiling() or register.transforms_active()
+    return (_SampledWeightGradient if traced else _Direct).apply(y, weight, *sample, *(record or (None, None)))
 
 
 def _choose(
@@ -175,18 +172,34 @@ def _choose(
     mix: float,
 ) -> RowSample:
     transport.check_tensor(op, "x", x, "d_in", 1)
-    x = x.detach()
-    x = x.reshape(-1, x.shape[-1])
-    n = len(x)
+    n = math.prod(x.shape[:-1])
     k = check_choice(op, x, n, k, ratio, norms, method, mix)
+    return _chosen(op, x, n, k, norms, seed, method, mix)
+
+
+def _chosen(
+    op: str, x: Tensor, n: int, k: int, norms: Tensor | None, seed: int | Tensor | None, method: str, mix: float
+) -> RowSample:
+    """The sample of checked arguments."""
+    x = x.detach().reshape(-1, x.shape[-1])
     if k >= n:
         return RowSample(x, None, None)
     if norms is not None:
         norms = norms.detach().to(torch.float32).reshape(1, n).contiguous()
-    x_norms = torch.ops.tilewise.wta_crs_norms(x[None])
+    x = x[None]
     options = {"k": k, "method": method, "mix": float(mix)}
-    indices, scales = torch.ops.tilewise.wta_crs_sample(x_norms, norms, seed_tensor(op, seed, x), **options)
-    return RowSample(torch.ops.tilewise.wta_crs_gather(x[None], indices)[0], indices[0], scales[0])
+    indices, scales = sample_rows(row_norms(x), norms, seed_tensor(op, seed, x), **options)
+    return RowSample(gather_rows(x, indices)[0], indices[0], scales[0])
+
+
+def _check_sample(op: str, sample: RowSample, x: Tensor) -> None:
+    if sample.rows.shape[-1] != x.shape[-1]:
+        raise ValueError(
+            f"tilewise.{op}: expected the sample to have rows of {x.shape[-1]}, got {sample.rows.shape[-1]}"
+        )
+    for part in sample:
+        if part is not None:
+            rows.check_device(op, "the sample", part, x, "x")
 
 
 def _linear_of_constant(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -201,12 +214,18 @@ def _linear_of_constant(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
 class _SampledWeightGradient(torch.autograd.Function):
     """y as it is; on its way back its gradient leaves an estimate of that of the weight, and its norms in a table."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, y, weight, sampled, indices, scales, table, ids):
-        ctx.save_for_backward(sampled, indices, scales, ids)
-        ctx.dtype, ctx.table = weight.dtype, table
+    def forward(y, weight, sampled, indices, scales, table, ids):
         # Not a view to autograd, which would refuse the relu_ that often follows. Nothing else holds y.
         return torch.ops.aten._unsafe_view(y, y.shape)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, weight, *sample, table, ids = inputs
+        ctx.save_for_backward(*sample, ids)
+        ctx.dtype, ctx.table = weight.dtype, table
 
     @staticmethod
     @once_differentiable
@@ -214,11 +233,23 @@ class _SampledWeightGradient(torch.autograd.Function):
         sampled, indices, scales, ids = ctx.saved_tensors
         by_rows = grad.reshape(-1, grad.shape[-1])[None]
         if ctx.table is not None:
-            norms = torch.ops.tilewise.wta_crs_norms(by_rows).reshape(len(ids), -1)
+            norms = row_norms(by_rows).reshape(len(ids), -1)
             ctx.table[without_wrapping(ids, len(ctx.table)), : norms.shape[1]] = norms.to(ctx.table.dtype)
-        chosen = by_rows if indices is None else torch.ops.tilewise.wta_crs_gather(by_rows, indices[None], scales[None])
+        chosen = by_rows if indices is None else gather_rows(by_rows, indices[None], scales[None])
         of_weight = chosen[0].t() @ sampled.to(grad.dtype)
         return grad, of_weight.to(ctx.dtype), None, None, None, None, None
+
+
+class _Direct(_SingleLevelFunction):
+    """The same where nothing transforms or traces, without the signatures that autograd.Function reads each time."""
+
+    forward = staticmethod(_SampledWeightGradient.forward)
+    setup_context = staticmethod(_SampledWeightGradient.setup_context)
+    backward = staticmethod(_SampledWeightGradient.backward)
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        raise RuntimeError("tilewise.wta_crs_linear: no forward mode where the weight records its gradient")
 
 
 def wta_crs_matmul(
@@ -268,11 +299,11 @@ def wta_crs_matmul(
     if k >= n:
         return a @ b
     columns, pairs = a.mT.flatten(0, -3) if a.dim() > 2 else a.mT[None], b.reshape(-1, *b.shape[-2:])
-    a_norms, b_norms = (torch.ops.tilewise.wta_crs_norms(t.detach()) for t in (columns, pairs))
+    a_norms, b_norms = (row_norms(t.detach()) for t in (columns, pairs))
     options = {"k": k, "method": method, "mix": float(mix)}
-    indices, scales = torch.ops.tilewise.wta_crs_sample(a_norms, b_norms, seed_tensor(op, seed, a), **options)
-    left = torch.ops.tilewise.wta_crs_gather(columns, indices, scales)
-    product = left.mT @ torch.ops.tilewise.wta_crs_gather(pairs, indices)
+    indices, scales = sample_rows(a_norms, b_norms, seed_tensor(op, seed, a), **options)
+    left = gather_rows(columns, indices, scales)
+    product = left.mT @ gather_rows(pairs, indices)
     return product.reshape(*a.shape[:-1], b.shape[-1])
 
 
@@ -357,36 +388,5 @@ def seed_tensor(op: str, seed: int | Tensor | None, like: Tensor) -> Tensor:
     return torch.full((1,), seed, dtype=torch.int64, device=like.device)
 
 
-@register.fake("wta_crs_norms")
-def _norms_fake(x):
-    return x.new_empty(x.shape[:2], dtype=torch.float32)
-
-
-@register.fake("wta_crs_sample")
-def _sample_fake(x_norms, norms, seed, *, k, method="systematic", mix=0.05):
-    places = x_norms.shape[0], k
-    return x_norms.new_empty(places, dtype=torch.int32), x_norms.new_empty(places)
-
-
-@register.fake("wta_crs_gather")
-def _gather_fake(x, indices, scales=None):
-    return x.new_empty(x.shape[0], indices.shape[1], x.shape[2])
-
-
-def _keep_places(ctx, inputs, output):
-    x, indices, scales = inputs
-    ctx.save_for_backward(indices, scales)
-    ctx.rows = x.shape[1]
-
-
-def _scatter(ctx, grad):
-    indices, scales = ctx.saved_tensors
-    if scales is not None:
-        grad = (grad * scales[:, :, None]).to(grad.dtype)
-    zeros = grad.new_zeros(grad.shape[0], ctx.rows, grad.shape[2])
-    return zeros.scatter_add(1, indices.long()[:, :, None].expand_as(grad), grad), None, None
-
-
-torch.library.register_autograd("tilewise::wta_crs_gather", _scatter, setup_context=_keep_places)
 register.implicit("wta_crs_linear", wta_crs_linear)
 register.implicit("wta_crs_matmul", wta_crs_matmul)

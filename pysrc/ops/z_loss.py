@@ -1,10 +1,12 @@
 """z_loss, taylor_softmax_loss, spherical_softmax_loss: losses of the target logit and the row's mean and variance."""
 
-import torch
 from torch import Tensor
 
+from tilewise.formulas.rows import statistics_dtype
 from tilewise.ops import register, rows
-from tilewise.reference.rows import statistics_dtype
+
+FAMILY = ("z_loss", "taylor_softmax_loss", "spherical_softmax_loss")
+_z, _taylor, _spherical, _gradient = map(register.operator, (*FAMILY, "spherical_family_backward"))
 
 
 def z_loss(
@@ -45,7 +47,7 @@ def z_loss(
     arguments = _checked("z_loss", logits, target, reduction)
     a = rows.check_positive("z_loss", "a", a)
     b = rows.check_number("z_loss", "b", b)
-    return torch.ops.tilewise.z_loss(*arguments, a=a, b=b, ignore_index=ignore_index, reduction=reduction)[0]
+    return _z(*arguments, a=a, b=b, ignore_index=ignore_index, reduction=reduction)[0]
 
 
 def taylor_softmax_loss(logits: Tensor, target: Tensor, *, ignore_index: int = -100, reduction: str = "mean") -> Tensor:
@@ -62,7 +64,7 @@ def taylor_softmax_loss(logits: Tensor, target: Tensor, *, ignore_index: int = -
         1.3863
     """
     arguments = _checked("taylor_softmax_loss", logits, target, reduction)
-    return torch.ops.tilewise.taylor_softmax_loss(*arguments, ignore_index=ignore_index, reduction=reduction)[0]
+    return _taylor(*arguments, ignore_index=ignore_index, reduction=reduction)[0]
 
 
 def spherical_softmax_loss(
@@ -85,8 +87,7 @@ def spherical_softmax_loss(
     """
     arguments = _checked("spherical_softmax_loss", logits, target, reduction)
     eps = rows.check_positive("spherical_softmax_loss", "eps", eps)
-    op = torch.ops.tilewise.spherical_softmax_loss
-    return op(*arguments, eps=eps, ignore_index=ignore_index, reduction=reduction)[0]
+    return _spherical(*arguments, eps=eps, ignore_index=ignore_index, reduction=reduction)[0]
 
 
 def _checked(op: str, logits: Tensor, target: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
@@ -111,10 +112,10 @@ def _backward_fake(grad_loss, logits, target, row_state, total, *, ignore_index,
     return logits.new_empty(logits.shape)
 
 
-def _setup_context(ctx, inputs, keyword_only_inputs, output):
+def _setup_context(ctx, inputs, options, output):
     _, row_state, total = output
     ctx.save_for_backward(*inputs, row_state, total)
-    ctx.options = {name: keyword_only_inputs[name] for name in ("ignore_index", "reduction")}
+    ctx.options = {name: options[name] for name in ("ignore_index", "reduction")}
     ctx.mark_non_differentiable(row_state, total)
     ctx.set_materialize_grads(False)
 
@@ -122,15 +123,11 @@ def _setup_context(ctx, inputs, keyword_only_inputs, output):
 def _backward(ctx, grad_loss, *_):
     if grad_loss is None:
         return None, None
-    gradient = torch.ops.tilewise.spherical_family_backward(grad_loss, *ctx.saved_tensors, **ctx.options)
+    gradient = _gradient(grad_loss, *ctx.saved_tensors, **ctx.options)
     return gradient, None
 
 
-def _no_double_backward(ctx, grad):
-    raise RuntimeError("tilewise.z_loss: the spherical family cannot be differentiated twice")
-
-
-for _name in ("z_loss", "taylor_softmax_loss", "spherical_softmax_loss"):
-    register.fake(_name)(_forward_fake)
-    torch.library.register_autograd(f"tilewise::{_name}", _backward, setup_context=_setup_context)
-torch.library.register_autograd("tilewise::spherical_family_backward", _no_double_backward)
+for _op in FAMILY:
+    register.fake(_op)(_forward_fake)
+    register.autograd(_op, _backward, _setup_context, jvp=register.of_losses(_op, _backward, by_row=(0,)))
+register.refuse_second("spherical_family_backward", "z_loss")

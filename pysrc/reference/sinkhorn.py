@@ -10,10 +10,8 @@ SETTLED = 0.005  # the error with which epsilon falls on
 RELAXED = 1.8  # how far updates go, to begin with, where epsilon falls
 
 
-def costs_of_points(x: Tensor, y: Tensor, cost: str, by_products: bool = False) -> Tensor:
-    """The matrix of costs (B, n, m): from differences or, of squares where memory matters, from products."""
-    if by_products and cost == "sqeuclidean":
-        return (x * x).sum(2)[:, :, None] + (y * y).sum(2)[:, None] - 2 * (x @ y.mT)
+def costs_of_points(x: Tensor, y: Tensor, cost: str) -> Tensor:
+    """The matrix of costs (B, n, m), from differences."""
     difference = x[:, :, None] - y[:, None]
     squares = (difference * difference).sum(-1)
     if cost == "sqeuclidean":

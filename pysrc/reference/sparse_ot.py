@@ -6,7 +6,7 @@ Costs are given by columns, (B, n, m): n problems of m numbers each. Scores are 
 import torch
 from torch import Tensor
 
-from tilewise.lbfgs import minimise
+from tilewise.formulas.sparse_transport import solve  # the search alone: it evaluates nothing
 
 
 def largest(s: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -62,58 +62,6 @@ def sparse_ot_columns(costs, alpha, level, *, k, gamma, dual=False):
     used = mass > 0
     order = torch.where(used, indices, s.shape[-1]).argsort(-1)
     return mass.gather(-1, order), torch.where(used, indices, 0).gather(-1, order), -tau, row_sums, margin
-
-
-def adam(gradient, x, *, steps, lr):
-    """x after Adam's steps (Kingma and Ba, 2015) down a gradient."""
-    first, second = torch.zeros_like(x), torch.zeros_like(x)
-    for t in range(1, steps + 1):
-        g = gradient(x)
-        first, second = 0.9 * first + 0.1 * g, 0.999 * second + 0.001 * g * g
-        x = x - lr * (first / (1 - 0.9**t)) / ((second / (1 - 0.999**t)).sqrt() + 1e-8)
-    return x
-
-
-def relative_error(sums: Tensor, target: Tensor) -> Tensor:
-    mass = target.sum(-1)
-    return torch.where(mass > 0, (sums - target).abs().sum(-1) / mass, 0)
-
-
-def solve(evaluate, a, b, alpha=None, beta=None, *, gamma, method, max_iter, tol, lr=0.0):
-    """The plan after L-BFGS, or after max_iter steps of Adam (method "adam").
-
-    evaluate(alpha, level): what sparse_ot_columns gives for the problems, whatever computes it.
-    """
-    rows, dual = a.shape[1], method == "dual"
-    x = torch.zeros_like(a) if alpha is None else alpha
-    if dual:
-        x = torch.cat([x, torch.zeros_like(b) if beta is None else beta], 1)
-
-    def judged(x):
-        alpha, level = (x[:, :rows].contiguous(), x[:, rows:].contiguous()) if dual else (x, b)
-        values, indices, beta, row_sums, margin = evaluate(alpha, level)
-        mass = values.sum(2)
-        squares = (values.double() ** 2).sum((1, 2))
-        value = 0.5 * gamma * squares - (alpha * a).double().sum(1) - (beta * b).double().sum(1)
-        errors = relative_error(row_sums, a), relative_error(mass, b)
-        gradient = torch.cat([row_sums - a, mass - b], 1) if dual else row_sums - a
-        return value, gradient, errors, (values, indices, alpha, beta, margin)
-
-    # The dual is constant along this direction, if the sums of a and b are equal; rounding may make it a slope.
-    null = torch.cat([torch.ones_like(a), -torch.ones_like(b)], 1)[:, : x.shape[1]]
-
-    def function(x):
-        value, gradient, (row_error, column_error), _ = judged(x)
-        gradient = gradient - null * (gradient * null).mean(1, keepdim=True)
-        return value, gradient, torch.maximum(row_error, column_error) if dual else row_error
-
-    if method == "adam":
-        x = adam(lambda x: judged(x)[1], x, steps=max_iter, lr=lr)
-        n_iter = torch.full((len(x),), max_iter, dtype=torch.int64, device=x.device)
-    else:
-        x, n_iter = minimise(function, x, max_iter=max_iter, tol=tol)
-    value, _, errors, (values, indices, alpha, beta, margin) = judged(x)
-    return values, indices, alpha.clone(), beta.clone(), (-value).to(a.dtype), *errors, margin, n_iter
 
 
 def sparse_ot(costs, a, b, alpha=None, beta=None, *, k, gamma, **options):

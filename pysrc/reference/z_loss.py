@@ -51,29 +51,8 @@ def spherical_softmax_loss(logits, target, *, eps=1e-6, ignore_index=-100, reduc
     return _reduced(spherical_rows, "spherical_softmax_loss", logits, target, ignore_index, reduction, eps)[0]
 
 
-# The same losses from the statistics of a row: the target logit o_c, the row's mean mu, its sum of squared deviations
-# m2 and the number of classes v. Whoever has these needs no logits.
-
-
-def z_of_statistics(o_c, mu, m2, v, a, b) -> Tensor:
-    z = torch.where(m2 == 0, 0, (o_c - mu) / (m2 / v).sqrt())
-    return torch.nn.functional.softplus(a * (b - z), threshold=1e9) / a
-
-
-def taylor_of_statistics(o_c, mu, m2, v) -> Tensor:
-    return (v * (1 + mu + mu.square() / 2) + m2 / 2).log() - (1 + o_c + o_c.square() / 2).log()
-
-
-def spherical_of_statistics(o_c, mu, m2, v, eps) -> Tensor:
-    return (m2 + v * (mu.square() + eps)).log() - (o_c.square() + eps).log()
-
-
-def mse_of_statistics(o_c, mu, m2, v) -> Tensor:
-    """The squared distance to the one-hot target."""
-    return m2 + v * mu.square() - 2 * o_c + 1
-
-
-# Coefficients gamma, lambda, kappa of dL/do_k = kappa + lambda (o_k - mu) + gamma 1[k = c], from the same statistics.
+# Coefficients gamma, lambda, kappa of dL/do_k = kappa + lambda (o_k - mu) + gamma 1[k = c], from the target logit o_c,
+# the row's mean mu, its sum of squared deviations m2 and the number of classes v.
 
 
 def z_coefficients(o_c, mu, m2, v, a, b) -> tuple[Tensor, ...]:
@@ -91,18 +70,6 @@ def taylor_coefficients(o_c, mu, m2, v) -> tuple[Tensor, ...]:
 def spherical_coefficients(o_c, mu, m2, v, eps) -> tuple[Tensor, ...]:
     total = m2 + v * (mu.square() + eps)
     return -2 * o_c / (o_c.square() + eps), 2 / total, 2 * mu / total
-
-
-def mse_coefficients(o_c, mu, m2, v) -> tuple[Tensor, ...]:
-    return torch.full_like(o_c, -2), torch.full_like(o_c, 2), 2 * mu
-
-
-OF_STATISTICS = {
-    "z": (z_of_statistics, z_coefficients),
-    "taylor": (taylor_of_statistics, taylor_coefficients),
-    "spherical": (spherical_of_statistics, spherical_coefficients),
-    "mse": (mse_of_statistics, mse_coefficients),
-}
 
 
 def _member(op, rows, coefficients, **defaults):
