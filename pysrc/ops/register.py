@@ -29,7 +29,8 @@ from tilewise.ops import autocast, schema
 loading.load_libraries()
 
 COMPOSITE: set[str] = set()  # operators that need no reference, for they are PyTorch's and others of tilewise's
-_library = torch.library.Library("tilewise", "FRAGMENT")
+_library = torch.library.Library("tilewise", "IMPL")
+_traced_library = torch.library.Library("tilewise_traced", "FRAGMENT")  # opcheck takes no operator with overloads
 _functions: dict[torch._ops.OpOverload, type[_SingleLevelFunction]] = {}  # the derivatives, and refusals of one
 _serving: torch.library.Library | None = None  # the kernels put over the compiled ones
 
@@ -90,9 +91,7 @@ def _overload_with_tensors(op: str) -> torch._ops.OpOverload:
     """The operator with tensors on the CPU in the place of its floats."""
     overload = overload_of(op)
     text = re.sub(r"\bfloat\?? (\w+)(=[^,)]*)?", r"Tensor? \1=None", str(overload._schema).removeprefix("tilewise::"))
-    _library.define(text.replace("(", ".with_tensors(", 1))
-    name = f"{op}.with_tensors"
-    COMPOSITE.add(name)
+    _traced_library.define(text)
     fill = _filler(op)
 
     def with_numbers(number_of: Callable) -> Callable:
@@ -102,9 +101,9 @@ def _overload_with_tensors(op: str) -> torch._ops.OpOverload:
 
         return call
 
-    _library.impl(name, with_numbers(Tensor.item), "CompositeExplicitAutograd")
-    _library.impl(name, with_numbers(lambda tensor: 1.0), "Meta")
-    return getattr(torch.ops.tilewise, op).with_tensors
+    _traced_library.impl(op, with_numbers(Tensor.item), "CompositeExplicitAutograd")
+    _traced_library.impl(op, with_numbers(lambda tensor: 1.0), "Meta")
+    return getattr(torch.ops.tilewise_traced, op).default
 
 
 def _direct(op: str, overload: torch._ops.OpOverload) -> Callable:
@@ -148,12 +147,12 @@ def autograd(op: str, backward: Callable, setup_context: Callable, jvp: Callable
         backward: (ctx, *grads) -> a gradient or None for every input.
         jvp: (ctx, *tangents) -> a tangent or None for every output; None refuses forward mode. See :func:`of_losses`.
     """
-    overloads = {op: overload_of(op)}
+    overloads = [(_library, overload_of(op))]
     if any(_is_float(a) for a in schema.schema_of(op)):
-        overloads[f"{op}.with_tensors"] = _overload_with_tensors(op)
-    for name, overload in overloads.items():
+        overloads.append((_traced_library, _overload_with_tensors(op)))
+    for library, overload in overloads:
         _functions[overload] = _function(op, overload, backward, setup_context, jvp)
-        _library.impl(name, _autograd_kernel(_direct(op, overload)), "Autograd")
+        library.impl(op, _autograd_kernel(_direct(op, overload)), "Autograd")
 
 
 def _autograd_kernel(direct: Callable) -> Callable:
@@ -276,6 +275,8 @@ def second(op: str, formula: Callable) -> None:
 
     def backward(ctx, *grads):
         inputs = list(ctx.saved_tensors)
+        if all(grad is None for grad in grads):
+            return (None,) * len(inputs)
         places = [i for i, needs in enumerate(ctx.needs_input_grad[:-1]) if needs]
 
         def gradients(*differentiated):
