@@ -1,5 +1,5 @@
 """Limited-memory BFGS for a batch of problems on one device, without waiting for it: every problem has its own line
-search and its own end. `csrc/common/lbfgs.h` is the same for one problem."""
+search and its own end. `csrc/sparse_ot/lbfgs.h` is the same for one problem."""
 
 from collections.abc import Callable
 
