@@ -6,7 +6,7 @@ import torch
 from contract import BACKEND, DEVICE, INTERPRETED, NATIVE_CPU
 
 import tilewise
-from tilewise import lbfgs
+from tilewise.formulas import lbfgs
 from tilewise.ops import transport
 from tilewise.reference.sparse_ot import OPS as REFERENCE
 
