@@ -40,5 +40,26 @@ TILEWISE_FN void store_vector(V vector, T* to) {
   std::memcpy(to, &vector, sizeof(vector));
 }
 
+// f of vector after vector of x, the last filled up with `beyond`.
+template <typename T, typename Function>
+TILEWISE_FN void each_vector(const T* x, int64_t n, T beyond, const Function& f) {
+  int64_t i = 0;
+  for (; i + kLanes<T> <= n; i += kLanes<T>) f(load_vector(x + i));
+  if (i == n) return;
+  T rest[kLanes<T>];
+  store_vector(Vector<T>{} + beyond, rest);
+  std::memcpy(rest, x + i, static_cast<size_t>(n - i) * sizeof(T));
+  f(load_vector(rest));
+}
+
+template <typename T>
+TILEWISE_FN T lane_sum(Vector<T> v) {
+  T lanes[kLanes<T>], sum = 0;
+  store_vector(v, lanes);
+#pragma omp simd reduction(+ : sum)
+  for (int64_t lane = 0; lane < kLanes<T>; ++lane) sum += lanes[lane];
+  return sum;
+}
+
 }  // namespace tilewise::TILEWISE_ISA
 #endif

@@ -141,15 +141,13 @@ struct ExpSum {
 // sum e^(x - max) where the maximum is known, which is left out once.
 template <typename T>
 TILEWISE_FN T tile_exp_sum_below(const T* x, int64_t n, T max) {
-  T sum = 0;
-  T equals = -1;
-#pragma omp simd reduction(+ : sum, equals)
-  for (int64_t i = 0; i < n; ++i) {
-    const bool equal = x[i] == max;
-    sum += equal ? T(0) : fast_exp(x[i] - max);
-    equals += equal ? T(1) : T(0);
-  }
-  return sum + equals;
+  Vector<T> sum{};
+  Vector<T> equals{};
+  each_vector(x, n, -infinity<T>(), [&](Vector<T> v) __attribute__((always_inline)) {
+    sum += v == max ? Vector<T>{} : fast_exp(v - max);
+    equals += v == max ? Vector<T>{} + T(1) : Vector<T>{};
+  });
+  return lane_sum<T>(sum) + (lane_sum<T>(equals) - T(1));
 }
 
 // The sum leaves out the maximum, once: each lane holds its own largest back and sums the smaller of that and what
@@ -158,28 +156,17 @@ template <typename T>
 TILEWISE_FN ExpSum<T> tile_exp_sum(const T* x, int64_t n, T origin) {
   Vector<T> max = Vector<T>{} - infinity<T>();
   Vector<T> sum{};
-  const auto take = [&](Vector<T> v) __attribute__((always_inline)) {
+  each_vector(x, n, -infinity<T>(), [&](Vector<T> v) __attribute__((always_inline)) {
     const Vector<T> smaller = v > max ? max : v;  // NaN is taken
     max = v > max ? v : max;
     sum += fast_exp(smaller - origin);
-  };
-  int64_t i = 0;
-  for (; i + kLanes<T> <= n; i += kLanes<T>) take(load_vector(x + i));
-  if (i < n) {
-    T rest[kLanes<T>];
-    for (int64_t lane = 0; lane < kLanes<T>; ++lane) rest[lane] = i + lane < n ? x[i + lane] : -infinity<T>();
-    take(load_vector(rest));
-  }
+  });
   ExpSum<T> result{.sum = 0, .max = max[0]};
   for (int64_t lane = 1; lane < kLanes<T>; ++lane) result.max = max[lane] > result.max ? max[lane] : result.max;
   // What equals the maximum joins as often as it is there, less once.
   const Vector<T> equal = max == result.max ? T(1) : T(0);
-  sum += fast_exp(max - origin) * (T(1) - equal);
-  T equals = -1;
-  for (int64_t lane = 0; lane < kLanes<T>; ++lane) {
-    result.sum += sum[lane];
-    equals += equal[lane];
-  }
+  result.sum = lane_sum<T>(sum + fast_exp(max - origin) * (T(1) - equal));
+  const T equals = lane_sum<T>(equal) - T(1);
   if (equals > T(0)) result.sum += equals * fast_exp(result.max - origin);
   return result;
 }
