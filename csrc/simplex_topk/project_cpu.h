@@ -102,13 +102,14 @@ TILEWISE_FN Vector<T> scores_at(int64_t size, const T* x, const T* minus, int64_
 }
 
 // The scores x - minus (x if null) that are above `level`, or NaN, in order, and where; `top` becomes the largest of
-// all. Of 64 lanes few are: the first of them are written without a branch.
+// all. It ends where there are more than `limit`. Of 64 lanes few are: the first of them are written without a branch.
 template <typename T>
-static int64_t gather_above(int64_t size, const T* x, const T* minus, T level, T* values, int64_t* where, T& top) {
+static int64_t gather_above(int64_t size, const T* x, const T* minus, T level, int64_t limit, T* values, int64_t* where,
+                            T& top) {
   constexpr int64_t kWord = 64, kFew = 4;
   Vector<T> most = Vector<T>{} - infinity<T>();
   int64_t count = 0;
-  for (int64_t i = 0; i < size; i += kWord) {
+  for (int64_t i = 0; i < size && count <= limit; i += kWord) {
     uint64_t bits = 0;
     const auto look = [&](int64_t lane) {
       const Vector<T> v = scores_at(size, x, minus, i + lane);
@@ -205,11 +206,13 @@ static Largest<T> keep_largest(const ProjectScratch<T>& scratch, int64_t size, c
                                const LowOf& low_of, T& hint) {
   Largest<T> largest{0, -infinity<T>(), quiet_nan<T>()};
   Bracket<T> bracket{hint, quiet_nan<T>(), 0, 0};
+  const int64_t limit = k + (k > 128 ? k / 2 : 64);
   bool there = false;
   if (hint == hint) {
-    largest.count = gather_above(size, x, minus, hint, scratch.values, scratch.where, largest.top);
+    const int64_t most = 2 * limit;
+    largest.count = gather_above(size, x, minus, hint, most, scratch.values, scratch.where, largest.top);
     largest.low = low_of(largest.top);
-    int wrong = !(largest.top < infinity<T>());
+    int wrong = !(largest.top < infinity<T>()) || largest.count > most;
     for (int64_t i = 0; i < largest.count; ++i) wrong |= scratch.values[i] != scratch.values[i];
     there = !wrong && (largest.count >= k || !(hint > largest.low));
   }
@@ -220,9 +223,15 @@ static Largest<T> keep_largest(const ProjectScratch<T>& scratch, int64_t size, c
     const int64_t padded = pad(scratch.scores, size);
     bracket = {largest.low, range.top, size, 0};
     if (!(range.bottom > largest.low)) count_above<T, 1>(scratch.scores, padded, &largest.low, &bracket.inside);
-    narrow(scratch.scores, padded, k, k + (k > 128 ? k / 2 : 64), bracket);
+    if (hint == hint && bracket.inside > limit) {  // the k-th has moved, but as a rule not far
+      const T guess = (16 * hint + range.top) / 17, width = (range.top - bracket.low) / 128;
+      const T levels[] = {guess - 4 * width, guess - width, guess - width / 8, guess + width};
+      narrow_once<T, 4>(scratch.scores, padded, k, levels, bracket);
+    }
+    narrow(scratch.scores, padded, k, limit, bracket);
     T top = range.top;
-    largest.count = gather_above<T>(padded, scratch.scores, nullptr, bracket.low, scratch.values, scratch.where, top);
+    largest.count =
+        gather_above<T>(padded, scratch.scores, nullptr, bracket.low, padded, scratch.values, scratch.where, top);
   } else {
     bracket = {hint, largest.top, largest.count, 0};
     if (!(hint > largest.low)) {
@@ -231,7 +240,7 @@ static Largest<T> keep_largest(const ProjectScratch<T>& scratch, int64_t size, c
     }
   }
   if (bracket.inside > k) narrow(scratch.values, pad(scratch.values, largest.count), k, k, bracket);
-  hint = bracket.low - (largest.top - bracket.low) / 4;
+  hint = bracket.low - (largest.top - bracket.low) / 16;
   if (largest.count <= k && bracket.inside == largest.count) return largest;
   const bool ties = bracket.inside > k;  // all in (low, high] are high
   int64_t equal = k - bracket.above, kept = 0;
