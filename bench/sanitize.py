@@ -170,6 +170,7 @@ def sparse(n: int, m: int, features: int, device: str):
         even = [torch.full((3, size), 1 / size, device=device) for size in (m, n)]
         options = {"cost": "euclidean", "k": k, "gamma": 1.0, "method": "dual", "max_iter": 3, "tol": 0.0}
         torch.ops.tilewise.sparse_ot_points(x, y, *even, **options, chunk_bytes=64)  # column by column
+        torch.ops.tilewise.sparse_ot_columns(torch.cdist(y, x), even[0], even[1], k=k, gamma=0.5)
         for method in ("semi_dual", "dual"):
             leaf = cost.detach().requires_grad_()
             result = tilewise.sparse_ot(leaf, k=k, method=method, max_iter=9)

@@ -31,6 +31,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import tilewise
@@ -56,13 +57,30 @@ class Recorded:
     def __init__(self, function, most: int = 12):
         self.function, self.most, self.calls = function, most, []
 
-    def __call__(self, *args, **kwargs):
+    def keep(self, args: tuple, kwargs: dict) -> None:
         if len(self.calls) < self.most:
             self.calls.append((detached(args), detached(kwargs)))
+
+    def __call__(self, *args, **kwargs):
+        self.keep(args, kwargs)
         return self.function(*args, **kwargs)
 
     def __getattr__(self, name):
         return getattr(self.function, name)
+
+
+class Listening(TorchDispatchMode):
+    """Keeps the arguments of the operators that tilewise calls itself, those of backward passes among them."""
+
+    def __init__(self, recorded: dict[str, Recorded]):
+        super().__init__()
+        self.recorded = recorded
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        space, _, name = operator._schema.name.partition("::")
+        if space == "tilewise":
+            self.recorded[name].keep(args, kwargs or {})
+        return operator(*args, **(kwargs or {}))
 
 
 def detached(values):
@@ -101,7 +119,8 @@ def corpus(only: str | None = None) -> dict[str, list[tuple[tuple, dict]]]:
     torch.manual_seed(0)
     for function, where in found.items():
         setattr(*where, recorded[function])
-    sanitize.small_launches("cpu")
+    with Listening(recorded):
+        sanitize.small_launches("cpu")
     for function, where in found.items():
         setattr(*where, recorded[function].function)
     if missing := [function for function, recorder in recorded.items() if not recorder.calls]:

@@ -14,6 +14,7 @@ pytestmark = pytest.mark.skipif(not NATIVE_CPU, reason="on other backends Python
 START = """
 import os, signal, sys, threading, time
 import torch, tilewise
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may start us without
 torch.manual_seed(0)
 matrix = torch.rand(200, 200)
 batch, points = torch.rand(32, 16, 16), torch.rand(2, 3000, 3)
