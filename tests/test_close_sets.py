@@ -11,6 +11,9 @@ from contract import BACKEND, DEVICE, INTERPRETED
 import tilewise
 from tilewise.nn import SamplesLoss
 
+HUNDREDS = pytest.mark.skipif(
+    INTERPRETED or BACKEND == "reference", reason="hundreds of iterations take minutes where each is Python"
+)
 FLOAT64 = pytest.mark.skipif(BACKEND != "cpu", reason="the long solve is the CPU kernels' in float64")
 
 
@@ -57,7 +60,7 @@ def exact_loss(distance, blur=0.05, reach=None):
     return (value - (of_x + of_y) / 2) / 2, gradient / 2
 
 
-@pytest.mark.skipif(INTERPRETED, reason="hundreds of iterations take minutes in the interpreter")
+@HUNDREDS
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float64, marks=FLOAT64)], ids=str)
 def test_sets_that_are_far_apart_for_their_blur(dtype):
     """Points at distances of hundreds with a blur of 0.05: a permutation, whose cost is exact."""
@@ -74,7 +77,7 @@ def test_sets_that_are_far_apart_for_their_blur(dtype):
         assert same.converged and apart.converged
 
 
-@pytest.mark.skipif(INTERPRETED, reason="hundreds of iterations take minutes in the interpreter")
+@HUNDREDS
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float64, marks=FLOAT64)], ids=str)
 @pytest.mark.parametrize("reach", [None, 1.0])
 @pytest.mark.parametrize("distance", [0.0, 1e-3, 1e-2])
@@ -95,7 +98,7 @@ def test_near_sets(distance, reach, dtype):
         assert float((found * gradient).sum() / (found.norm() * gradient.norm())) > 0.99
 
 
-@pytest.mark.skipif(INTERPRETED, reason="hundreds of iterations take minutes in the interpreter")
+@HUNDREDS
 @pytest.mark.parametrize("epsilon_scaling", [None, 0.25])
 def test_near_sets_with_an_epsilon_of_ones_own(epsilon_scaling):
     x, y = (p.to(DEVICE) for p in near(1e-2))
@@ -112,7 +115,7 @@ def test_near_sets_with_an_epsilon_of_ones_own(epsilon_scaling):
     assert result.converged and abs(float(result.value - (plain - sum(own) / 2))) < 2e-4
 
 
-@pytest.mark.skipif(INTERPRETED, reason="hundreds of iterations take minutes in the interpreter")
+@HUNDREDS
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float64, marks=FLOAT64)], ids=str)
 @pytest.mark.parametrize("blur", [1e-2, 1e-3])
 @pytest.mark.parametrize("n, m", [(60, 45), (200, 150)])

@@ -217,7 +217,8 @@ def _backward(ctx, grad_f, grad_g, grad, *_):
         v = _with_ones(x, False)
         of_y = _apply(y, x, b, a, epsilon, g, f, v, **swapped, **over)
         d_y = scale[:, :, None] * _toward(y, x, of_y, cost)
-    if (need_a or need_b or need_epsilon) and torch.is_grad_enabled():
+    recorded = torch.is_grad_enabled() and any(t.requires_grad for t in (x, y, a, b, epsilon))
+    if (need_a or need_b or need_epsilon) and recorded:
         f, g = (_Constant.apply(p, x, y, a, b, epsilon) for p in (f, g))
     centred = rho_a is None and rho_b is None
     if need_a:
