@@ -5,9 +5,11 @@ import math
 import contract
 import pytest
 import torch
-from contract import DEVICE, INTERPRETED
+from contract import BACKEND, DEVICE, INTERPRETED
 
 import tilewise
+
+pytestmark = pytest.mark.skipif(BACKEND == "reference", reason="PyTorch's own sums in float32 lose what is asked here")
 
 DOUBTS = torch.tensor([10.0**-k for k in range(2, 9) for _ in range(3)])  # 1 - p at the target, give or take
 
