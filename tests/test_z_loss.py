@@ -103,6 +103,7 @@ def test_large_mean_does_not_cancel():
 LOSSES = {"z_loss": {"a": 1.0, "b": 2.0}, "taylor_softmax_loss": {}, "spherical_softmax_loss": {}}
 
 
+@pytest.mark.skipif(contract.BACKEND == "reference", reason="the reference in float32 squares as PyTorch does")
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("v", [33, 3000])
 @pytest.mark.parametrize("magnitude", [1e14, 1e17, 1e19, 1e22, 1e30, 1e36])
