@@ -235,8 +235,10 @@ def make_call(calls: dict, seed: int, number: int) -> Call:
         others = tensors_in((call.args, call.kwargs))
         name = names[place] if isinstance(place, int) else place
         change, holder[place] = hostile(holder[place], others, choice)
-        if change == "vast" and (place == 0 or name == "weight"):  # that is work, and may take as long as it takes
-            change, holder[place] = "same", (call.origin[0] if isinstance(place, int) else call.origin[1])[place]
+        is_work = place == 0 or (name == "weight" and "linear_" in op)
+        if change == "vast" and is_work:  # which may take as long as it takes
+            origin_of = call.origin[0] if isinstance(place, int) else call.origin[1]
+            change, holder[place] = "same", origin_of[place]
         if name in ENDLESS and isinstance(holder[place], int):
             change = holder[place] = min(holder[place], 7)  # a solver may take what it is given
         call.changes.append(f"{name}={change}")
