@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tilewise.reference.rows import reduce_rows, split_target, statistics_dtype
+from tilewise.formulas.rows import reduce_rows, split_target, statistics_dtype
 
 
 class Result(NamedTuple):

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
+from tilewise.formulas.rows import statistics_dtype
 from tilewise.reference.cross_entropy import OPS as CROSS_ENTROPY
 from tilewise.reference.cross_entropy import cross_entropy
-from tilewise.reference.rows import statistics_dtype
 
 
 def logits_of(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Tensor:

@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tilewise.formulas.rows import statistics_dtype
 from tilewise.reference import z_loss as rows
-from tilewise.reference.rows import statistics_dtype
 
 
 def _logits(hidden, weight, bias) -> Tensor:

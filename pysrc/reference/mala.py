@@ -6,7 +6,7 @@ Sequences are taken one after the other; PyTorch differentiates the output.
 import torch
 from torch import Tensor
 
-from tilewise.reference.rows import statistics_dtype
+from tilewise.formulas.rows import statistics_dtype
 
 
 def phi(x: Tensor) -> Tensor:

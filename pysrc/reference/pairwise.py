@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from tilewise.reference.rows import statistics_dtype
+from tilewise.formulas.rows import statistics_dtype
 
 
 def _least(z: Tensor, mask: Tensor) -> Tensor:

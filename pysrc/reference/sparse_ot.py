@@ -6,25 +6,7 @@ Costs are given by columns, (B, n, m): n problems of m numbers each. Scores are 
 import torch
 from torch import Tensor
 
-from tilewise.formulas.sparse_transport import solve  # the search alone: it evaluates nothing
-
-
-def largest(s: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of every row and where they are; of equal ones the first."""
-    values, indices = s.sort(dim=-1, descending=True, stable=True)
-    return values[..., :k], indices[..., :k]
-
-
-def project(s: Tensor, total: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The k largest of every row less the largest, where they are, the threshold at which they sum to `total`, likewise
-    less the largest, and the largest."""
-    values, indices = largest(s, k)
-    top = values[..., :1]
-    values = values - top
-    shares = torch.arange(1, k + 1, device=s.device, dtype=s.dtype) / k
-    levels = ((values / k).cumsum(-1) - total[..., None] / k) / shares  # in the range of the type whatever the scores
-    support = (values > levels).sum(-1, keepdim=True).clamp(min=1)
-    return values, indices, levels.gather(-1, support - 1), top
+from tilewise.formulas.sparse_transport import project, solve
 
 
 def simplex_topk(x: Tensor, *, k: int, scale: float = 1.0) -> Tensor:

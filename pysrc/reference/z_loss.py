@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from tilewise.reference.rows import reduce_rows, split_target, statistics_dtype
+from tilewise.formulas.rows import reduce_rows, split_target, statistics_dtype
 
 
 def z_rows(o: Tensor, index: Tensor, a: float, b: float) -> Tensor:
