@@ -28,7 +28,7 @@ def no_nvcc(tmp_path):
     tools.mkdir()
     for name in ("c++", "as", "ld"):
         (tools / name).symlink_to(shutil.which(name))
-    hidden = ("CXX", "CUDACXX", "CUDA_HOME", "TILEWISE_CUDA", "TILEWISE_CUDA_ARCHS")
+    hidden = ("CXX", "CUDACXX", "CUDA_HOME", "TILEWISE_CUDA", "TILEWISE_CUDA_ARCHS", "CMAKE_CXX_COMPILER_LAUNCHER")
     return {name: value for name, value in os.environ.items() if name not in hidden} | {"PATH": str(tools)}
 
 
