@@ -40,16 +40,21 @@ TILEWISE_FN void store_vector(V vector, T* to) {
   std::memcpy(to, &vector, sizeof(vector));
 }
 
-// f of vector after vector of x, the last filled up with `beyond`.
+// f of vector after vector of x. The last overlaps the one before it, where `beyond` stands for what that had.
 template <typename T, typename Function>
 TILEWISE_FN void each_vector(const T* x, int64_t n, T beyond, const Function& f) {
   int64_t i = 0;
   for (; i + kLanes<T> <= n; i += kLanes<T>) f(load_vector(x + i));
   if (i == n) return;
-  T rest[kLanes<T>];
-  store_vector(Vector<T>{} + beyond, rest);
-  std::memcpy(rest, x + i, static_cast<size_t>(n - i) * sizeof(T));
-  f(load_vector(rest));
+  if (i > 0) {
+    Vector<T> lane;
+    for (int64_t l = 0; l < kLanes<T>; ++l) lane[l] = static_cast<T>(l);
+    return f(lane < static_cast<T>(kLanes<T> - (n - i)) ? Vector<T>{} + beyond : load_vector(x + n - kLanes<T>));
+  }
+  T few[kLanes<T>];
+  store_vector(Vector<T>{} + beyond, few);
+  std::memcpy(few, x, static_cast<size_t>(n) * sizeof(T));
+  f(load_vector(few));
 }
 
 template <typename T>
@@ -59,6 +64,15 @@ TILEWISE_FN T lane_sum(Vector<T> v) {
 #pragma omp simd reduction(+ : sum)
   for (int64_t lane = 0; lane < kLanes<T>; ++lane) sum += lanes[lane];
   return sum;
+}
+
+template <typename T>
+TILEWISE_FN T lane_max(Vector<T> v) {
+  T lanes[kLanes<T>], max = v[0];
+  store_vector(v, lanes);
+#pragma omp simd reduction(max : max)
+  for (int64_t lane = 1; lane < kLanes<T>; ++lane) max = lanes[lane] > max ? lanes[lane] : max;
+  return max;
 }
 
 }  // namespace tilewise::TILEWISE_ISA

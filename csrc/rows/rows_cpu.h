@@ -138,37 +138,28 @@ struct ExpSum {
   T max;  // of x
 };
 
-// sum e^(x - max) where the maximum is known, which is left out once.
 template <typename T>
-TILEWISE_FN T tile_exp_sum_below(const T* x, int64_t n, T max) {
+TILEWISE_FN ExpSum<T> tile_exp_sum(const T* x, int64_t n, T origin) {
+  Vector<T> sum{};
+  Vector<T> max = Vector<T>{} - infinity<T>();
+  each_vector(x, n, -infinity<T>(), [&](Vector<T> v) __attribute__((always_inline)) {
+    sum += fast_exp(v - origin);
+    max = v > max ? v : max;
+  });
+  return {lane_sum<T>(sum), lane_max<T>(max)};
+}
+
+// The same without the maximum, which is known, once.
+template <typename T>
+TILEWISE_FN T tile_exp_sum_below(const T* x, int64_t n, T max, T origin) {
   Vector<T> sum{};
   Vector<T> equals{};
   each_vector(x, n, -infinity<T>(), [&](Vector<T> v) __attribute__((always_inline)) {
-    sum += v == max ? Vector<T>{} : fast_exp(v - max);
+    sum += v == max ? Vector<T>{} : fast_exp(v - origin);
     equals += v == max ? Vector<T>{} + T(1) : Vector<T>{};
   });
-  return lane_sum<T>(sum) + (lane_sum<T>(equals) - T(1));
-}
-
-// The sum leaves out the maximum, once: each lane holds its own largest back and sums the smaller of that and what
-// comes.
-template <typename T>
-TILEWISE_FN ExpSum<T> tile_exp_sum(const T* x, int64_t n, T origin) {
-  Vector<T> max = Vector<T>{} - infinity<T>();
-  Vector<T> sum{};
-  each_vector(x, n, -infinity<T>(), [&](Vector<T> v) __attribute__((always_inline)) {
-    const Vector<T> smaller = v > max ? max : v;  // NaN is taken
-    max = v > max ? v : max;
-    sum += fast_exp(smaller - origin);
-  });
-  ExpSum<T> result{.sum = 0, .max = max[0]};
-  for (int64_t lane = 1; lane < kLanes<T>; ++lane) result.max = max[lane] > result.max ? max[lane] : result.max;
-  // What equals the maximum joins as often as it is there, less once.
-  const Vector<T> equal = max == result.max ? T(1) : T(0);
-  result.sum = lane_sum<T>(sum + fast_exp(max - origin) * (T(1) - equal));
-  const T equals = lane_sum<T>(equal) - T(1);
-  if (equals > T(0)) result.sum += equals * fast_exp(result.max - origin);
-  return result;
+  const T others = lane_sum<T>(equals) - T(1);
+  return lane_sum<T>(sum) + (others > T(0) ? others * fast_exp(max - origin) : T(0));
 }
 
 // sum e^(x-m) (x-m) of a tile and of the maximum before it, with 0 e^-inf = 0
@@ -200,8 +191,9 @@ TILEWISE_FN void add_targets(const T* x, const T* c, int64_t n, T origin, Softma
 }
 
 // Sums are taken relative to an origin, the maximum of the first tile: that of the row would be a pass more. Only a
-// tile that rises more than kSlack above it is summed again and moves it, before e^(x - origin) could overflow. exp_dot
-// moves with every maximum, because its terms cancel relative to anything smaller.
+// tile that rises more than kSlack above it moves it, before e^(x - origin) could overflow. exp_dot moves with every
+// maximum, because its terms cancel relative to anything smaller. A new maximum is taken off the sum of its tile, or
+// the tile summed again without it where it is most of that.
 template <typename T>
 static SoftmaxStats<T> softmax_statistics(const RowMatrix& logits, const SoftmaxRequest<T>& request, int64_t row) {
   constexpr T kSlack = 64;
@@ -216,17 +208,26 @@ static SoftmaxStats<T> softmax_statistics(const RowMatrix& logits, const Softmax
     T origin = first ? tile_max(x, n) : stats.max;
     const bool empty = origin == -infinity<T>();
     if (empty) origin = T(0);  // nothing but -inf so far, and -inf - -inf is NaN
-    ExpSum<T> exps = first && !empty ? ExpSum<T>{tile_exp_sum_below(x, n, origin), origin} : tile_exp_sum(x, n, origin);
-    if (exps.max > origin + (request.details ? T(0) : kSlack)) {
-      origin = exps.max;
-      exps.sum = tile_exp_sum_below(x, n, origin);
+    ExpSum<T> exps{.sum = 0, .max = origin};
+    if (empty || !first) exps = tile_exp_sum(x, n, origin);
+    const bool rises = exps.max > max;
+    if (rises) {
+      const bool is_high = exps.max > origin + kSlack;
+      if (is_high) origin = exps.max;
+      const T most = fast_exp(exps.max - origin);
+      const bool dominates = first || is_high || !(exps.sum > 2 * most);
+      exps.sum = dominates ? tile_exp_sum_below(x, n, exps.max, origin) : exps.sum - most;
+      if (request.details) {
+        exps.sum *= fast_exp(origin - exps.max);
+        origin = exps.max;
+      }
     }
     if (!empty) rebase(stats, origin);
     stats.sum += exps.sum;
-    if (max > -infinity<T>()) stats.sum += fast_exp((exps.max > max ? max : exps.max) - origin);
+    if (rises && max > -infinity<T>()) stats.sum += fast_exp(max - origin);
     if (request.details) {
       stats.exp_dot += tile_exp_dot(x, n, max, origin);
-      if (exps.max > max) {
+      if (rises) {
         stats.argmax = begin;
         while (x[stats.argmax - begin] != exps.max) ++stats.argmax;
       }
@@ -235,7 +236,7 @@ static SoftmaxStats<T> softmax_statistics(const RowMatrix& logits, const Softmax
       dense_coefficients(request.dense, row, begin, n, coefficients);
       add_targets(x, coefficients, n, origin, stats);
     }
-    max = exps.max > max ? exps.max : max;
+    max = rises ? exps.max : max;
   }
   rebase(stats, max);
   return stats;
