@@ -14,6 +14,6 @@ def unit_rows(x: Tensor) -> Tensor:
     if x.shape[-1] == 0:
         return x
     overflow = 512 if x.dtype == torch.float64 else 64  # the exponent from which squares do
-    most = torch.linalg.vector_norm(x.detach(), torch.inf, dim=-1, keepdim=True)
-    scale = torch.ones_like(most).masked_fill(most > 2.0 ** (overflow - 14), 2.0 ** -(overflow + 24))
+    norm = torch.linalg.vector_norm(x.detach(), dim=-1, keepdim=True)  # inf where squares do
+    scale = torch.ones_like(norm).masked_fill(norm > 2.0 ** (overflow - 14), 2.0 ** -(overflow + 24))
     return F.normalize(x * scale, dim=-1)
