@@ -235,7 +235,7 @@ def make_call(calls: dict, seed: int, number: int) -> Call:
         others = tensors_in((call.args, call.kwargs))
         name = names[place] if isinstance(place, int) else place
         change, holder[place] = hostile(holder[place], others, choice)
-        is_work = place == 0 or (name == "weight" and "linear_" in op)
+        is_work = place == 0 or (name == "weight" and "linear_" in op) or (name == "b" and "matmul" in op)
         if change == "vast" and is_work:  # which may take as long as it takes
             origin_of = call.origin[0] if isinstance(place, int) else call.origin[1]
             change, holder[place] = "same", origin_of[place]

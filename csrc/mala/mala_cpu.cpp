@@ -263,8 +263,8 @@ class Chunk {
   }
 
   void start_running(const MalaSums<T>& sums) {
-    std::memcpy(z_run_, sums.z, static_cast<size_t>(d_) * sizeof(T));
-    std::memcpy(u_run_, sums.u, static_cast<size_t>(dv_) * sizeof(T));
+    std::copy_n(sums.z, d_, z_run_);  // of no features there may be no memory
+    std::copy_n(sums.u, dv_, u_run_);
   }
 
   void run_to(int64_t token, int64_t t) {

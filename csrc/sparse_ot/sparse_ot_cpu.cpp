@@ -1,6 +1,6 @@
 // sparse_ot on the CPU. Workers share the columns of a problem: scores of a column in cache, its k largest, its list.
 // Rows are summed afterwards over the lists, in the order of columns, whatever the number of threads.
-#include <cstring>
+#include <algorithm>
 #include <limits>
 #include <utility>
 
@@ -180,8 +180,8 @@ void solve_kernel(const SparseOtCall<T>& call, int64_t index, T* scratch, int64_
   all.alpha_stride = all.level_stride = all.row_stride = 0;
   SparseColumns<T> problem = problem_of(all, index);
   T* x = vector();
-  std::memcpy(x, alpha, sizeof(T) * rows);
-  if (dual) std::memcpy(x + rows, problem.beta, sizeof(T) * columns);
+  std::copy_n(alpha, rows, x);
+  if (dual) std::copy_n(problem.beta, columns, x + rows);
   T* there = vector();
   problem.row_sums = there;
   problem.level = b;
@@ -213,7 +213,7 @@ void solve_kernel(const SparseOtCall<T>& call, int64_t index, T* scratch, int64_
     double pairs[2 * kHistory];
     search.numbers = &numbers;
     search.pairs = pairs;
-    std::memcpy(search.trial, x, sizeof(T) * size);
+    std::copy_n(x, size, search.trial);
     problem.alpha = search.trial;
     if (dual) problem.level = search.trial + rows;
     while (numbers.going && numbers.n_iter < call.max_iter && !parallel.interrupted()) {
@@ -227,7 +227,7 @@ void solve_kernel(const SparseOtCall<T>& call, int64_t index, T* scratch, int64_
     if (dual) problem.level = x + rows;
   }
 
-  std::memcpy(alpha, x, sizeof(T) * rows);
+  std::copy_n(x, rows, alpha);
   problem.alpha = alpha;
   problem.margin = call.columns.margin + index * columns;
   solve_columns(problem, known, scratch, workers, parallel);

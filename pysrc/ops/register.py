@@ -168,7 +168,7 @@ def _autograd_kernel(direct: Callable) -> Callable:
 
 
 def _function(op: str, overload, backward: Callable, setup_context: Callable, jvp: Callable | None):
-    run = overload._op
+    run, plain = overload._op, defaults(op)
 
     def forward(ctx, *arguments):
         *inputs, options = arguments
@@ -177,7 +177,7 @@ def _function(op: str, overload, backward: Callable, setup_context: Callable, jv
                 output = overload(*inputs, **options)
         else:
             with torch._C._AutoDispatchBelowAutograd():
-                output = run(*inputs, **options)
+                output = run(*inputs) if options == plain else run(*inputs, **options)
         setup_context(ctx, inputs, options, output)
         if forward_ad._current_level >= 0:
             ctx.save_for_forward(*getattr(ctx, "to_save", None) or ())
