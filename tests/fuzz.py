@@ -40,6 +40,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CALL_SECONDS = 60.0
 INTEGERS = (0, -1, 1, 2, 3, 7, 2**31, -(2**31), 2**63 - 1, -(2**63))
 FLOATS = (0.0, -0.0, -1.0, 0.5, 1.0, math.nan, math.inf, -math.inf, 1e-300, 1e300, 1e-45)
+BRINGS_WORK = (("linear_", "weight"), ("matmul", "b"), ("info_nce", "key"))  # arguments with a size of their own
 ENDLESS = ("max_iter", "steps", "n_iter")
 WORDS = ("", "none", "mean", "sum", "median", "sqeuclidean", "euclidean", "crs", "wta", "softmax", "dual", "\0")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.bool,
@@ -235,7 +236,7 @@ def make_call(calls: dict, seed: int, number: int) -> Call:
         others = tensors_in((call.args, call.kwargs))
         name = names[place] if isinstance(place, int) else place
         change, holder[place] = hostile(holder[place], others, choice)
-        is_work = place == 0 or (name == "weight" and "linear_" in op) or (name == "b" and "matmul" in op)
+        is_work = place == 0 or any(name == of and part in op for part, of in BRINGS_WORK)
         if change == "vast" and is_work:  # which may take as long as it takes
             origin_of = call.origin[0] if isinstance(place, int) else call.origin[1]
             change, holder[place] = "same", origin_of[place]

@@ -300,7 +300,7 @@ def fake(op: str) -> Callable[[Callable], Callable]:
     def register(function: Callable) -> Callable:
         @functools.wraps(function)
         def checked(*arguments, **options):
-            schema.check_devices(op, schema.named_tensors(op, arguments, options))
+            schema.checked_tensors(op, arguments, options)
             return function(*arguments, **options)
 
         torch.library.register_fake(f"tilewise::{op}", checked, lib=_library)
@@ -350,10 +350,7 @@ def composite(op: str, function: Callable, shapes: str = "") -> None:
 
     @functools.wraps(function)
     def alone(*arguments, **options):
-        tensors = schema.named_tensors(op, arguments, options)
-        if missing := schema.required(op) - tensors.keys():
-            raise RuntimeError(f"tilewise.{op}: expected {min(missing)} to be a tensor, got None")
-        schema.check_devices(op, tensors)
+        tensors = schema.checked_tensors(op, arguments, options)
         schema.check_shapes(op, tensors, shapes)
         with torch.no_grad(), autocast.off(next(iter(tensors.values())).device.type):
             return function(*arguments, **options)

@@ -13,21 +13,22 @@ def schema_of(op: str) -> list[torch._C.Argument]:
 
 
 @functools.cache
-def required(op: str) -> set[str]:
+def _required(op: str) -> set[str]:
     """The tensors that may not be None."""
     return {argument.name for argument in schema_of(op) if str(argument.type) == "Tensor"}
 
 
-def named_tensors(op: str, arguments: tuple, options: dict) -> dict[str, Tensor]:
+def checked_tensors(op: str, arguments: tuple, options: dict) -> dict[str, Tensor]:
+    """The tensors of a call by their names: those that the schema demands are there, on one device."""
     given = dict(zip((argument.name for argument in schema_of(op)), arguments, strict=False)) | options
-    return {name: value for name, value in given.items() if isinstance(value, Tensor)}
-
-
-def check_devices(op: str, tensors: dict[str, Tensor]) -> None:
+    tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+    if missing := _required(op) - tensors.keys():
+        raise RuntimeError(f"tilewise.{op}: expected {min(missing)} to be a tensor, got None")
     (first, like), *others = tensors.items()
     for name, tensor in others:
         if tensor.device != like.device:
             raise RuntimeError(f"tilewise.{op}: expected {name} on {like.device} like {first}, got {tensor.device}")
+    return tensors
 
 
 @functools.cache

@@ -140,6 +140,8 @@ def wta_crs_linear(
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None:
             rows.check_device(op, name, tensor, x, "x")
+            if tensor.dtype != x.dtype and not autocast.enabled(x.device.type):
+                raise TypeError(f"tilewise.{op}: expected {name} to be {x.dtype} like x, got {tensor.dtype}")
     if sample is not None and (k is not None or ratio is not None):
         raise ValueError(f"tilewise.{op}: expected k, ratio or sample, got more than one")
     n = math.prod(x.shape[:-1])
@@ -174,6 +176,7 @@ def _choose(
     transport.check_tensor(op, "x", x, "d_in", 1)
     n = math.prod(x.shape[:-1])
     k = check_choice(op, x, n, k, ratio, norms, method, mix)
+    check_seed(op, seed, x)
     return _chosen(op, x, n, k, norms, seed, method, mix)
 
 
@@ -188,7 +191,7 @@ def _chosen(
         norms = norms.detach().to(torch.float32).reshape(1, n).contiguous()
     x = x[None]
     options = {"k": k, "method": method, "mix": float(mix)}
-    indices, scales = sample_rows(row_norms(x), norms, seed_tensor(op, seed, x), **options)
+    indices, scales = sample_rows(row_norms(x), norms, seed_tensor(seed, x), **options)
     return RowSample(gather_rows(x, indices)[0], indices[0], scales[0])
 
 
@@ -296,12 +299,13 @@ def wta_crs_matmul(
     rows.check_device(op, "b", b, a, "a")
     k = check_count(op, n, k, None)
     check_options(op, method, mix)
+    check_seed(op, seed, a)
     if k >= n:
         return a @ b
     columns, pairs = a.mT.flatten(0, -3) if a.dim() > 2 else a.mT[None], b.reshape(-1, *b.shape[-2:])
     a_norms, b_norms = (row_norms(t.detach()) for t in (columns, pairs))
     options = {"k": k, "method": method, "mix": float(mix)}
-    indices, scales = sample_rows(a_norms, b_norms, seed_tensor(op, seed, a), **options)
+    indices, scales = sample_rows(a_norms, b_norms, seed_tensor(seed, a), **options)
     left = gather_rows(columns, indices, scales)
     product = left.mT @ gather_rows(pairs, indices)
     return product.reshape(*a.shape[:-1], b.shape[-1])
@@ -378,9 +382,8 @@ def check_seed(op: str, seed: int | Tensor | None, like: Tensor) -> None:
         rows.check_integer(op, "seed", seed, low=0, high=2**63 - 1, of="int64")
 
 
-def seed_tensor(op: str, seed: int | Tensor | None, like: Tensor) -> Tensor:
-    """On the device, without waiting for it."""
-    check_seed(op, seed, like)
+def seed_tensor(seed: int | Tensor | None, like: Tensor) -> Tensor:
+    """A checked seed on the device, without waiting for it."""
     if seed is None:
         return torch.randint(2**63 - 1, (1,), device=like.device)
     if isinstance(seed, Tensor):
