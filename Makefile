@@ -104,7 +104,7 @@ headlines: build ## the papers' claims on whole training steps (about 15 min), t
 bench-compare: build ## the CPU regression suite, against its last saved run
 	@$(PY) -m pytest -q tests/benchmarks/bench_ops.py --benchmark-autosave --benchmark-compare
 
-readme: build ## the tables of README.md from bench/results
+readme: build ## README.md's figures and docs/figures.md from bench/results
 	@$(PY) bench/report.py --readme
 
 # Installs nothing: for machines whose Python has torch already. tilewise is then importable from build/inplace.

@@ -56,6 +56,17 @@ def number(value: float) -> str:
     return f"{value:,.{digits}f}"
 
 
+def size(count: int | None) -> str:
+    """Bytes for a reader; a dash where nothing was measured."""
+    if count is None:
+        return "–"
+    return f"{number(count / 2**20)} MiB" if count >= 2**20 else f"{number(count / 2**10)} KiB"
+
+
+def shape_text(shape: tuple[int, ...]) -> str:
+    return " × ".join(map(str, shape))
+
+
 def bars(title: str, unit: str, items: Sequence[Bar], width: int = 860, marker: tuple[float, str] | None = None) -> str:
     """Horizontal bars with quartile whiskers; `marker` is a dashed vertical line with a caption."""
     top = 24 if marker else 6

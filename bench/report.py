@@ -1,64 +1,36 @@
-"""Build the HTML report, or with --readme the table in README.md, from the JSON under bench/results."""
+"""Build the HTML report, or with --readme docs/figures.md and the figures of README.md, from bench/results."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
-import re
 from html import escape
 from pathlib import Path
 
+import figures
 import plots
 import results
-from case import ATTENTION, LAYERS, PAIRS, ROWS, SAMPLED, TRANSPORT, family, forms_products
-from plots import Bar, number
+from case import TRANSPORT, family, forms_products
+from plots import Bar, number, shape_text, size
 from results import COPY, EAGER, ROOT
 
 STYLE = Path(__file__).with_name("report.css")
-README = ROOT / "README.md"
 REPORT = ROOT / "bench" / "report" / "index.html"
-MARKS = "<!-- bench:begin -->", "<!-- bench:end -->"
 CEILINGS = {
     "copy_gbs": ("copy, read + written", "GB/s"),
     "gemm_float32_gflops": ("float32 matrix product", "GFLOP/s"),
     "gemm_bfloat16_gflops": ("bfloat16 matrix product", "GFLOP/s"),
     "exp_giga": ("float32 exp", "billion/s"),
 }
-SHAPES = {
-    ROWS: "logits",
-    LAYERS: "rows × features × classes",
-    PAIRS: "embeddings",
-    ATTENTION: "batch × heads × tokens × features",
-    SAMPLED: "rows × width × layers",
-    TRANSPORT: "(batch ×) rows × columns (× features or k)",
+RATES = {
+    "Whiskers": "quartiles.",
+    "GB/s": "one traffic for all contenders, that of the case; transport counts a pass over its pairs each iteration.",
+    "GFLOP/s": "one count of operations for all: the matrix products of an exact implementation.",
 }
-METHOD = (
-    "Medians of interleaved runs; whiskers are the quartiles. Every contender starts from the same restored inputs, "
-    "makes its own gradient through torch.autograd.grad, and is timed with cold caches. GB/s counts one traffic for "
-    "all: the forward pass reads the logits once, the backward pass reads them again and writes the gradient (a plain "
-    "copy: one read, one write). Errors are relative to float64: of the mean loss, and of the worst gradient row among "
-    "64, about an eighth of which have a target probability near 0.99. A result of tilewise that misses the tolerance "
-    "is not timed; one of the others is shown in red as inexact. Output layers (linear_...) make their logits from "
-    "rows of features and a weight per class. Their GFLOP/s count one number of operations for all, that of the matrix "
-    "products any exact implementation needs; errors are the worst among rows of both gradients, confident targets "
-    "have p near 0.9; and peak memory is what every contender takes beyond the inputs and the gradients it returns. "
-    "Transport counts one pass over its pairs for every iteration, whether an implementation makes it or not. Sampled "
-    "products are judged by their exact parts, the results and the gradient of x; all three products count as work."
-)
-
-
-def shape_text(shape: tuple[int, ...]) -> str:
-    return " × ".join(map(str, shape))
 
 
 def kind(row: dict) -> str:
     return "ours" if row["ours"] else "floor" if row["contender"] == COPY else "peer"
-
-
-def size(count: int | None) -> str:
-    if count is None:
-        return "–"
-    return f"{number(count / 2**20)} MiB" if count >= 2**20 else f"{number(count / 2**10)} KiB"
 
 
 def shared_facts(environments: list[dict]) -> dict[str, str]:
@@ -91,7 +63,7 @@ def tiles(content: dict) -> str:
 def bound(op: str, row: dict, ceilings: dict[str, float]) -> tuple[float, str] | None:
     """The least time in ms that the case's work takes on this machine, and what it is; None without that ceiling."""
     if not forms_products(op):
-        what = "a pass over the pairs for every iteration" if family(op) == TRANSPORT else "two reads and one write"
+        what = "a pass over the pairs for every iteration" if family(op) == TRANSPORT else "its reads and writes"
         return row["traffic_bytes"] / ceilings["copy_gbs"] / 1e6, f"{what} at copy speed"
     gemm = ceilings.get(f"gemm_{row['dtype']}_gflops")
     return (row["flops"] / gemm / 1e6, "its matrix products at full speed") if gemm else None
@@ -211,15 +183,16 @@ def machine_section(files: dict[str, dict]) -> str:
 
 
 def page(machines: dict[str, dict[str, dict]]) -> str:
-    legend = plots.legend(
+    swatches = plots.legend(
         {"tilewise forward": "ours-deep", "backward": "ours", "others forward": "peer-deep", "others backward": "peer"}
         | {"plain copy": "floor"}
     )
+    method = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in (figures.LEGEND | RATES).items())
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><title>tilewise measurements</title>'
         f"<style>{STYLE.read_text()}</style></head><body><h1>tilewise measurements</h1>"
-        f'<p class="soft">{METHOD}</p>{legend}{"".join(map(machine_section, machines.values()))}</body></html>\n'
+        f'{swatches}<dl class="method">{method}</dl>{"".join(map(machine_section, machines.values()))}</body></html>\n'
     )
 
 
@@ -229,73 +202,15 @@ def write(machines: dict[str, dict[str, dict]], out: Path) -> Path:
     return out
 
 
-def readme_table(machines: dict[str, dict[str, dict]]) -> str:
-    """Markdown: per machine and family one row a case, each cell the median of both phases and its speed-up."""
-    parts = []
-    for files in machines.values():
-        measured = [row for content in files.values() for row in content.get("results", [])]
-        if not measured:
-            continue
-        environments = [content["environment"] for content in files.values()]
-        dates = sorted(environment["date"] for environment in environments)
-        when = " to ".join(dict.fromkeys((dates[0], dates[-1])))
-        parts.append(
-            f"{results.setting(environments[0])}, {when}. "
-            "Forward + backward in ms, and how many times faster than torch eager:\n"
-        )
-        for kin in SHAPES:
-            parts += family_table(kin, [row for row in measured if family(row["case"]) == kin])
-        for content in files.values():
-            if "training" in content:
-                steps = content["training"]["contenders"]
-                times = ", ".join(f"{row['contender']} {number(row['median_ms'])} ms" for row in steps)
-                off = max(row["largest_difference"] for row in steps)
-                parts.append(f"One training step of the language model: {times}; loss curves within {off:.0e}.\n")
-    return "\n".join(parts) or "Not measured yet.\n"
-
-
-def family_table(kin: str, measured: list[dict]) -> list[str]:
-    """The lines of one family's table: its contenders are its columns. Nothing where nothing was measured."""
-    if not measured:
-        return []
-    names = list(dict.fromkeys(row["contender"] for row in measured))
-    lines = [f"| operator | {SHAPES[kin]} | " + " | ".join(names) + " |", "| --- | --- |" + " ---: |" * len(names)]
-    for (op, shape, dtype), group in results.groups(measured).items():
-        cells = [readme_cell(group.get(name), group.get(EAGER)) for name in names]
-        lines.append(f"| {op} | {shape_text(shape)} {dtype} | " + " | ".join(cells) + " |")
-    return [*lines, ""]
-
-
-def readme_cell(row: dict | None, eager: dict | None) -> str:
-    if row is None:
-        return "–"
-    text = number(row["median_ms"])
-    if row["correct"] is False:
-        return f"{text} (inexact)"
-    if eager is None or row["contender"] in (EAGER, COPY):
-        return text
-    return f"{text} ({eager['median_ms'] / row['median_ms']:.1f}×)"
-
-
-def update_readme(readme: Path, machines: dict[str, dict[str, dict]]):
-    begin, end = MARKS
-    pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.S)
-    text = readme.read_text()
-    if not pattern.search(text):
-        raise SystemExit(f"{readme} lacks the marks {begin} and {end}")
-    body = f"{begin}\n{readme_table(machines)}{end}"
-    readme.write_text(pattern.sub(lambda _: body, text))
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--readme", action="store_true", help="rewrite the table in README.md instead of the report")
+    parser.add_argument("--readme", action="store_true", help="write README.md's figures and docs/figures.md instead")
     parser.add_argument("--results", type=Path, default=results.RESULTS)
     parser.add_argument("--out", type=Path, default=REPORT)
     options = parser.parse_args()
     machines = results.load(options.results)
     if options.readme:
-        update_readme(README, machines)
+        figures.write(machines)
     else:
         print(write(machines, options.out))
 

@@ -12,10 +12,11 @@ import shutil
 import subprocess
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from case import PHASES, Case, Contender
+from case import PHASES, SAMPLED, Case, Contender, family
 from measure import Error, quartiles
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -160,6 +161,71 @@ def speedups(group: dict[str, dict]) -> list[tuple[str, str, float]]:
     mine = [row for row in group.values() if row["ours"] and row["correct"]]
     others = [row for row in group.values() if not row["ours"]]
     return [(a["contender"], b["contender"], b["median_ms"] / a["median_ms"]) for a in mine for b in others]
+
+
+class Contest(NamedTuple):
+    """One case: our results that are right, those of others that are, and those of others for another function."""
+
+    op: str
+    shape: tuple[int, ...]
+    dtype: str
+    ours: list[dict]
+    rivals: list[dict]
+    beside: list[dict]
+
+    @property
+    def eager(self) -> dict | None:
+        return next((row for row in self.rivals if row["contender"] == EAGER), None)
+
+    @property
+    def advantage(self) -> float:
+        """How many times faster the fastest of ours is than the fastest rival."""
+        return least(self.rivals, "median_ms")["median_ms"] / least(self.ours, "median_ms")["median_ms"]
+
+
+def least(found: list[dict], key: str) -> dict:
+    return min(found, key=lambda row: row[key])
+
+
+def contests(files: dict[str, dict]) -> list[Contest]:
+    """Every case of a machine in which ours met another contender."""
+    found = []
+    for (op, shape, dtype), group in groups([row for c in files.values() for row in c.get("results", [])]).items():
+        ours = [row for row in group.values() if row["ours"] and row["correct"]]
+        others = [row for row in group.values() if not row["ours"] and row["contender"] != COPY]
+        right, beside = [row for row in others if row["correct"]], [row for row in others if row["correct"] is None]
+        if ours and right:
+            found.append(Contest(op, shape, dtype, ours, right, beside))
+    return found
+
+
+def strongest(files: dict[str, dict], wanted: int = 3) -> list[Contest]:
+    """The largest advantages of a machine, one a family; an estimate wins nothing over what is exact."""
+    best: dict[str, Contest] = {}
+    for contest in sorted(contests(files), key=lambda contest: -contest.advantage):
+        best.setdefault(family(contest.op), contest)
+    best.pop(SAMPLED, None)
+    return list(best.values())[:wanted]
+
+
+def beaten(machines: dict[str, dict[str, dict]], key: str, slack: float) -> dict[str, tuple[float, dict]]:
+    """Operator -> its worst ratio to the least of the others, in `key`, and that other; where it is above `slack`."""
+    found: dict[str, tuple[float, dict]] = {}
+    for contest in (contest for files in machines.values() for contest in contests(files)):
+        others = [row for row in contest.rivals + contest.beside if row[key] is not None]
+        if not others:
+            continue
+        other = least(others, key)
+        ratio = least(contest.ours, key)[key] / (other[key] or 1.0)  # no memory counts as a byte
+        if ratio > max(slack, found.get(contest.op, (0.0,))[0]):
+            found[contest.op] = ratio, other
+    return dict(sorted(found.items(), key=lambda item: -item[1][0]))
+
+
+def newest(machines: dict[str, dict[str, dict]]) -> dict[str, dict]:
+    """The files of the machine that was measured last, of those where ours met another contender."""
+    met = [files for files in machines.values() if contests(files)]
+    return max(met, key=lambda files: max(content["environment"]["date"] for content in files.values()), default={})
 
 
 def save(path: Path, content: dict):

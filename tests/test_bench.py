@@ -15,8 +15,8 @@ BENCH = Path(__file__).resolve().parent.parent / "bench"
 if not BENCH.exists():
     pytest.skip("bench/ is not part of an installed tilewise", allow_module_level=True)
 sys.path.insert(0, str(BENCH))
-case, gpu, measure, plots, report, results, run, train_lm = map(
-    importlib.import_module, ("case", "gpu", "measure", "plots", "report", "results", "run", "train_lm")
+case, figures, gpu, measure, plots, report, results, run, train_lm = map(
+    importlib.import_module, ("case", "figures", "gpu", "measure", "plots", "report", "results", "run", "train_lm")
 )
 z_loss, layers = map(importlib.import_module, ("cases.z_loss", "layers"))
 
@@ -271,6 +271,8 @@ def test_report_shows_the_figures(content, training, tmp_path):
         "differ by at most 1.0e-06",
         "<b>4.0×</b><span>tilewise<br>against torch eager",
         "prefers-color-scheme: dark",
+        "<dt>Inexact</dt><dd>an error of loss or gradient above 1e-06 and 1e-03 in float64",
+        "<dt>Whiskers</dt><dd>quartiles.</dd>",
     ):
         assert shown in page
     assert page.count("<polyline") == 2 and "http" not in page and "<script" not in page
@@ -299,32 +301,31 @@ def test_output_layers_are_told_apart(content, tmp_path):
     assert expected[0] == pytest.approx(7.86432)
     assert report.bound("linear_cross_entropy", layer_group["tilewise"], {"gemm_float32_gflops": 1000.0})[0] == 3.0
     assert report.bound("linear_cross_entropy", layer_group["tilewise"], {}) is None
-    table = report.readme_table({"test-cpu": files})
-    assert "| operator | logits | tilewise | torch eager | torch.compile | plain copy |" in table
-    assert "| operator | rows × features × classes | tilewise | torch eager | torch.compile |" in table
-    assert "| linear_cross_entropy | 40 × 6 × 30 float32 | 10.0 (4.0×) | 40.0 | 20.0 (2.0×) |" in table
+    table = figures.figures_page({"test-cpu": files})
+    assert "### Row losses\n\n| operator | logits | runs, day |" in table
+    assert "### Output layers\n\n| operator | rows × features × classes | runs, day |" in table
+    assert "| `linear_cross_entropy` | 40 × 6 × 30 float32 | 3, 2026-01-02 | **tilewise** | 10.0 | 4.0 |" in table
 
 
-def test_readme_table_replaces_only_what_is_between_the_marks(content, training, tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- bench:begin -->\nold\n<!-- bench:end -->\nafter\n")
+def test_figures_hold_every_contender(content, training):
+    """Time, speed beside eager, memory and errors of each; what is wrong has no speed."""
+    rows = {row["contender"]: row for row in content["results"] if row["phase"] == "both"}
+    rows["torch.compile"]["correct"] = False
     machine = {"cross_entropy": content, "train_lm": {"environment": content["environment"], "training": training}}
-    report.update_readme(readme, {"test-cpu": machine})
-    text = readme.read_text()
-    assert text.startswith("before\n<!-- bench:begin -->\nTest CPU, AVX2, 2 threads, torch")
-    assert text.endswith("<!-- bench:end -->\nafter\n") and "old" not in text
-    assert "| operator | logits | tilewise | torch eager | torch.compile | plain copy |" in text
-    assert "| cross_entropy | 2048 × 32000 float32 | 10.0 (4.0×) | 40.0 | 20.0 (2.0×) | 5.00 |" in text
-    assert "torch eager 50.0 ms, tilewise 30.0 ms; loss curves within 1e-06" in text
-    report.update_readme(readme, {"test-cpu": machine})
-    assert readme.read_text() == text
-    with pytest.raises(SystemExit, match="lacks the marks"):
-        readme.write_text("no marks")
-        report.update_readme(readme, {})
-
-
-def test_readme_of_the_project_has_the_marks():
-    assert report.README.read_text().count(report.MARKS[0]) == report.README.read_text().count(report.MARKS[1]) == 1
+    page = figures.figures_page({"test-cpu": machine})
+    for shown in (
+        "| `cross_entropy` | 2048 × 32000 float32 | 5, 2026-01-02 | **tilewise** | 10.0 | 4.0 | 500 MiB | 2.0e-08 |",
+        "|  |  |  | torch eager | 40.0 | 1.0 | 500 MiB | 2.0e-08 | 3.0e-06 |",
+        "|  |  |  | torch.compile (inexact) | 20.0 | – | 500 MiB | 2.0e-08 | 3.0e-06 |",
+        "|  |  |  | plain copy | 5.00 | – | – | – | – |",
+        f"## Test CPU, AVX2, 2 threads, torch {torch.__version__}, 2026-01-02\n",
+        "torch eager 50.0 ms, tilewise 30.0 ms; loss curves within 1e-06",
+        "GPU: not measured yet",
+        "1e-05 and 1e-03 in float32",
+    ):
+        assert shown in page
+    gpu = content | {"environment": content["environment"] | {"gpu": True}}
+    assert "not measured yet" not in figures.figures_page({"test-cpu": machine, "test-gpu": {"cross_entropy": gpu}})
 
 
 def test_gpu_stages_report_failure_overrun_and_absence(tmp_path):
@@ -399,8 +400,7 @@ def test_settings_are_not_mixed(content, tmp_path):
         f"Test CPU, AVX2, 2 threads, torch {torch_version}": ["cross_entropy", "roofline"],
         f"Test CPU, AVX-512, 2 threads, torch {torch_version}": ["z_loss"],
     }
-    table = report.readme_table(machines)
-    assert f"Test CPU, AVX-512, 2 threads, torch {torch_version}, 2026-01-05. Forward" in table
+    assert f"## Test CPU, AVX-512, 2 threads, torch {torch_version}, 2026-01-05\n" in figures.figures_page(machines)
     page = report.page(machines)
     assert page.count("<h2>") == 2 and "<h2>Test CPU, AVX-512, 2 threads</h2>" in page
 
@@ -410,7 +410,7 @@ def test_files_of_other_dates_say_theirs(content):
     machines = {"a": {"cross_entropy": content, "z_loss": later}}
     page = report.page(machines)
     assert "date 2026-01-05" in page and "revision abc" in page
-    assert "2026-01-02 to 2026-01-05. Forward" in report.readme_table(machines)
+    assert ", 2026-01-02 to 2026-01-05\n" in figures.figures_page(machines)
 
 
 def test_corpus_is_english_and_split():
