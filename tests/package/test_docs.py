@@ -8,7 +8,7 @@ import pytest
 
 import tilewise
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+README = Path(__file__).resolve().parents[2] / "README.md"
 DOCUMENTED = (
     "backend",
     "batch_hard_mine",
