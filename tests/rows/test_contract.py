@@ -247,7 +247,7 @@ def test_compile_and_export(op, case):
         )
 
     class Step(torch.nn.Module):
-        def forward(logits, target):
+        def forward(self, logits, target):
             return step(logits, target)
 
     logits, target = torch.randn(6, 12, device=DEVICE), target_of(case, 6, 12, torch.float32).to(DEVICE)
