@@ -34,7 +34,7 @@ $(VENV)/build.stamp: $(VENV)/requirements.stamp $(SOURCES)
 	@$(PY) $(PIP_INSTALL) --no-build-isolation --no-deps -e .
 	@touch $@
 
-native: build/native.stamp ## the Python module over csrc/common that tests/test_common.py uses
+native: build/native.stamp ## the Python module over csrc/common that tests/package/test_common.py uses
 build/native.stamp: $(VENV)/requirements.stamp $(NATIVE_SOURCES)
 	@echo "building the native test module"
 	@$(CMAKE) -S tests/native -B build/native -G Ninja --log-level=WARNING -DCMAKE_BUILD_TYPE=Release \
@@ -123,7 +123,7 @@ gpu: ## on a machine with an NVIDIA GPU, installing nothing: contract, compute-s
 check-cuda: build ## the CUDA library built here loads into an older CUDA build of torch (several GB)
 	@test -x .venv-cuda/bin/python || $(PYTHON) -m venv .venv-cuda
 	@.venv-cuda/bin/python $(PIP_INSTALL) torch==2.11.0 numpy
-	@.venv-cuda/bin/python tests/check_cuda.py
+	@.venv-cuda/bin/python tests/gpu/check_cuda.py
 
 wheel: venv ## a wheel in dist/
 	@rm -rf dist build/lib.*

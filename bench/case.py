@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,25 +18,18 @@ SCALAR_ERROR = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 5e-3}
 GRADIENT_ERROR = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 5e-2}
 ROWS, LAYERS, PAIRS, ATTENTION = "row losses", "output layers", "pairwise losses", "attention"
 TRANSPORT, SAMPLED = "optimal transport", "sampled products"
-PAIR_LOSSES = ("multi_similarity_loss", "supcon", "siglip_loss")
 
 Reference = tuple[float, list[tuple[Tensor, Tensor]]]  # float64 loss; per leaf some row indices, gradient of those rows
 
 
 def family(op: str) -> str:
-    """Losses of rows of logits, and transport, are bound by memory; what forms logits or similarities, by products."""
-    if op in PAIR_LOSSES:
-        return PAIRS
-    if op.startswith(("sinkhorn", "sparse_ot")):
-        return TRANSPORT
-    if op == "mala":
-        return ATTENTION
-    if op.startswith("wta_crs"):
-        return SAMPLED
-    return LAYERS if op.startswith("linear_") else ROWS
+    """What its module in bench/cases declares. Results of what has none here are shown as those of row losses."""
+    module = f"cases.{op}"
+    return importlib.import_module(module).FAMILY if importlib.util.find_spec(module) else ROWS
 
 
 def forms_products(op: str) -> bool:
+    """Losses of rows of logits, and transport, are bound by memory; what forms logits or similarities, by products."""
     return family(op) not in (ROWS, TRANSPORT)
 
 

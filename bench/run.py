@@ -11,6 +11,7 @@ import argparse
 import importlib
 import itertools
 import math
+import pkgutil
 import sys
 import tempfile
 import time
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+import cases
 import measure
 import report
 import results
@@ -27,21 +29,7 @@ import train_lm
 from case import Case, Contender, forms_products
 from results import COPY, EAGER, say
 
-OPERATORS = (
-    "cross_entropy",
-    "z_loss",
-    "linear_cross_entropy",
-    "linear_z_loss",
-    "multi_similarity_loss",
-    "supcon",
-    "mala",
-    "sinkhorn",
-    "sinkhorn_points",
-    "simplex_topk",
-    "sparse_ot",
-    "sparse_ot_router",
-    "wta_crs_linear",
-)
+OPERATORS = sorted(module.name for module in pkgutil.iter_modules(cases.__path__))
 TRAINING_SECONDS = 35.0  # what the language model may take of the budget
 
 
@@ -126,8 +114,8 @@ def measured(case: Case, copy_gbs: float, until: float = math.inf) -> tuple[list
 
 def in_turn(operators: list[Iterator[Case]]) -> Iterator[tuple[int, Case]]:
     """Each operator's first case, then the second cases, and so on, with their rank from 0."""
-    for rank, cases in enumerate(itertools.zip_longest(*operators)):
-        yield from ((rank, case) for case in cases if case)
+    for rank, turn in enumerate(itertools.zip_longest(*operators)):
+        yield from ((rank, case) for case in turn if case)
 
 
 def table(found: list[dict]) -> str:

@@ -1,7 +1,5 @@
-"""The contract that every operator keeps on every backend.
-
-An operator's test file describes it once (`Operator`) and calls `contract_tests(operator)` for the checks here; what
-is special to the operator stands in its own file. TILEWISE_BACKEND chooses who is tested:
+"""Who is tested, and what tests of rows of logits share. A module that imports `contract` is part of the contract:
+what every operator keeps on every backend. TILEWISE_BACKEND chooses who is tested:
 
     unset            the C++ kernels, CPU tensors
     triton           Triton: CUDA tensors, or CPU tensors when TRITON_INTERPRET=1
@@ -13,11 +11,10 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import pytest
 import torch
 from torch import Tensor
 
-from tilewise.testing import allocated_bytes, assert_accurate, class_targets, confident_logits, masked_logits
+from tilewise.testing import assert_accurate, confident_logits, masked_logits
 
 BACKEND = os.environ.get("TILEWISE_BACKEND", "cpu")
 INTERPRETED = BACKEND == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
@@ -39,7 +36,7 @@ class Case:
     soft: bool = False  # probability targets
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Operator:
     """An operator over rows of logits.
 
@@ -56,6 +53,9 @@ class Operator:
     state_per_row: int  # numbers kept for the backward, per row
     required: dict = field(default_factory=dict)  # options without a default
     polynomial: bool = False  # a function of the row's sum and sum of squares, so not finite for -inf
+
+    def __call__(self, logits: Tensor, target: Tensor, **options) -> Tensor:
+        return self.call(logits, target, **{**self.required, **options})
 
 
 def to(device_or_dtype, options: dict) -> dict:
@@ -114,262 +114,3 @@ def check_more_than_2_31_elements(call: Callable[..., Tensor]) -> None:
     rows = call(logits, target, reduction="none")
     expected = call(logits[-1:].clone(), target[-1:], reduction="none")
     assert torch.equal(rows[-1:], expected) and rows[-1] != rows[-2]
-
-
-def contract_tests(op: Operator) -> type:
-    """A test class of everything below for one operator."""
-    by_case = pytest.mark.parametrize("case", op.cases, ids=lambda case: case.name)
-    plain = op.cases[0]
-
-    def call(logits, target, **options):
-        return op.call(logits, target, **{**op.required, **options})
-
-    def options_of(case: Case, n: int, v: int) -> dict:
-        return {**op.required, **case.options(n, v)}
-
-    def target_of(case: Case, n: int, v: int, dtype: torch.dtype, ignored: float = 0.2) -> Tensor:
-        return soft_targets(n, v, dtype) if case.soft else class_targets(n, v, ignored=ignored if n > 1 else 0)
-
-    class Contract:
-        @pytest.fixture(autouse=True)
-        def _seed(self):
-            torch.manual_seed(0)
-
-        @by_case
-        @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-        @pytest.mark.parametrize("shape", SHAPES, ids=str)
-        def test_accuracy(self, shape, dtype, case):
-            n, v = shape if shape[1] < 50257 or case is plain else (4, shape[1])
-            target = target_of(case, n, v, dtype)
-            check_against_reference(
-                op, logits_of("random", target[:, 0] if case.soft else target, v, dtype), target, options_of(case, n, v)
-            )
-
-        @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-        @pytest.mark.parametrize("kind", ["confident", "masked", "huge", "rising", "jump"])
-        def test_hard_rows(self, kind, dtype):
-            if op.polynomial and (kind == "masked" or (kind in ("huge", "rising", "jump") and dtype == torch.float16)):
-                pytest.skip("-inf, or squares beyond float16's range, in a loss of the row's sum of squares")
-            n, v = 8, 20011
-            target = class_targets(n, v if kind in ("confident", "masked", "huge") else 10, ignored=0.1)
-            if kind in ("rising", "jump"):  # a small loss: the target is among the largest
-                target = torch.where(target >= 0, v - 1 - target, target)
-            check_against_reference(op, logits_of(kind, target, v, dtype), target, dict(op.required))
-
-        @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-        @by_case
-        def test_reductions(self, case, reduction):
-            target = target_of(case, 7, 33, torch.float32)
-            logits = 3 * torch.randn(7, 33)
-            options = options_of(case, 7, 33) | {"reduction": reduction}
-            grad = torch.randn(7) if reduction == "none" else torch.tensor(-1.7)
-            ours = value_and_gradient(
-                op.call, logits.to(DEVICE), target.to(DEVICE), grad.to(DEVICE), **to(DEVICE, options)
-            )
-            wide = target.double() if case.soft else target
-            truth = value_and_gradient(op.reference, logits.double(), wide, grad, **to(torch.float64, options))
-            for value, expected in zip(ours, truth, strict=True):
-                torch.testing.assert_close(value.double(), expected, rtol=2e-5, atol=2e-6)
-
-        @by_case
-        @pytest.mark.parametrize("layout", ["transposed", "sliced", "step 2", "row stride", "broadcast"])
-        def test_strides(self, layout, case):
-            base = torch.randn(64, 64, device=DEVICE)
-            logits = {
-                "transposed": base.t()[:9, :40],
-                "sliced": base[:9, 3:43],
-                "step 2": base[:9, ::2],
-                "row stride": base[::5, :40],
-                "broadcast": base[:1, :40].expand(9, 40),
-            }[layout]
-            n, v = logits.shape
-            target = target_of(case, n, v, torch.float32).to(DEVICE)
-            options = to(DEVICE, options_of(case, n, v))
-            ours = value_and_gradient(op.call, logits, target, **options)
-            packed = value_and_gradient(op.call, logits.contiguous(), target, **options)
-            torch.testing.assert_close(ours, packed, rtol=1e-6, atol=1e-7)
-
-        def test_gradient_is_contiguous_and_typed(self):
-            for dtype in DTYPES:
-                logits = torch.randn(33, 9, device=DEVICE, dtype=dtype).t().requires_grad_()
-                call(logits, class_targets(9, 33, device=DEVICE)).backward()
-                assert logits.grad.dtype == dtype and logits.grad.shape == (9, 33)
-
-        @by_case
-        def test_one_class(self, case):
-            """The gradient is a difference of equal terms: its error is absolute, one rounding of a term."""
-            target = target_of(case, 3, 1, torch.float32, ignored=0)
-            logits, options = 3 * torch.randn(3, 1), options_of(case, 3, 1)
-            ours = value_and_gradient(op.call, logits.to(DEVICE), target.to(DEVICE), **to(DEVICE, options))
-            wide = target.double() if case.soft else target
-            truth = value_and_gradient(op.reference, logits.double(), wide, **to(torch.float64, options))
-            for value, expected in zip(ours, truth, strict=True):
-                torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=2e-7)
-
-        def test_no_rows(self):
-            logits = torch.randn(0, 5, device=DEVICE, requires_grad=True)
-            target = torch.empty(0, dtype=torch.int64, device=DEVICE)
-            for reduction in ("mean", "sum"):
-                loss = call(logits, target, reduction=reduction)
-                assert loss.item() == 0
-            (gradient,) = torch.autograd.grad(loss, logits)
-            assert gradient.shape == (0, 5)
-            assert call(logits, target, reduction="none").shape == (0,)
-
-        def test_all_rows_ignored(self):
-            logits = torch.randn(4, 5, device=DEVICE, requires_grad=True)
-            target = torch.full((4,), -100, device=DEVICE)
-            for reduction in ("mean", "sum"):
-                loss = call(logits, target, reduction=reduction)
-                (gradient,) = torch.autograd.grad(loss, logits)
-                assert loss.item() == 0 and gradient.count_nonzero() == 0
-
-        def test_ignored_rows_are_not_read(self):
-            logits = torch.randn(5, 40, device=DEVICE)
-            logits[2] = torch.nan
-            target = torch.tensor([1, 2, -100, 4, 5], device=DEVICE)
-            loss, gradient = value_and_gradient(call, logits, target)
-            kept = [0, 1, 3, 4]
-            expected = value_and_gradient(call, logits[kept], target[kept])
-            torch.testing.assert_close(loss, expected[0])
-            torch.testing.assert_close(gradient[kept], expected[1])
-            assert gradient[2].count_nonzero() == 0
-
-        def test_custom_ignore_index(self):
-            logits = torch.randn(4, 5, device=DEVICE)
-            target = torch.tensor([0, 3, 3, 1], device=DEVICE)
-            ours = value_and_gradient(call, logits, target, ignore_index=3)
-            expected = value_and_gradient(call, logits[[0, 3]], target[[0, 3]])
-            torch.testing.assert_close(ours[0], expected[0])
-            torch.testing.assert_close(ours[1][[0, 3]], expected[1])
-
-        def test_stride_zero_upstream(self):
-            logits = torch.randn(6, 9, device=DEVICE, requires_grad=True)
-            target = class_targets(6, 9, device=DEVICE)
-            rows = call(logits, target, reduction="none")
-            (expanded,) = torch.autograd.grad(rows.sum(), logits, retain_graph=True)
-            (dense,) = torch.autograd.grad(rows, logits, torch.ones(6, device=DEVICE))
-            torch.testing.assert_close(expanded, dense, rtol=0, atol=0)
-
-        def test_every_output_is_written(self):
-            """Deterministic mode fills fresh memory with NaN: an element nobody writes shows."""
-            torch.use_deterministic_algorithms(True)
-            try:
-                for dtype in DTYPES:
-                    logits = torch.randn(5, 1037, device=DEVICE).to(dtype)
-                    loss, gradient = value_and_gradient(
-                        call, logits, class_targets(5, 1037, device=DEVICE, ignored=0.3)
-                    )
-                    assert loss.isfinite().all() and gradient.isfinite().all()
-            finally:
-                torch.use_deterministic_algorithms(False)
-
-        def test_same_bits_every_time(self):
-            logits = torch.randn(65, 1500, device=DEVICE)
-            target = class_targets(65, 1500, device=DEVICE)
-            first = value_and_gradient(call, logits, target)
-            threads = torch.get_num_threads()
-            torch.set_num_threads(1)
-            second = value_and_gradient(call, logits, target)
-            torch.set_num_threads(threads)
-            assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-        @pytest.mark.skipif(BACKEND == "reference", reason="the reference holds the big matrix")
-        def test_memory(self):
-            """The forward keeps O(N); the backward allocates the gradient and a few rows."""
-            n, v = 64, 2048
-            logits = torch.randn(n, v, device=DEVICE, requires_grad=True)
-            target = class_targets(n, v, device=DEVICE)
-            loss = call(logits, target)
-            spare = 4096 if DEVICE == "cuda" else 0  # the allocator's granularity
-            assert allocated_bytes(lambda: call(logits, target), DEVICE) <= 4 * n * (op.state_per_row + 2) + 16 + spare
-            backward = allocated_bytes(lambda: torch.autograd.grad(loss, logits, retain_graph=True), DEVICE)
-            assert 4 * n * v <= backward <= 4 * n * v + 16 + spare
-
-        @pytest.mark.skipif(not NATIVE_CPU, reason="float64 belongs to the CPU kernels and the reference")
-        @by_case
-        def test_gradcheck(self, case):
-            logits = torch.randn(5, 9, dtype=torch.float64, requires_grad=True)
-            target = target_of(case, 5, 9, torch.float64)
-            options = to(torch.float64, options_of(case, 5, 9))
-            assert torch.autograd.gradcheck(lambda x: op.call(x, target, reduction="none", **options), logits)
-
-        @pytest.mark.skipif(INTERPRETED, reason="torch.compile does not trace into the interpreter's NumPy")
-        @pytest.mark.parametrize("case", dict.fromkeys((plain, op.cases[-1])), ids=lambda case: case.name)
-        def test_compile_and_export(self, case):
-            options = to(DEVICE, options_of(case, 6, 12))
-
-            def step(logits, target):
-                return op.call(logits * 2, target, **options)
-
-            torch._dynamo.reset()  # the cases share one code object, whose recompilations are limited
-            compiled = torch.compile(step, fullgraph=True, dynamic=True)
-            for n in (6, 11):
-                if n != 6 and any(isinstance(o, Tensor) and len(o) == 6 for o in options.values()):
-                    continue  # a per-row option fixes the number of rows
-                logits = torch.randn(n, 12, device=DEVICE)
-                target = target_of(case, n, 12, torch.float32).to(DEVICE)
-                torch.testing.assert_close(
-                    value_and_gradient(compiled, logits, target), value_and_gradient(step, logits, target)
-                )
-
-            class Step(torch.nn.Module):
-                def forward(self, logits, target):
-                    return step(logits, target)
-
-            logits, target = torch.randn(6, 12, device=DEVICE), target_of(case, 6, 12, torch.float32).to(DEVICE)
-            exported = torch.export.export(Step(), (logits, target)).module()
-            torch.testing.assert_close(exported(logits, target), step(logits, target))
-
-        def test_autocast(self):
-            """Under autocast nothing is cast: statistics are float32 already."""
-            logits, target = torch.randn(6, 40, device=DEVICE), class_targets(6, 40, device=DEVICE)
-            expected = value_and_gradient(call, logits.bfloat16(), target)
-            with torch.autocast(DEVICE, dtype=torch.bfloat16):
-                ours = value_and_gradient(call, logits.bfloat16(), target)
-            assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(ours, expected, strict=True))
-
-        def test_out_of_range_target(self):
-            logits = torch.randn(4, 5, device=DEVICE, requires_grad=True)
-            for bad in (5, -1, 2**40, -(2**40)):
-                target = torch.tensor([0, bad, 2, 3], device=DEVICE)
-                if DEVICE == "cpu" and BACKEND != "triton":
-                    with pytest.raises(RuntimeError, match=rf"tilewise\.{op.name}: .*target\[1\].* got {bad}"):
-                        call(logits, target)
-                    continue
-                loss = call(logits, target, reduction="none")
-                (gradient,) = torch.autograd.grad(loss.sum(), logits)
-                assert loss.isnan().tolist() == [False, True, False, False]
-                assert gradient[1].isnan().all() and gradient[[0, 2, 3]].isfinite().all()
-
-        @pytest.mark.parametrize(
-            "logits, target, error, message",
-            [
-                (torch.randn(3, 4, 5), torch.zeros(3).long(), ValueError, r"logits to be 2-D, got shape \(3, 4, 5\)"),
-                (torch.randn(3, 0), torch.zeros(3).long(), ValueError, r"at least one class, got shape \(3, 0\)"),
-                (torch.ones(3, 4).long(), torch.zeros(3).long(), TypeError, r"logits to be float.*got torch.int64"),
-                (torch.randn(3, 4), torch.zeros(4).long(), ValueError, r"target to have shape \(3,\), got \(4,\)"),
-                (torch.randn(3, 4), torch.zeros(3, 1).long(), ValueError, r"target to have shape \(3,\), got \(3, 1\)"),
-                (torch.randn(3, 4), [0, 1, 2], TypeError, "target to be a tensor, got list"),
-                ([[0.0]], torch.zeros(1).long(), TypeError, "logits to be a tensor, got list"),
-                (torch.randn(3, 4), torch.zeros(3, dtype=torch.bool), TypeError, "got torch.bool"),
-            ],
-        )
-        def test_bad_arguments(self, logits, target, error, message):
-            def place(value):
-                return value.to(DEVICE) if isinstance(value, Tensor) else value
-
-            with pytest.raises(error, match=rf"^tilewise\.{op.name}: expected .*{message}"):
-                call(place(logits), place(target))
-
-        def test_bad_reduction(self):
-            with pytest.raises(ValueError, match=rf"tilewise\.{op.name}: .*'none', 'mean' or 'sum', got 'median'"):
-                call(torch.randn(3, 4, device=DEVICE), torch.zeros(3, device=DEVICE).long(), reduction="median")
-
-        def test_narrow_integer_targets(self):
-            logits = torch.randn(4, 5, device=DEVICE)
-            target = torch.tensor([0, 4, 2, 1], device=DEVICE)
-            for dtype in (torch.int32, torch.int16, torch.uint8):
-                assert torch.equal(call(logits, target.to(dtype)), call(logits, target))
-
-    return Contract

@@ -7,9 +7,10 @@ import importlib
 import torch
 import torch.nn.functional as F
 
-from case import Contender, common_contenders, peer
+from case import LAYERS, Contender, common_contenders, peer
 from layers import layer_case
 
+FAMILY = LAYERS
 SIZES = {  # (rows, features, classes), dtype, timed runs, seconds at most once three runs are done
     "quick": [((64, 16, 1000), torch.float32, 5, 1.0)],
     "cpu": [

@@ -8,10 +8,11 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from case import common_contenders
+from case import LAYERS, common_contenders
 from cases.z_loss import A, B, row_loss
 from layers import layer_case
 
+FAMILY = LAYERS
 SIZES = {  # (rows, features, classes), dtype, timed runs, seconds at most once three runs are done
     "quick": [((64, 16, 1000), torch.float32, 5, 1.0)],
     "cpu": [((8192, 256, 50257), torch.float32, 3, 60.0)],

@@ -8,8 +8,9 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from case import Case, Contender, common_contenders, spread
+from case import ATTENTION, Case, Contender, common_contenders, spread
 
+FAMILY = ATTENTION
 SIZES = {  # (batch, heads, tokens, features), dtype, timed runs, seconds at most once three runs are done
     "quick": [((1, 2, 96, 16), torch.float32, 5, 1.0)],
     "cpu": [((1, 8, 4096, 64), torch.float32, 9, 20.0), ((8, 8, 256, 64), torch.float32, 15, 4.0)],

@@ -7,8 +7,10 @@ import math
 
 import torch
 
+from case import PAIRS
 from pairs import pair_case, pairs_of
 
+FAMILY = PAIRS
 SIZES = {  # (rows, features, classes), dtype, timed runs, seconds at most once three runs are done
     "quick": [((96, 16, 12), torch.float32, 5, 1.0)],
     "cpu": [((4096, 128, 512), torch.float32, 7, 40.0), ((1024, 128, 128), torch.float32, 9, 5.0)],

@@ -7,8 +7,9 @@ from functools import partial
 
 import torch
 
-from case import Case, Contender, common_contenders, spread
+from case import ROWS, Case, Contender, common_contenders, spread
 
+FAMILY = ROWS
 SIZES = {  # rows, columns, k, timed runs, seconds at most
     "quick": [(64, 100, 4, 5, 1.0)],
     "cpu": [(65536, 256, 8, 11, 12.0)],

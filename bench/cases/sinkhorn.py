@@ -8,9 +8,10 @@ from functools import partial
 
 import torch
 
-from case import Case, common_contenders, peer
+from case import TRANSPORT, Case, common_contenders, peer
 from transport import ITERATIONS, NO_STOP, eager_value, loop, ott_of_matrix, plan_of, pot_value, reference_of
 
+FAMILY = TRANSPORT
 SIZES = {  # shape, timed runs, seconds at most once three runs are done
     "quick": [((96, 80), 3, 1.0), ((9, 8, 8), 3, 1.0)],
     "cpu": [((2048, 2048), 5, 60.0), ((4096, 8, 8), 15, 5.0)],

@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from case import Case, Contender, common_contenders, peer, why_not
+from case import TRANSPORT, Case, Contender, common_contenders, peer, why_not
 from transport import (
     ITERATIONS,
     NO_STOP,
@@ -18,6 +18,7 @@ from transport import (
     squared_distances,
 )
 
+FAMILY = TRANSPORT
 SIZES = {  # (n, m, d), timed runs, seconds at most once three runs are done
     "quick": [((96, 80, 16), 3, 1.0)],
     "cpu": [((2048, 2048, 64), 5, 60.0)],

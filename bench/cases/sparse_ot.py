@@ -9,9 +9,10 @@ from functools import partial
 
 import torch
 
-from case import Case, common_contenders, peer
+from case import TRANSPORT, Case, common_contenders, peer
 from transport import reference_of
 
+FAMILY = TRANSPORT
 GAMMA, TOL = 1.0, 1e-6
 STOP = 1e-16  # of POT, a decrease of the value: the largest power of ten that leaves rows no further off than TOL
 SIZES = {  # rows, columns, k, timed runs, seconds at most once three runs are done

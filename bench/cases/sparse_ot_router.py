@@ -8,9 +8,10 @@ from functools import partial
 
 import torch
 
-from case import Case, Contender, common_contenders
+from case import TRANSPORT, Case, Contender, common_contenders
 from transport import reference_of
 
+FAMILY = TRANSPORT
 STEPS, RATE = 20, 1e-2
 SIZES = {  # tokens, experts, capacity, timed runs, seconds at most
     "quick": [(200, 8, 30, 3, 1.0)],

@@ -10,8 +10,9 @@ import torch
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
-from case import Case, Contender, common_contenders, spread
+from case import SAMPLED, Case, Contender, common_contenders, spread
 
+FAMILY = SAMPLED
 RATIOS = (0.1, 0.3)
 SIZES = {  # dtype, rows, width, layers, timed runs, seconds at most
     "quick": [("float32", 100, 16, 2, 3, 1.0)],

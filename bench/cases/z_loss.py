@@ -7,8 +7,9 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from case import Case, row_contenders, row_inputs, row_reference, row_traffic
+from case import ROWS, Case, row_contenders, row_inputs, row_reference, row_traffic
 
+FAMILY = ROWS
 A, B = 1.0, 2.0
 SIZES = {  # rows, classes, dtype, timed runs, seconds at most
     "quick": [(64, 1000, torch.float32, 5, 1.0)],

@@ -1,5 +1,5 @@
 // Launching and addressing of kernels. Every launch goes through launch(), so that the same .cu files also
-// compile as plain C++ against tests/cuda_emulator, which runs the threads of a block as fibers.
+// compile as plain C++ against tests/gpu/cuda_emulator, which runs the threads of a block as fibers.
 #pragma once
 
 #include <cstddef>

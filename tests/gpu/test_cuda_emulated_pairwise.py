@@ -1,18 +1,14 @@
 """The CUDA kernel of the pairwise engine, run on the emulator, against the reference in float64."""
 
 import math
-import sys
-from pathlib import Path
 
+import emulated
 import pytest
 import torch
+from emulated import BFLOAT, FLOAT, HALF, ROUNDING, Guards, checked, close, pointer
 from pairwise_problems import LOSSES
 
 from tilewise.reference.pairwise import relations, row_losses
-
-sys.path.insert(0, str(Path(__file__).parent / "cuda_emulator"))
-import emulated
-from emulated import BFLOAT, FLOAT, HALF, ROUNDING, Guards, checked, close, pointer
 
 pytestmark = pytest.mark.skipif(emulated.COMPILER is None, reason="needs g++ (or CXX) to build the emulator")
 

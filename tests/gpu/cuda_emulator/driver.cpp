@@ -1,5 +1,5 @@
 // A flat C interface to the launch functions of the .cu files, for ctypes: `Call` is mirrored in
-// tests/test_cuda_emulated.py. Strides are in elements; null pointers are absent tensors.
+// tests/gpu/test_cuda_emulated.py. Strides are in elements; null pointers are absent tensors.
 #include "common/accumulate.h"
 #include "common/launch.cuh"
 #include "cross_entropy/cross_entropy.h"

@@ -15,7 +15,7 @@ import torch
 import tilewise
 from tilewise import loading
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 in_source_tree = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the source tree")
 
 NO_NVCC = "nvcc was not found on PATH, in CUDA_HOME or as CUDACXX"

@@ -1,19 +1,13 @@
 """The Z-loss headline measures what it says: steps, updates, epochs, shares of held-out words."""
 
-import importlib
 import itertools
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from bench_modules import bench_modules
 
-BENCH = Path(__file__).resolve().parent.parent / "bench"
-if not BENCH.exists():
-    pytest.skip("bench/ is not part of an installed tilewise", allow_module_level=True)
-sys.path.insert(0, str(BENCH))
-headline, measure, report, results = map(importlib.import_module, ("headlines.z_loss", "measure", "report", "results"))
+headline, measure, report, results = bench_modules("headlines.z_loss", "measure", "report", "results")
 
 
 def test_frequent_classes_follow_zipf():

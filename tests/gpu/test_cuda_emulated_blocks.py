@@ -1,13 +1,8 @@
-"""The CUDA kernels on blocks of a larger problem, as linear_cross_entropy hands them over, by tests/cuda_emulator."""
+"""The CUDA kernels on blocks of a larger problem, as linear_cross_entropy hands them over, on the emulator."""
 
-import sys
-from pathlib import Path
-
+import emulated
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent / "cuda_emulator"))
-import emulated
 from emulated import BFLOAT, FLOAT, HALF, Call, Guards, Matrix, checked, pointer
 
 pytestmark = pytest.mark.skipif(emulated.COMPILER is None, reason="needs g++ (or CXX) to build the emulator")

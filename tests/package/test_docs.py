@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 import tilewise
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 README, FIGURES, RESULTS = ROOT / "README.md", ROOT / "docs" / "figures.md", ROOT / "bench" / "results"
 in_source_tree = pytest.mark.skipif(not README.exists(), reason="the README is not part of an installed package")
 DOCUMENTED = (

@@ -1,13 +1,9 @@
 """csrc/common, as every instruction set compiles it, against NumPy in float64."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "build" / "native"))
 native = pytest.importorskip("native_tests", reason="`make native` builds this module in the source tree")
 
 ALL_16_BITS = np.arange(2**16, dtype=np.uint16)

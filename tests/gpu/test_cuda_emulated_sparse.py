@@ -1,9 +1,9 @@
 """The CUDA kernels of simplex_topk and sparse_ot, run by the CPU emulator, against the float64 reference."""
 
+import emulated
 import pytest
 import torch
-from cuda_emulator import emulated
-from cuda_emulator.emulated import Guards, SparseCall, checked, pointer
+from emulated import Guards, SparseCall, checked, pointer
 
 from tilewise.reference.sparse_ot import OPS as REFERENCE
 

@@ -1,4 +1,4 @@
-"""The spherical family: the contract for its three members, their invariances, the numbers of the formulas."""
+"""The spherical family: the invariances of its members, the numbers of the formulas."""
 
 import math
 
@@ -7,77 +7,11 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
-import torch.nn.functional as F
-from contract import BACKEND, DEVICE, INTERPRETED, Case, Operator
+from contract import BACKEND, DEVICE, INTERPRETED
 
 import tilewise
 from tilewise.reference import z_loss as reference
 from tilewise.testing import class_targets, relative_error
-
-
-def reduced(rows, target, reduction, ignore_index=-100):
-    kept = target != ignore_index
-    rows = rows.masked_fill(~kept, 0)
-    return {"none": rows, "sum": rows.sum(), "mean": rows.sum() / kept.sum()}[reduction]
-
-
-def eager_z(logits, target, *, a, b, reduction="mean"):
-    """Standardise, gather, softplus, as one writes it with PyTorch."""
-    o = logits
-    z = (o - o.mean(1, keepdim=True)) / o.std(1, keepdim=True, correction=0)
-    return reduced(F.softplus(a * (b - z.gather(1, target.clamp(min=0)[:, None])[:, 0])) / a, target, reduction)
-
-
-def eager_taylor(logits, target, *, reduction="mean"):
-    n = 1 + logits + logits.square() / 2
-    return reduced(-(n / n.sum(1, keepdim=True)).gather(1, target.clamp(min=0)[:, None])[:, 0].log(), target, reduction)
-
-
-def eager_spherical(logits, target, *, eps=1e-6, reduction="mean"):
-    n = logits.square() + eps
-    return reduced(-(n / n.sum(1, keepdim=True)).gather(1, target.clamp(min=0)[:, None])[:, 0].log(), target, reduction)
-
-
-Z = Operator(
-    name="z_loss",
-    call=tilewise.z_loss,
-    reference=reference.z_loss,
-    eager=eager_z,
-    cases=[Case("a=1, b=0"), Case("a=3, b=2", lambda n, v: {"a": 3.0, "b": 2.0})],
-    state_per_row=4,
-    polynomial=True,
-    required={"a": 1.0, "b": 0.0},
-)
-TAYLOR = Operator(
-    name="taylor_softmax_loss",
-    call=tilewise.taylor_softmax_loss,
-    reference=reference.taylor_softmax_loss,
-    eager=eager_taylor,
-    cases=[Case("plain")],
-    state_per_row=4,
-    polynomial=True,
-)
-SPHERICAL = Operator(
-    name="spherical_softmax_loss",
-    call=tilewise.spherical_softmax_loss,
-    reference=reference.spherical_softmax_loss,
-    eager=eager_spherical,
-    cases=[Case("plain"), Case("eps", lambda n, v: {"eps": 1e-2})],
-    state_per_row=4,
-    polynomial=True,
-)
-
-
-class TestZLoss(contract.contract_tests(Z)):
-    pass
-
-
-class TestTaylorSoftmaxLoss(contract.contract_tests(TAYLOR)):
-    pass
-
-
-class TestSphericalSoftmaxLoss(contract.contract_tests(SPHERICAL)):
-    pass
 
 
 def test_known_values():

@@ -1,9 +1,9 @@
 """The CUDA kernels of wta_crs, run by the CPU emulator, against the reference."""
 
+import emulated
 import pytest
 import torch
-from cuda_emulator import emulated
-from cuda_emulator.emulated import DTYPES, Guards, RowsCall, checked, pointer
+from emulated import DTYPES, Guards, RowsCall, checked, pointer
 
 from tilewise.ops.wta_crs import METHODS
 from tilewise.reference.wta_crs import MIX_BITS

@@ -1,17 +1,10 @@
 """The mala headline measures what it says: the same layers, times, and weights that sharpen or do not."""
 
-import importlib
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from bench_modules import bench_modules
 
-BENCH = Path(__file__).resolve().parent.parent / "bench"
-if not BENCH.exists():
-    pytest.skip("bench/ is not part of an installed tilewise", allow_module_level=True)
-sys.path.insert(0, str(BENCH))
-headline, case, report, results = map(importlib.import_module, ("headlines.mala", "cases.mala", "report", "results"))
+headline, case, report, results = bench_modules("headlines.mala", "cases.mala", "report", "results")
 
 
 @pytest.mark.parametrize("causal", [False, True])

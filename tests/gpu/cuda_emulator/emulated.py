@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 HERE = Path(__file__).resolve().parent
 SOURCES = [*sorted(ROOT.glob("csrc/*/*_cuda.cu")), *sorted(HERE.glob("driver*.cpp"))]
 COMPILER = shutil.which(os.environ.get("CXX", "g++"))

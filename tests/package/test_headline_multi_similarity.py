@@ -1,17 +1,10 @@
 """The multi-similarity headline measures what it says: recall, equal curves, time and memory, where the peer stops."""
 
-import importlib
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from bench_modules import bench_modules
 
-BENCH = Path(__file__).resolve().parent.parent / "bench"
-if not BENCH.exists():
-    pytest.skip("bench/ is not part of an installed tilewise", allow_module_level=True)
-sys.path.insert(0, str(BENCH))
-headline, report, results = map(importlib.import_module, ("headlines.multi_similarity", "report", "results"))
+headline, report, results = bench_modules("headlines.multi_similarity", "report", "results")
 
 
 def test_recall():

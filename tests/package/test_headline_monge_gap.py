@@ -1,17 +1,10 @@
 """The Monge gap headline measures what it says: a map that pays too much, and the least that would do."""
 
-import importlib
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from bench_modules import bench_modules
 
-BENCH = Path(__file__).resolve().parent.parent / "bench"
-if not BENCH.exists():
-    pytest.skip("bench/ is not part of an installed tilewise", allow_module_level=True)
-sys.path.insert(0, str(BENCH))
-headline, report, results = map(importlib.import_module, ("headlines.monge_gap", "report", "results"))
+headline, report, results = bench_modules("headlines.monge_gap", "report", "results")
 
 
 def test_what_a_map_pays():

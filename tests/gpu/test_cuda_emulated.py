@@ -1,19 +1,14 @@
-"""The CUDA kernels without a GPU: the same .cu files, run by tests/cuda_emulator, against float64 formulas.
+"""The CUDA kernels without a GPU: the same .cu files, run by tests/gpu/cuda_emulator, against float64 formulas.
 
 What this cannot show: speed, the device's own exp and rounding (its approximations are replaced by the C library's),
 and races that depend on warps really running at once.
 """
 
-import sys
-from pathlib import Path
-
+import emulated
 import pytest
 import torch
-from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parent / "cuda_emulator"))
-import emulated
 from emulated import BFLOAT, FLOAT, HALF, WORST, Call, Guards, Matrix, checked, close_gradient, close_value, pointer
+from torch import Tensor
 
 pytestmark = pytest.mark.skipif(emulated.COMPILER is None, reason="needs g++ (or CXX) to build the emulator")
 

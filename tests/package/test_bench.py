@@ -1,24 +1,19 @@
 """The benchmark suite reports what it claims to: numbers, errors, tables, stages."""
 
-import importlib
 import json
 import math
 import sys
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
+from bench_modules import bench_modules
 
-BENCH = Path(__file__).resolve().parent.parent / "bench"
-if not BENCH.exists():
-    pytest.skip("bench/ is not part of an installed tilewise", allow_module_level=True)
-sys.path.insert(0, str(BENCH))
-case, figures, gpu, measure, plots, report, results, run, train_lm = map(
-    importlib.import_module, ("case", "figures", "gpu", "measure", "plots", "report", "results", "run", "train_lm")
+case, figures, gpu, measure, plots, report, results, run, train_lm = bench_modules(
+    "case", "figures", "gpu", "measure", "plots", "report", "results", "run", "train_lm"
 )
-z_loss, layers = map(importlib.import_module, ("cases.z_loss", "layers"))
+z_loss, layers = bench_modules("cases.z_loss", "layers")
 
 SETTING = {"device": "Test CPU", "instruction_set": "AVX2", "threads": 2}
 TIMES = {"tilewise": 10.0, "torch eager": 40.0, "torch.compile": 20.0, "plain copy": 5.0}

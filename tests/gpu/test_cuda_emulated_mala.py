@@ -1,16 +1,11 @@
 """The CUDA kernels of mala, run on the emulator, against the reference in float64."""
 
-import sys
-from pathlib import Path
-
+import emulated
 import pytest
 import torch
+from emulated import BFLOAT, FLOAT, HALF, ROUNDING, AttentionCall, Guards, TokenCall, checked, pointer
 
 from tilewise.reference.mala import OPS as REFERENCE
-
-sys.path.insert(0, str(Path(__file__).parent / "cuda_emulator"))
-import emulated
-from emulated import BFLOAT, FLOAT, HALF, ROUNDING, AttentionCall, Guards, TokenCall, checked, pointer
 
 pytestmark = pytest.mark.skipif(emulated.COMPILER is None, reason="needs g++ (or CXX) to build the emulator")
 

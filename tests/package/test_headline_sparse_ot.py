@@ -1,18 +1,12 @@
 """The sparse transport headline measures what it says: places served in order, plans, a mixture that learns."""
 
-import importlib
 import itertools
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from bench_modules import bench_modules
 
-BENCH = Path(__file__).resolve().parent.parent / "bench"
-if not BENCH.exists():
-    pytest.skip("bench/ is not part of an installed tilewise", allow_module_level=True)
-sys.path.insert(0, str(BENCH))
-headline, report, results = map(importlib.import_module, ("headlines.sparse_ot", "report", "results"))
+headline, report, results = bench_modules("headlines.sparse_ot", "report", "results")
 
 
 def test_places_are_served_in_order():
