@@ -85,6 +85,8 @@ inline void check(const Attention& attention) {
   }
   require(!attention.causal || q.size(2) == k.size(2), Attention::kOp,
           "expected as many queries as keys when causal, got ", q.size(2), " and ", k.size(2));
+  require(attention.seen >= 0 && attention.seen < int64_t{1} << 62, Attention::kOp,
+          "expected the keys seen before to be a count below 2^62, got ", attention.seen);
   require(attention.cos.has_value() == attention.sin.has_value(), Attention::kOp,
           "expected cos and sin together, got one of them");
   if (!attention.cos.has_value()) return;

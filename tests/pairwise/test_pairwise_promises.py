@@ -187,7 +187,7 @@ def test_miners_and_functions_under_autocast():
     n=st.integers(1, 12),
     m=st.integers(1, 40),
     classes=st.integers(1, 8),
-    scale=st.floats(-20, 20),
+    scale=st.floats(-20, 20).filter(lambda s: s == 0 or abs(s) > 1e-30),  # below, different similarities round to one
     offset=st.one_of(st.none(), st.integers(-3, 15), st.sampled_from([-(2**63), 2**63 - 1])),
     seed=st.integers(0, 1000),
 )
