@@ -97,6 +97,16 @@ def test_supcon(labels):
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("kind", ["random", "duplicates", "ties"])
+def test_circle(labels, kind):
+    loss = losses.CircleLoss(m=0.25, gamma=32, reducer=reducers.MeanReducer())
+    weighting = tilewise.weighting.Circle(margin=0.25, gamma=32)
+    ours, theirs = both(
+        lambda x: tilewise.pair_weighted_loss(x, labels, weighting), lambda x: loss(x, labels), embeddings(kind)
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
 def test_nt_xent():
     loss = losses.NTXentLoss(temperature=0.5)
     pairs = torch.arange(6).repeat(2)
