@@ -13,7 +13,7 @@ NATIVE_SOURCES := $(wildcard tests/native/* csrc/common/*)
 PY_FILES := setup.py pysrc triton_kernels tests bench
 
 .DELETE_ON_ERROR:
-.PHONY: help venv build native lint format test test-cpu test-triton sanitize bench headlines bench-compare readme inplace gpu check-cuda wheel check-wheel clean
+.PHONY: help venv build native lint format test test-cpu test-triton aot sanitize bench headlines bench-compare readme inplace gpu check-cuda wheel check-wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -79,6 +79,12 @@ SANITIZED_PY = PYTHONPATH=$(CURDIR)/$(SANITIZED) OMP_NUM_THREADS=1 \
 	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:detect_odr_violation=0 \
 	UBSAN_OPTIONS=print_stacktrace=1 $(PY)
 FUZZ_CALLS ?= 20000
+
+OLDER_TRITON := build/triton-3.6.0
+aot: build ## every Triton kernel compiled for sm_80, 90 and 100, by the Triton installed and by that of PyTorch 2.11
+	@test -d $(OLDER_TRITON) || $(PY) $(PIP_INSTALL) --no-deps --target $(OLDER_TRITON) triton==3.6.0
+	@TILEWISE_AOT_ARCHS=80,90,100 $(PY) -m pytest -q tests/gpu/test_triton_aot.py
+	@TILEWISE_AOT_ARCHS=80,90,100 PYTHONPATH=$(OLDER_TRITON) $(PY) -m pytest -q tests/gpu/test_triton_aot.py
 
 sanitize: venv ## the contract and the fuzzer on a CPU library with AddressSanitizer and UndefinedBehaviorSanitizer
 	@TILEWISE_CUDA=0 TILEWISE_SANITIZE=1 $(PY) setup.py -q build_ext --build-temp build/sanitize/cmake --build-lib $(SANITIZED)

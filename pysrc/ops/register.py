@@ -108,7 +108,7 @@ def _overload_with_tensors(op: str) -> torch._ops.OpOverload:
 
 def _direct(op: str, overload: torch._ops.OpOverload) -> Callable:
     """Calls the operator's derivative where something records, else the kernel of the device."""
-    run, fill, plain = overload._op, _filler(op), defaults(op)
+    run, fill, plain = overload._op, _filler(op), _plain(op, overload)
 
     def direct(inputs: tuple, options: dict):
         if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)):
@@ -123,6 +123,11 @@ def defaults(op: str) -> dict | None:
     """The options of an operator that has a default for each."""
     options = [a for a in schema.schema_of(op) if a.kwarg_only]
     return {a.name: a.default_value for a in options} if all(a.has_default_value() for a in options) else None
+
+
+def _plain(op: str, overload: torch._ops.OpOverload) -> dict | None:
+    """Options that need not be handed over; none where they may be tensors, which a tracer cannot compare."""
+    return defaults(op) if overload is overload_of(op) else None
 
 
 def _filler(op: str) -> Callable:
@@ -168,7 +173,7 @@ def _autograd_kernel(direct: Callable) -> Callable:
 
 
 def _function(op: str, overload, backward: Callable, setup_context: Callable, jvp: Callable | None):
-    run, plain = overload._op, defaults(op)
+    run, plain = overload._op, _plain(op, overload)
 
     def forward(ctx, *arguments):
         *inputs, options = arguments

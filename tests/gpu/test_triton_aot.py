@@ -1,7 +1,8 @@
 """Compiles the Triton kernels ahead of time, without a GPU, exactly as the operators launch them on large inputs.
 
 The operators run on meta tensors with kernel launches recorded instead of made; every recorded launch is compiled for
-Hopper and Blackwell, and the machine code must not spill registers and must fit into shared memory. Triton decides at
+Hopper and Blackwell (`make aot`: for Ampere, too), and the machine code must not spill registers and must fit into
+shared memory. Triton decides at
 import whether it interprets, so the compilation happens in a process where TRITON_INTERPRET is not set: this file, run
 as a script with the architecture as its argument, which prints one JSON line per kernel.
 """
@@ -18,10 +19,11 @@ import torch
 
 pytestmark = pytest.mark.slow
 
-ARCHITECTURES = (90, 100)
+ARCHITECTURES = tuple(map(int, os.environ.get("TILEWISE_AOT_ARCHS", "90,100").split(",")))
 DTYPES = ("bfloat16", "float16", "float32")
-SHARED_MEMORY_LIMIT = 227 * 1024
+SHARED_MEMORY_LIMIT = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # of sm_86 and sm_89 for 80
 ROWS = 8192
+AMPERE_STACK_LIMIT = 128  # bytes, of any kernel
 # Bytes that may lie on the stack: a few of the many addresses of attention with 96 features, rotated or causal, and of
 # the problems of a batch, do; so do four of the statistics that cross entropy with all its options keeps lane by lane.
 STACK_LIMIT = {
@@ -293,8 +295,9 @@ def test_kernels_fit(reports, arch, dtype):
         *WTA_CRS,
         *(SINKHORN + SPARSE if dtype == "float32" else ()),
     }
-    assert [r for r in compiled if r["local"] or r["shared"] > SHARED_MEMORY_LIMIT] == []
-    assert [r for r in compiled if r["stack"] > STACK_LIMIT.get(r["kernel"], 0)] == []
+    assert [r for r in compiled if r["local"] or r["shared"] > SHARED_MEMORY_LIMIT[arch]] == []
+    allowed = dict.fromkeys((r["kernel"] for r in compiled), AMPERE_STACK_LIMIT) if arch == 80 else STACK_LIMIT
+    assert [r for r in compiled if r["stack"] > allowed.get(r["kernel"], 0)] == []
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -32,3 +32,14 @@ def test_two_graphs_serve_every_number(call):
         found, expected = (torch.autograd.grad(f(x, number), x)[0] for f in (compiled, CALLS[call]))
         torch.testing.assert_close(found, expected)
     assert counter.frame_count <= 2
+
+
+def test_numbers_change_where_nothing_records():
+    torch._dynamo.reset()
+    call = CALLS["cross_entropy, logit_scale"]
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(call, fullgraph=True, backend=counter)
+    x = torch.randn(8, 6)
+    for number in (0.5, 1.5, 0.7):
+        torch.testing.assert_close(compiled(x, number), call(x, number))
+    assert counter.frame_count <= 2
