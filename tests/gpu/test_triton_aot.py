@@ -33,6 +33,7 @@ STACK_LIMIT = {
     "sinkhorn_apply_kernel": 48,
     "sinkhorn_half_step_kernel": 8,
     "cross_entropy_forward_kernel": 16,
+    "pairwise_kernel": 8,
     "spherical_family_forward_kernel": 8,
     "spherical_family_backward_kernel": 8,
 }
