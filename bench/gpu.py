@@ -6,7 +6,7 @@
 A stage ends within about eight minutes: each of its steps is stopped, with all it started, when its seconds are over,
 and the next one runs. $OUT, else bench/results/<gpu>/, holds <stage>.json, written before and after each step, and
 <stage>.log; measurements and tests write their own JSON beside them as they go. The exit status is 1 when a step
-failed, or overran and is no measurement.
+failed, or overran where it has to end.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Step:
     command: list[str]
     seconds: float
     environment: dict[str, str] = field(default_factory=dict)
-    measures: bool = False  # an overrun fails nothing: what was measured by then is written
+    may_overrun: bool = False  # without failing: what was measured by then is written
 
 
 @dataclass
@@ -71,9 +71,9 @@ def tests(out: Path, backend: str, workers: int, seconds: float) -> Step:
     return Step(f"gpu-test-{backend}", "tests", command, seconds, environment | {"TILEWISE_BACKEND": backend})
 
 
-def launches(stage: str, name: str, out: Path, backend: str, seconds: float) -> Step:
-    command = [sys.executable, "bench/smoke.py", "launches", "--out", str(out / f"launches-{backend}.json")]
-    return Step(stage, name, command, seconds, {"TILEWISE_BACKEND": backend})
+def launches(backend: str, seconds: float, path: Path, stage: str = "gpu-smoke", may_overrun: bool = False) -> Step:
+    command = [sys.executable, "bench/smoke.py", "launches", "--out", str(path)]
+    return Step(stage, f"launches {backend}", command, seconds, {"TILEWISE_BACKEND": backend}, may_overrun)
 
 
 def sanitizer(tool: str, backend: str, seconds: float) -> Step:
@@ -83,28 +83,30 @@ def sanitizer(tool: str, backend: str, seconds: float) -> Step:
     return Step("gpu-sanitize", f"{tool} {backend}", command, seconds, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
 
 
-def steps(out: Path, architecture: str) -> list[Step]:
-    """The table: stages in their order, each a step or several."""
+def steps(out: Path, kept: Path, architecture: str) -> list[Step]:
+    """The table: stages in their order, each a step or several; `kept` may have the benchmarks that `out` has not."""
     python = sys.executable
     build = {"TILEWISE_CUDA": "1", "TILEWISE_CUDA_ARCHS": architecture}
     ceilings = [python, "bench/smoke.py", "ceilings", "--out", str(out / "ceilings.json")]
     bench = [python, "bench/run.py", "--device", "cuda", "--no-train", "--no-report", "--out", str(out)]
-    profile = [python, "bench/profile_kernels.py", "--results", str(out), "--out", str(out / "profile.json")]
+    profile = [python, "bench/profile_kernels.py", "--results", str(out), str(kept)]
+    profile += ["--out", str(out / "profile.json")]
     return [
         Step(BUILD, "build", ["make", "--no-print-directory", "inplace", f"PYTHON={python}"], 480, build),
-        Step("gpu-smoke", "ceilings", ceilings, 90, measures=True),
-        launches("gpu-smoke", "launches cuda", out, "cuda", 150),
-        launches("gpu-smoke", "launches triton", out, "triton", 240),
+        Step("gpu-smoke", "ceilings", ceilings, 90, may_overrun=True),
+        launches("cuda", 150, out / "launches-cuda.json"),
+        launches("triton", 240, out / "launches-triton.json"),
         tests(out, "cuda", 8, 480),
         # The driver starts no case that does not fit; what it has by then is written, so it has time to end by itself.
-        Step("gpu-bench", "benchmarks", [*bench, "--budget", "420"], 480, measures=True),
-        launches("gpu-test-triton", "warm compile cache", out, "triton", 120),
+        Step("gpu-bench", "benchmarks", [*bench, "--budget", "420"], 480, may_overrun=True),
+        # Each function in its own process: kernels are compiled in parallel, and hardly one twice.
+        launches("triton", 120, out / "warmed.json", "gpu-test-triton", may_overrun=True),
         tests(out, "triton", 16, 360),
         sanitizer("memcheck", "cuda", 100),
         sanitizer("racecheck", "cuda", 100),
         sanitizer("memcheck", "triton", 140),
         sanitizer("racecheck", "triton", 140),
-        Step("gpu-profile", "ncu", profile, 420, measures=True),
+        Step("gpu-profile", "ncu", profile, 420, may_overrun=True),
     ]
 
 
@@ -213,8 +215,9 @@ def main(wanted: list[str]) -> int:
         return 2
     name, architecture = gpu
     folder = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    out = Path(os.environ.get("OUT") or ROOT / "bench" / "results" / folder)
-    table = grouped(steps(out, architecture))
+    kept = ROOT / "bench" / "results" / folder
+    out = Path(os.environ.get("OUT") or kept).resolve()  # steps run in ROOT
+    table = grouped(steps(out, kept, architecture))
     if unknown := set(wanted) - set(table):
         print(f"no such stage: {', '.join(sorted(unknown))}; there are {', '.join(table)}")
         return 2
@@ -224,7 +227,7 @@ def main(wanted: list[str]) -> int:
         for step, outcome in run_stage(table[stage], name, out):
             lines.append(f"{stage:16} {outcome.name:20} {outcome.state:12} {outcome.seconds:6.1f} s  {outcome.detail}")
             print(lines[-1], flush=True)
-            good = good and outcome.state != "failed" and (outcome.state != "overran" or step.measures)
+            good = good and outcome.state != "failed" and (outcome.state != "overran" or step.may_overrun)
         if stage == "gpu-bench":
             print(bench_table(out / f"{stage}.log"), flush=True)
     print("\n".join(["", f"{name}, results in {out}", *lines]))

@@ -28,7 +28,7 @@ from case import Case, Contender
 from gpu import UNAVAILABLE
 from results import groups, save, say
 
-REFUSES = re.compile("ERR_NVGPUCTRPERM|LibraryNotLoaded|Failed to initialize|No kernels were profiled because", re.I)
+REFUSES = re.compile("ERR_NVGPUCTRPERM|LibraryNotLoaded|Failed to initialize", re.I)
 METRICS = {
     "gpu__time_duration.sum": "ns",
     "dram__bytes_read.sum": "bytes_read",
@@ -93,15 +93,22 @@ def run_once(case: Case, contender: Contender):
             torch.cuda.profiler.stop()
 
 
+def number(text: str) -> float | None:
+    """None for what a chip does not count: empty, or n/a."""
+    try:
+        return float(text.replace(",", ""))
+    except ValueError:
+        return None
+
+
 def kernels(output: str) -> list[dict]:
     """ncu's table: a line of names, one of units, one for each launch."""
     lines = itertools.dropwhile(lambda line: not line.startswith('"ID"'), output.splitlines())
     found = []
     for row in csv.DictReader(lines):
         if row["ID"].isdigit():
-            numbers = {ours: row.get(theirs, "").replace(",", "") for theirs, ours in METRICS.items()}
-            name = {"kernel": row["Kernel Name"][:120]}
-            found.append(name | {ours: float(text) if text else None for ours, text in numbers.items()})
+            metrics = {ours: number(row.get(theirs, "")) for theirs, ours in METRICS.items()}
+            found.append({"kernel": row["Kernel Name"][:120]} | metrics)
     return found
 
 
@@ -117,13 +124,13 @@ def profiled(far: Far) -> tuple[list[dict], str]:
         return [], f"took more than {SECONDS:.0f} s"
     found = kernels(done.stdout)
     lines = done.stdout.strip().splitlines() or [f"exit status {done.returncode}"]
-    refusal = next((line for line in lines if REFUSES.search(line)), lines[-1])
-    return found, "" if found else refusal
+    own = [line for line in lines if not line.startswith("==")] or lines  # not the profiler's, that something failed
+    return found, "" if found else next((line for line in lines if REFUSES.search(line)), own[-1])
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, help="folder with the benchmarks' JSON")
+    parser.add_argument("--results", type=Path, nargs="+", help="folders: the first that holds benchmarks")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--cases", type=int, default=6)
     parser.add_argument("--op", help="run this case once, for the profiler")
@@ -135,7 +142,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.op:
         run_once(*find(options.device, options.op, options.label, options.contender, options.quick))
         return 0
-    chosen = furthest(options.results, options.cases)
+    chosen = next(filter(None, (furthest(folder, options.cases) for folder in options.results)), [])
     content = {"unavailable": None, "cases": []}
     if not shutil.which("ncu"):
         content["unavailable"] = "ncu is not on PATH"
@@ -152,7 +159,7 @@ def main(arguments: list[str] | None = None) -> int:
         say(f"unavailable: {content['unavailable']}")
         return UNAVAILABLE
     if not chosen:
-        say(f"no benchmark of ours in {options.results}: make gpu-bench comes first")
+        say(f"no benchmark of ours in {' or '.join(map(str, options.results))}: make gpu-bench comes first")
     failed = [case for case in content["cases"] if case["failed"]]
     return 1 if failed or not chosen else 0
 

@@ -69,6 +69,10 @@ def plan(machine, acts):
     (machine / "plan").write_text(json.dumps(list(acts.items())))
 
 
+def table_of(machine):
+    return gpu.steps(machine / "out", ROOT / "bench" / "results" / "nvidia-test", "90")
+
+
 def calls(machine):
     return [json.loads(line) for line in (machine / "calls").read_text().splitlines()]
 
@@ -92,7 +96,7 @@ def gone(pid):
 def test_all_stages_in_order_each_with_its_json(machine, capsys):
     assert gpu.main([]) == 0
     made = calls(machine)
-    table = gpu.steps(machine / "out", "90")
+    table = table_of(machine)
     assert list(gpu.grouped(table)) == STAGES
     assert [said for said, *_ in made] == [" ".join([Path(s.command[0]).name, *s.command[1:]]) for s in table]
     done = {}
@@ -128,7 +132,7 @@ def test_tests_share_the_gpu_where_xdist_is_there(machine, monkeypatch):
 def test_a_failure_is_recorded_and_hides_nothing(machine, capsys):
     plan(machine, {"make": [2, "no nvcc"], "-m pytest": [1, "E 3 failed"], "racecheck": [1, "a race"]})
     assert gpu.main([]) == 1
-    assert len(calls(machine)) == len(gpu.steps(machine, "90"))
+    assert len(calls(machine)) == len(table_of(machine))
     for stage, name, reason in (
         ("gpu-build", "build", "no nvcc"),
         ("gpu-test-cuda", "tests", "E 3 failed"),
@@ -141,7 +145,7 @@ def test_a_failure_is_recorded_and_hides_nothing(machine, capsys):
     assert "--- gpu-build, build: the end of its output\nfirst line\nno nvcc" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("stage", ["gpu-build", "gpu-smoke", "gpu-test-cuda", "gpu-test-triton", "gpu-sanitize"])
+@pytest.mark.parametrize("stage", STAGES)
 def test_one_failure_is_enough(machine, stage):
     plan(machine, {"": [1, "wrong"]})
     assert gpu.main([stage]) == 1
@@ -152,7 +156,7 @@ def test_one_failure_is_enough(machine, stage):
 @pytest.mark.parametrize("needle, stage, status", [("-m pytest", "gpu-test-cuda", 1), ("run.py", "gpu-bench", 0)])
 def test_an_overrun_is_stopped_with_all_it_started(machine, monkeypatch, needle, stage, status):
     """Tests have to end; a measurement has written what it found."""
-    table = gpu.steps(machine / "out", "90")
+    table = table_of(machine)
     short = [replace(step, seconds=0.7 if step.stage == stage else 20.0) for step in table]
     monkeypatch.setattr(gpu, "steps", lambda *_: short)
     plan(machine, {needle: "hang"})
@@ -221,7 +225,7 @@ def test_table_of_the_benchmarks(tmp_path):
 
 
 def test_stages_fit_their_minutes_and_are_targets(tmp_path):
-    table = gpu.grouped(gpu.steps(tmp_path, "90"))
+    table = gpu.grouped(table_of(tmp_path))
     assert max(sum(step.seconds for step in chosen) for chosen in table.values()) <= 490
     makefile = (ROOT / "Makefile").read_text()
     assert all(f"\n{stage}: ## " in makefile for stage in table)
@@ -310,7 +314,7 @@ def test_the_furthest_from_their_bound(measured):
 NAMES = ["ID", "Kernel Name", "gpu__time_duration.sum", "dram__bytes_read.sum", "launch__registers_per_thread"]
 TABLE = "\n".join(
     ["==PROF== Connected", ",".join(f'"{name}"' for name in NAMES), '"","","ns","byte","register/thread"']
-    + ['"0","rows(int, float)","1,234.5","2000","32"', '"1","tail","10","0",""']
+    + ['"0","rows(int, float)","1,234.5","2000","32"', '"1","tail","10","n/a",""']
 )
 
 
@@ -319,7 +323,7 @@ TABLE = "\n".join(
     [
         (TABLE, 0, None),
         ("==ERROR== ERR_NVGPUCTRPERM - no permission\nthe end", 77, "==ERROR== ERR_NVGPUCTRPERM - no permission"),
-        ("Traceback\nValueError: no", 1, "ValueError: no"),
+        ("Traceback\nValueError: no\n==ERROR== The application returned an error code (1).", 1, "ValueError: no"),
         (None, 77, "ncu is not on PATH"),
     ],
 )
@@ -329,7 +333,8 @@ def test_metrics_of_the_profiler(measured, machine, said, status, reason, capsys
         (machine / "bin" / "ncu").chmod(0o755)
         (machine / "said").write_text(said + "\n")
     out = machine / "profile.json"
-    assert profile_kernels.main(["--results", str(measured), "--out", str(out)]) == status
+    folders = [str(machine / "empty"), str(measured)]
+    assert profile_kernels.main(["--results", *folders, "--out", str(out)]) == status
     content = json.loads(out.read_text())
     if status == gpu.UNAVAILABLE:
         assert content == {"unavailable": reason, "cases": []}
@@ -339,7 +344,7 @@ def test_metrics_of_the_profiler(measured, machine, said, status, reason, capsys
     if reason is None:
         first, second = content["cases"][0]["kernels"]
         assert first["kernel"] == "rows(int, float)" and first["ns"] == 1234.5 and first["registers"] == 32
-        assert second["ns"] == 10 and second["registers"] is None and second["occupancy_percent"] is None
+        assert second["ns"] == 10 and not any(second[name] for name in ("registers", "bytes_read", "bytes_written"))
 
 
 def test_what_the_profiler_looks_at_runs():
