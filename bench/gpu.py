@@ -39,6 +39,7 @@ class Step:
     seconds: float
     environment: dict[str, str] = field(default_factory=dict)
     may_overrun: bool = False  # without failing: what was measured by then is written
+    writes: Path | None = None  # as it goes; an earlier run's is removed first
 
 
 @dataclass
@@ -67,13 +68,15 @@ def in_parallel(most: int) -> tuple[list[str], dict[str, str]]:
 def tests(out: Path, backend: str, workers: int, seconds: float) -> Step:
     parallel, environment = in_parallel(workers)
     command = [sys.executable, "-m", "pytest", "tests", "-q", "-m", "cuda", "--maxfail=30", "-p", "no:cacheprovider"]
-    command += ["--tb=short", "--failures", str(out / f"test-{backend}.json"), *parallel]
-    return Step(f"gpu-test-{backend}", "tests", command, seconds, environment | {"TILEWISE_BACKEND": backend})
+    path = out / f"test-{backend}.json"
+    command += ["--tb=short", "--failures", str(path), *parallel]
+    environment = environment | {"TILEWISE_BACKEND": backend}
+    return Step(f"gpu-test-{backend}", "tests", command, seconds, environment, writes=path)
 
 
 def launches(backend: str, seconds: float, path: Path, stage: str = "gpu-smoke", may_overrun: bool = False) -> Step:
     command = [sys.executable, "bench/smoke.py", "launches", "--out", str(path)]
-    return Step(stage, f"launches {backend}", command, seconds, {"TILEWISE_BACKEND": backend}, may_overrun)
+    return Step(stage, f"launches {backend}", command, seconds, {"TILEWISE_BACKEND": backend}, may_overrun, path)
 
 
 def sanitizer(tool: str, backend: str, seconds: float) -> Step:
@@ -87,13 +90,13 @@ def steps(out: Path, kept: Path, architecture: str) -> list[Step]:
     """The table: stages in their order, each a step or several; `kept` may have the benchmarks that `out` has not."""
     python = sys.executable
     build = {"TILEWISE_CUDA": "1", "TILEWISE_CUDA_ARCHS": architecture}
-    ceilings = [python, "bench/smoke.py", "ceilings", "--out", str(out / "ceilings.json")]
+    ceilings_json, profile_json = out / "ceilings.json", out / "profile.json"
+    ceilings = [python, "bench/smoke.py", "ceilings", "--out", str(ceilings_json)]
     bench = [python, "bench/run.py", "--device", "cuda", "--no-train", "--no-report", "--out", str(out)]
-    profile = [python, "bench/profile_kernels.py", "--results", str(out), str(kept)]
-    profile += ["--out", str(out / "profile.json")]
+    profile = [python, "bench/profile_kernels.py", "--results", str(out), str(kept), "--out", str(profile_json)]
     return [
         Step(BUILD, "build", ["make", "--no-print-directory", "inplace", f"PYTHON={python}"], 480, build),
-        Step("gpu-smoke", "ceilings", ceilings, 90, may_overrun=True),
+        Step("gpu-smoke", "ceilings", ceilings, 90, may_overrun=True, writes=ceilings_json),
         launches("cuda", 150, out / "launches-cuda.json"),
         launches("triton", 240, out / "launches-triton.json"),
         tests(out, "cuda", 8, 480),
@@ -106,7 +109,7 @@ def steps(out: Path, kept: Path, architecture: str) -> list[Step]:
         sanitizer("racecheck", "cuda", 100),
         sanitizer("memcheck", "triton", 140),
         sanitizer("racecheck", "triton", 140),
-        Step("gpu-profile", "ncu", profile, 420, may_overrun=True),
+        Step("gpu-profile", "ncu", profile, 420, may_overrun=True, writes=profile_json),
     ]
 
 
@@ -196,6 +199,8 @@ def run_stage(chosen: list[Step], gpu: str, out: Path) -> Iterator[tuple[Step, O
 
     for step in chosen:
         save(Outcome(step.name, "running"))
+        if step.writes:
+            step.writes.unlink(missing_ok=True)
         outcomes.append(run(step, log))
         save()
         yield step, outcomes[-1]

@@ -145,6 +145,19 @@ def test_a_failure_is_recorded_and_hides_nothing(machine, capsys):
     assert "--- gpu-build, build: the end of its output\nfirst line\nno nvcc" in capsys.readouterr().out
 
 
+def test_no_earlier_result_is_taken_for_this_one(machine):
+    """What a run would have written is not there when it came to nothing; benchmarks are replaced one by one."""
+    names = ["ceilings", "launches-cuda", "launches-triton", "test-cuda", "test-triton", "warmed", "profile"]
+    (machine / "out").mkdir()
+    for name in [*names, "z_loss"]:
+        (machine / "out" / f"{name}.json").write_text('{"stage": "", "steps": []}')
+    plan(machine, {"": [1, "wrong"]})
+    assert gpu.main([]) == 1
+    assert {path.stem for path in (machine / "out").glob("*.json")} == {*STAGES, "z_loss"}
+    written = [str(step.writes) for step in table_of(machine) if step.writes]
+    assert all(path in " ".join(said for said, *_ in calls(machine)) for path in written)
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_one_failure_is_enough(machine, stage):
     plan(machine, {"": [1, "wrong"]})
