@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import time
 from collections import Counter
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import contract
 import pytest
 import torch
+
+NO_NAME = re.compile(r"tensor\(|\bat 0x")  # xdist's processes must find the same tests
 
 
 def pytest_addoption(parser):
@@ -26,6 +29,8 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(config, items):
     seen, kept, left_out = Counter(), [], []
     for item in items:
+        if NO_NAME.search(item.nodeid):
+            raise pytest.UsageError(f"a name that is another one in the next process: {item.nodeid}")
         if getattr(item.module, "contract", None) is contract:
             item.add_marker(pytest.mark.contract)
             if contract.DEVICE == "cuda":

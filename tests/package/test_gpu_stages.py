@@ -245,23 +245,61 @@ def test_stages_fit_their_minutes_and_are_targets(tmp_path):
     assert f"\n{' '.join(STAGES)}:\n\t@$(PYTHON) bench/gpu.py $@\n" in makefile
 
 
+def in_pytest(folder, *arguments):
+    """A run with this suite's conftest.py over tests that are made up."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "conftest", "-p", "no:cacheprovider", "--tb=short"]
+    path = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path}
+    command += ["--rootdir", str(folder), *arguments]
+    return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
+
+
 def test_failures_are_listed_as_they_come(tmp_path):
     """In a run that ends in the middle: what failed by then, why, and that it did not finish."""
     module = tmp_path / "test_made_up.py"
     text = "import os\ndef test_a(): pass\ndef test_b(): assert 1 == 2, 'first\\nlast'\n"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "conftest", "-p", "no:cacheprovider", "--tb=short"]
-    command += ["--rootdir", str(tmp_path), "--failures", "found.json", module.name]
-    path = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     found = {}
     for ending in ("def test_c(): os._exit(9)\n", "def test_c(): pass\n"):
         module.write_text(text + ending)
-        subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, cwd=tmp_path, stdout=subprocess.DEVNULL)
+        in_pytest(tmp_path, "--failures", "found.json", module.name)
         content = json.loads((tmp_path / "found.json").read_text())
         found[content["state"]] = content
         (failed,) = content["failed"]
         assert failed["test"] == "test_made_up.py::test_b"
         assert failed["error"] == "AssertionError: first" and failed["last_line"] == "assert 1 == 2"
     assert {state: content["passed"] for state, content in found.items()} == {"running": 1, "finished": 2}
+
+
+LOST = """import conftest, torch
+def test_a(request):
+    def synchronize():
+        if {lost}:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    torch.cuda.is_initialized, torch.cuda.synchronize = lambda: True, synchronize
+    request.config.pluginmanager.register(conftest.Replaceable())
+def test_b(): pass
+"""
+
+
+@pytest.mark.parametrize(("lost", "status", "summary"), [(True, 1, False), (False, 0, True)])
+def test_a_process_ends_with_its_gpu(tmp_path, lost, status, summary):
+    """xdist then starts another; each later test would only say that the GPU is lost."""
+    (tmp_path / "test_made_up.py").write_text(LOST.format(lost=lost))
+    done = in_pytest(tmp_path, "test_made_up.py")
+    assert done.returncode == status and ("2 passed" in done.stdout) == summary
+
+
+def test_names_of_tests_hold_no_numbers_that_change(tmp_path):
+    """With xdist they would be other tests in each process, and none would run."""
+    module = tmp_path / "test_made_up.py"
+    text = "import pytest, torch\n@pytest.mark.parametrize('x', [torch.rand(2)], ids={})\ndef test_a(x): pass\n"
+    for ids, status in (("str", 4), ("None", 0)):
+        module.write_text(text.format(ids))
+        done = in_pytest(tmp_path, "--co", module.name)
+        assert done.returncode == status
+        assert ("a name that is another one in the next process: test_made_up.py::test_a[tensor(" in done.stderr) == (
+            status == 4
+        )
 
 
 def test_each_launch_and_ceiling_fails_alone(tmp_path, monkeypatch, capsys):
