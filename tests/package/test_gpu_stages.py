@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from bench_modules import bench_modules
 
-gpu, profile_kernels, results, roofline, smoke = bench_modules("gpu", "profile_kernels", "results", "roofline", "smoke")
+gpu, roofline, smoke = bench_modules("gpu", "roofline", "smoke")
 
 ROOT, REAL_PYTHON = Path(gpu.__file__).parents[1], sys.executable
 STAGES = ["gpu-build", "gpu-smoke", "gpu-test-cuda", "gpu-bench", "gpu-test-triton", "gpu-sanitize", "gpu-profile"]
@@ -249,7 +249,7 @@ def in_pytest(folder, *arguments):
     """A run with this suite's conftest.py over tests that are made up."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "conftest", "-p", "no:cacheprovider", "--tb=short"]
     path = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"PYTHONPATH": path}
+    environment = os.environ | {"PYTHONPATH": path, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     command += ["--rootdir", str(folder), *arguments]
     return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
 
@@ -273,33 +273,28 @@ def test_failures_are_listed_as_they_come(tmp_path):
 LOST = """import conftest, torch
 def test_a(request):
     def synchronize():
-        if {lost}:
-            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
     torch.cuda.is_initialized, torch.cuda.synchronize = lambda: True, synchronize
     request.config.pluginmanager.register(conftest.Replaceable())
 def test_b(): pass
 """
 
 
-@pytest.mark.parametrize(("lost", "status", "summary"), [(True, 1, False), (False, 0, True)])
-def test_a_process_ends_with_its_gpu(tmp_path, lost, status, summary):
+def test_a_process_ends_with_its_gpu(tmp_path):
     """xdist then starts another; each later test would only say that the GPU is lost."""
-    (tmp_path / "test_made_up.py").write_text(LOST.format(lost=lost))
+    (tmp_path / "test_made_up.py").write_text(LOST)
     done = in_pytest(tmp_path, "test_made_up.py")
-    assert done.returncode == status and ("2 passed" in done.stdout) == summary
+    assert done.returncode == 1 and done.stderr == ""
+    assert not any(word in done.stdout for word in ("passed", "failed", "error"))
 
 
 def test_names_of_tests_hold_no_numbers_that_change(tmp_path):
     """With xdist they would be other tests in each process, and none would run."""
-    module = tmp_path / "test_made_up.py"
-    text = "import pytest, torch\n@pytest.mark.parametrize('x', [torch.rand(2)], ids={})\ndef test_a(x): pass\n"
-    for ids, status in (("str", 4), ("None", 0)):
-        module.write_text(text.format(ids))
-        done = in_pytest(tmp_path, "--co", module.name)
-        assert done.returncode == status
-        assert ("a name that is another one in the next process: test_made_up.py::test_a[tensor(" in done.stderr) == (
-            status == 4
-        )
+    text = "import pytest, torch\n@pytest.mark.parametrize('x', [torch.rand(2)], ids=str)\ndef test_a(x): pass\n"
+    (tmp_path / "test_made_up.py").write_text(text)
+    done = in_pytest(tmp_path, "--co", "test_made_up.py")
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "a name that is another one in the next process: test_made_up.py::test_a[tensor(" in done.stderr
 
 
 def test_each_launch_and_ceiling_fails_alone(tmp_path, monkeypatch, capsys):
@@ -318,89 +313,3 @@ def test_each_launch_and_ceiling_fails_alone(tmp_path, monkeypatch, capsys):
     expected = {"ceilings": {"launch_us": 3.0}, "failed": {"copy_gbs": "RuntimeError: out of memory"}}
     assert json.loads((tmp_path / "ceilings.json").read_text()) == expected
     assert len(smoke.in_short(ValueError("x" * 999))) < 310
-
-
-def row(op, contender, ms, shape=(64, 8), ours=True, flops=0):
-    """Its bytes take 2 ms at the copy speed below; a matrix product of 10^6 operations 1 ms."""
-    return {
-        "case": op,
-        "shape": list(shape),
-        "dtype": "float32",
-        "backend": contender.split()[-1],
-        "contender": contender,
-        "ours": ours,
-        "phase": "both",
-        "median_ms": ms,
-        "traffic_bytes": 2 * 10**8,
-        "flops": flops,
-    }
-
-
-@pytest.fixture
-def measured(tmp_path):
-    rows = [
-        row("z_loss", "tilewise cuda", 4.0),
-        row("z_loss", "tilewise cuda", 6.0, shape=(128, 8)),
-        row("z_loss", "tilewise triton", 10.0),
-        row("z_loss", "torch eager", 90.0, ours=False),
-        row("mala", "tilewise cuda", 20.0, flops=10**7),
-    ]
-    content = {"ceilings": {"copy_gbs": 100.0, "gemm_float32_gflops": 1.0}, "results": rows}
-    results.save(tmp_path / "results" / "all.json", content)
-    results.save(tmp_path / "results" / "gpu-bench.json", {"steps": []})
-    return tmp_path / "results"
-
-
-def test_the_furthest_from_their_bound(measured):
-    found = profile_kernels.furthest(measured, 6)
-    assert [(far.distance, far.op, far.contender, far.shape) for far in found] == [
-        (5.0, "z_loss", "tilewise triton", (64, 8)),
-        (3.0, "z_loss", "tilewise cuda", (128, 8)),
-        (2.0, "mala", "tilewise cuda", (64, 8)),
-    ]
-    assert [far.bound_ms for far in found] == [2.0, 2.0, 10.0]
-    assert len(profile_kernels.furthest(measured, 2)) == 2
-
-
-NAMES = ["ID", "Kernel Name", "gpu__time_duration.sum", "dram__bytes_read.sum", "launch__registers_per_thread"]
-TABLE = "\n".join(
-    ["==PROF== Connected", ",".join(f'"{name}"' for name in NAMES), '"","","ns","byte","register/thread"']
-    + ['"0","rows(int, float)","1,234.5","2000","32"', '"1","tail","10","n/a",""']
-)
-
-
-@pytest.mark.parametrize(
-    "said, status, reason",
-    [
-        (TABLE, 0, None),
-        ("==ERROR== ERR_NVGPUCTRPERM - no permission\nthe end", 77, "==ERROR== ERR_NVGPUCTRPERM - no permission"),
-        ("Traceback\nValueError: no\n==ERROR== The application returned an error code (1).", 1, "ValueError: no"),
-        (None, 77, "ncu is not on PATH"),
-    ],
-)
-def test_metrics_of_the_profiler(measured, machine, said, status, reason, capsys):
-    if said is not None:
-        (machine / "bin" / "ncu").write_text(f'#!/bin/sh\nwhile read -r line; do echo "$line"; done < {machine}/said\n')
-        (machine / "bin" / "ncu").chmod(0o755)
-        (machine / "said").write_text(said + "\n")
-    out = machine / "profile.json"
-    folders = [str(machine / "empty"), str(measured)]
-    assert profile_kernels.main(["--results", *folders, "--out", str(out)]) == status
-    content = json.loads(out.read_text())
-    if status == gpu.UNAVAILABLE:
-        assert content == {"unavailable": reason, "cases": []}
-        assert capsys.readouterr().out.endswith(f"unavailable: {reason}\n")
-        return
-    assert len(content["cases"]) == 3 and {case["failed"] for case in content["cases"]} == {reason}
-    if reason is None:
-        first, second = content["cases"][0]["kernels"]
-        assert first["kernel"] == "rows(int, float)" and first["ns"] == 1234.5 and first["registers"] == 32
-        assert second["ns"] == 10 and not any(second[name] for name in ("registers", "bytes_read", "bytes_written"))
-
-
-def test_what_the_profiler_looks_at_runs():
-    pytest.importorskip("tilewise")
-    arguments = ["--device", "cpu", "--quick", "--op", "z_loss", "--label", "64 x 1000 float32"]
-    assert profile_kernels.main([*arguments, "--contender", "tilewise"]) == 0
-    with pytest.raises(SystemExit, match="z_loss has no case 1 x 1 float32"):
-        profile_kernels.find("cpu", "z_loss", "1 x 1 float32", "tilewise", True)
