@@ -13,10 +13,12 @@ NATIVE_SOURCES := $(wildcard tests/native/* csrc/common/*)
 PY_FILES := setup.py pysrc triton_kernels tests bench
 
 .DELETE_ON_ERROR:
-.PHONY: help venv build native lint format test test-cpu test-triton aot sanitize bench headlines bench-compare readme inplace gpu check-cuda wheel check-wheel clean
+.PHONY: help venv build native lint format test test-cpu test-triton aot sanitize race bench headlines \
+	bench-compare readme inplace gpu gpu-build gpu-smoke gpu-test-cuda gpu-bench gpu-test-triton gpu-sanitize gpu-profile check-cuda wheel \
+	check-wheel clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 venv: $(VENV)/requirements.stamp ## .venv with everything in requirements/
 $(VENV)/requirements.stamp: requirements/build.txt requirements/dev.txt
@@ -119,12 +121,18 @@ inplace: ## compile with PYTHON's own torch, install nothing
 	@rm -rf build/inplace && mkdir -p build/inplace/tilewise
 	@ln -s $(CURDIR)/pysrc/* $(CURDIR)/triton_kernels build/inplace/tilewise
 
-gpu: ## on a machine with an NVIDIA GPU, installing nothing: contract, compute-sanitizer, benchmarks
-	@architecture=$$($(PYTHON) -c 'import sys, torch; \
-		torch.cuda.is_available() or sys.exit("make gpu needs a machine with an NVIDIA GPU."); \
-		print("%d%d" % torch.cuda.get_device_capability())') && \
-		TILEWISE_CUDA=1 TILEWISE_CUDA_ARCHS=$$architecture $(MAKE) --no-print-directory inplace
-	@PYTHONPATH=$(CURDIR)/build/inplace $(PYTHON) bench/gpu.py
+gpu: ## on a machine with an NVIDIA GPU, installing nothing: the stages below, in their order (bench/gpu.py)
+	@$(PYTHON) bench/gpu.py
+
+gpu-build: ## compile in place for the GPU that is there
+gpu-smoke: ## its measured ceilings, and a small launch of every function on both backends
+gpu-test-cuda: ## the tests that need a GPU, on the CUDA kernels
+gpu-bench: ## the benchmarks, both backends side by side
+gpu-test-triton: ## the tests that need a GPU, on the Triton kernels
+gpu-sanitize: ## compute-sanitizer on small launches of both
+gpu-profile: ## Nsight Compute on the six cases of gpu-bench that are furthest from their bound
+gpu-build gpu-smoke gpu-test-cuda gpu-bench gpu-test-triton gpu-sanitize gpu-profile:
+	@$(PYTHON) bench/gpu.py $@
 
 check-cuda: build ## the CUDA library built here loads into an older CUDA build of torch (several GB)
 	@test -x .venv-cuda/bin/python || $(PYTHON) -m venv .venv-cuda

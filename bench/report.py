@@ -19,7 +19,9 @@ REPORT = ROOT / "bench" / "report" / "index.html"
 CEILINGS = {
     "copy_gbs": ("copy, read + written", "GB/s"),
     "gemm_float32_gflops": ("float32 matrix product", "GFLOP/s"),
+    "gemm_tf32_gflops": ("tf32 matrix product", "GFLOP/s"),
     "gemm_bfloat16_gflops": ("bfloat16 matrix product", "GFLOP/s"),
+    "launch_us": ("launch of a tiny operation", "µs"),
     "exp_giga": ("float32 exp", "billion/s"),
 }
 RATES = {

@@ -1,9 +1,11 @@
-"""The ceilings of this machine, measured: copy bandwidth, matrix product and exponential throughput."""
+"""The ceilings of this machine, measured: copy bandwidth, matrix product, launch and exponential throughput."""
 
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -65,23 +67,57 @@ def exp_giga_cuda(runs: int) -> float:
     return EXP_REPEATS * out.numel() / median_ms(work, "cuda", runs) / 1e6
 
 
+def gemm_tf32_gflops(size: int, runs: int) -> float:
+    """Float32 matrices multiplied in the matrix units' shorter format."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        return gemm_gflops("cuda", size, torch.float32, runs)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def launch_us(launches: int) -> float:
+    """Wall-clock microseconds of one tiny operation among many: what PyTorch and the driver take to launch it."""
+    x = torch.zeros(1, device="cuda")
+    times = []
+    for _ in range(5):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        for _ in range(launches):
+            x.zero_()
+        torch.cuda.synchronize()
+        times.append((time.perf_counter() - began) / launches * 1e6)
+    return quartiles(times)[1]
+
+
+def ceilings(device: str, quick: bool = False) -> dict[str, Callable[[], float]]:
+    """Every ceiling by name, as what measures it."""
+    if device == "cuda":
+        found = {
+            "copy_gbs": partial(copy_gbs, device, 1 << 29, 20),
+            "gemm_bfloat16_gflops": partial(gemm_gflops, device, 8192, torch.bfloat16, 10),
+            "gemm_float32_gflops": partial(gemm_gflops, device, 8192, torch.float32, 10),
+            "gemm_tf32_gflops": partial(gemm_tf32_gflops, 8192, 10),
+            "launch_us": partial(launch_us, 1000),
+        }
+    else:
+        found = {
+            "copy_gbs": partial(copy_gbs, device, 1 << (20 if quick else 26), 9),
+            "gemm_float32_gflops": partial(gemm_gflops, device, 256 if quick else 2048, torch.float32, 5),
+        }
+    return found | {"exp_giga": partial(exp_giga, device, 9)}
+
+
 def measure(device: str, quick: bool = False) -> dict[str, float]:
     """Every ceiling, by name. Takes a few seconds."""
-    if device == "cuda":
-        ceilings = {"copy_gbs": copy_gbs(device, 1 << 29, 20)}
-        for dtype in (torch.bfloat16, torch.float32):
-            name = str(dtype).removeprefix("torch.")
-            ceilings[f"gemm_{name}_gflops"] = gemm_gflops(device, 8192, dtype, 10)
-    else:
-        ceilings = {
-            "copy_gbs": copy_gbs(device, 1 << (20 if quick else 26), 9),
-            "gemm_float32_gflops": gemm_gflops(device, 256 if quick else 2048, torch.float32, 5),
-        }
-    try:
-        ceilings["exp_giga"] = exp_giga(device, 9)
-    except ImportError:
-        pass  # no Triton: one ceiling less, and the report does not show it
-    return ceilings
+    found = {}
+    for name, ceiling in ceilings(device, quick).items():
+        try:
+            found[name] = ceiling()
+        except ImportError:
+            pass  # no Triton: one ceiling less, and the report does not show it
+    return found
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""The benchmark suite reports what it claims to: numbers, errors, tables, stages."""
+"""The benchmark suite reports what it claims to: numbers, errors, tables."""
 
 import json
 import math
-import sys
 from dataclasses import replace
 from functools import partial
 
@@ -10,8 +9,8 @@ import pytest
 import torch
 from bench_modules import bench_modules
 
-case, figures, gpu, measure, plots, report, results, run, train_lm = bench_modules(
-    "case", "figures", "gpu", "measure", "plots", "report", "results", "run", "train_lm"
+case, figures, measure, plots, report, results, run, train_lm = bench_modules(
+    "case", "figures", "measure", "plots", "report", "results", "run", "train_lm"
 )
 z_loss, layers = bench_modules("cases.z_loss", "layers")
 
@@ -321,24 +320,6 @@ def test_figures_hold_every_contender(content, training):
         assert shown in page
     gpu = content | {"environment": content["environment"] | {"gpu": True}}
     assert "not measured yet" not in figures.figures_page({"test-cpu": machine, "test-gpu": {"cross_entropy": gpu}})
-
-
-def test_gpu_stages_report_failure_overrun_and_absence(tmp_path):
-    python, log = sys.executable, tmp_path / "log"
-    outcomes = [
-        gpu.run(gpu.Stage("passes", [python, "-c", "print('fine')"], 20.0), 20.0, log),
-        gpu.run(gpu.Stage("fails", [python, "-c", "raise SystemExit(3)"], 20.0), 20.0, log),
-        gpu.run(gpu.Stage("hangs", [python, "-c", "import time; time.sleep(60)"], 0.5), 0.5, log),
-        gpu.run(gpu.Stage("missing", ["no-such-sanitizer"], 1.0), 1.0, log),
-    ]
-    assert [o.state for o in outcomes] == ["passed", "failed", "overran", "unavailable"]
-    assert outcomes[0].detail == "fine" and outcomes[2].seconds < 20
-    assert [o.good for o in outcomes] == [True, False, False, True]
-    names = [stage.name for stage in gpu.stages(tmp_path)]
-    assert gpu.bench_table(log) == ""
-    log.write_text("case by case\n\ncase   contender\nfirst  1.0\n")
-    assert gpu.bench_table(log) == "\ncase   contender\nfirst  1.0\n"
-    assert names[:2] == ["tests cuda", "tests triton"] and names[-1] == "benchmarks"
 
 
 def test_quick_run_end_to_end(tmp_path):

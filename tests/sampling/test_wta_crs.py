@@ -224,7 +224,6 @@ def test_seeds():
         (torch.ones(2, 3), torch.ones(3, 2), {"k": 0}, ValueError, "k to be an integer in"),
         (torch.ones(3), torch.ones(3, 2), {"k": 1}, ValueError, "m, n"),
     ],
-    ids=str,
 )
 def test_bad_products(a, b, options, error, message):
     with pytest.raises(error, match=message):

@@ -237,7 +237,6 @@ TABLE = torch.zeros(5, 2)
         ((torch.arange(4), W), {"k": 2}, TypeError, "got torch.int64"),
         (([1.0], W), {"k": 2}, TypeError, "tensor"),
     ],
-    ids=str,
 )
 def test_bad_arguments(arguments, options, error, message):
     with pytest.raises(error, match=message) as raised:

@@ -165,7 +165,6 @@ def test_memory():
         ((torch.arange(3), 1), {}, TypeError, "got torch.int64"),
         (([1.0], 1), {}, TypeError, "tensor"),
     ],
-    ids=str,
 )
 def test_bad_arguments(arguments, options, error, message):
     with pytest.raises(error, match=message) as raised:

@@ -297,7 +297,6 @@ def test_compile_and_opcheck():
         ({"k": 2, "a": torch.ones(5)}, r"expected a to be floating of shape \(12,\)"),
         ({"k": 2, "init": (torch.zeros(5), torch.zeros(9))}, r"init\[0\]"),
     ],
-    ids=str,
 )
 def test_bad_arguments(options, message):
     options = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
