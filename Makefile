@@ -13,9 +13,9 @@ NATIVE_SOURCES := $(wildcard tests/native/* csrc/common/*)
 PY_FILES := setup.py pysrc triton_kernels tests bench
 
 .DELETE_ON_ERROR:
-.PHONY: help venv build native lint format test test-cpu test-triton aot sanitize race bench headlines \
-	bench-compare readme inplace gpu gpu-build gpu-smoke gpu-test-cuda gpu-bench gpu-test-triton gpu-sanitize gpu-profile check-cuda wheel \
-	check-wheel clean
+.PHONY: help venv build native lint format test test-cpu test-triton aot sanitize race bench headlines bench-compare \
+	readme inplace gpu gpu-build gpu-smoke gpu-test-cuda gpu-bench gpu-test-triton gpu-sanitize gpu-profile \
+	check-cuda wheel check-wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -95,6 +95,22 @@ sanitize: venv ## the contract and the fuzzer on a CPU library with AddressSanit
 		-k "not 50257 and not 20011 and not memory and not compile and not squares_beyond" tests
 	@$(SANITIZED_PY) -W ignore tests/fuzz.py --memory 0 --sweep
 	@$(SANITIZED_PY) -W ignore tests/fuzz.py --memory 0 --calls $(FUZZ_CALLS)
+
+RACE := build/race
+RACE_FLAGS := -std=c++20 -O1 -g -fsanitize=thread -Wno-unknown-pragmas -Wno-pragmas -Icsrc -Itests/gpu/cuda_emulator
+RACE_OBJECTS := $(patsubst %,$(RACE)/%.o,$(wildcard csrc/*/*_cuda.cu tests/gpu/cuda_emulator/*.cpp tests/gpu/race/*.cpp))
+
+race: $(RACE)/race ## the CUDA kernels under ThreadSanitizer on this CPU: races, and shared memory that is wrong
+	@$(RACE)/race
+
+$(RACE)/race: $(RACE_OBJECTS)
+	@$(CXX) $(RACE_FLAGS) $^ -o $@
+
+$(RACE)/%.o: % Makefile
+	@mkdir -p $(@D)
+	@$(CXX) $(RACE_FLAGS) -MMD -MP -x c++ -c $< -o $@
+
+-include $(RACE_OBJECTS:.o=.d)
 
 bench: build ## benchmarks on this machine, and the language model trained both ways
 	@$(PY) bench/run.py

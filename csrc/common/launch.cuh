@@ -40,6 +40,25 @@ __device__ __forceinline__ void* dynamic_shared() {
 
 #endif
 
+// Of a number that one block writes while others read it: these have the old one or the new.
+template <typename T>
+__device__ __forceinline__ T read_relaxed(const T* from) {
+#if defined(__CUDACC__)
+  return *static_cast<const volatile T*>(from);
+#else
+  return __atomic_load_n(from, __ATOMIC_RELAXED);
+#endif
+}
+
+template <typename T>
+__device__ __forceinline__ void write_relaxed(T* to, T value) {
+#if defined(__CUDACC__)
+  *static_cast<volatile T*>(to) = value;
+#else
+  __atomic_store_n(to, value, __ATOMIC_RELAXED);
+#endif
+}
+
 // A grid of at least `blocks` blocks, numbered by flat_block(): one dimension ends at 2^31 - 1. An empty one of 0.
 inline dim3 flat_grid(int64_t blocks) {
   constexpr int64_t kMaxX = 0x7fffffff;

@@ -74,9 +74,9 @@ TILEWISE_FN void write_row(const CrossEntropyForward<T>& op, int64_t row, T loss
 }
 
 template <typename T>
-TILEWISE_FN bool skip_row(const CrossEntropyForward<T>& op, int64_t row) {
+TILEWISE_FN bool skip_row(const CrossEntropyForward<T>& op, int64_t row, bool writes) {
   if (op.request.details || !is_ignored(op, row)) return false;
-  write_row(op, row, T(0), T(0), T(0), T(0), T(0));
+  if (writes) write_row(op, row, T(0), T(0), T(0), T(0), T(0));
   return true;
 }
 

@@ -2,7 +2,7 @@
 // gradient is one expression per element. rows_cpu.h and rows.cuh run the passes; an operator is a small
 // struct with three functions (see cross_entropy/cross_entropy.h and z_loss/z_loss.h):
 //
-//   bool skip_row(op, row)                  the row needs no pass: its outputs are written here
+//   bool skip_row(op, row, writes)          the row needs no pass: one thread of it writes its outputs here
 //   void finish_row(op, row, statistics)    statistics of the row -> its loss and saved state
 //   RowGradient gradient_of_row(op, row)    saved state and upstream gradient -> coefficients
 //

@@ -342,14 +342,14 @@ static void write_gradient(const Op& op, const RowGradient<T>& row_gradient, int
 template <typename Op>
 static void softmax_forward(const Op& op, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
-    if (!skip_row(op, row)) finish_row(op, row, softmax_statistics(op.logits, op.request, row));
+    if (!skip_row(op, row, true)) finish_row(op, row, softmax_statistics(op.logits, op.request, row));
   }
 }
 
 template <typename T, template <typename> typename Op>
 static void moment_forward(const Op<T>& op, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
-    if (!skip_row(op, row)) finish_row(op, row, moment_statistics<T>(op.logits, row));
+    if (!skip_row(op, row, true)) finish_row(op, row, moment_statistics<T>(op.logits, row));
   }
 }
 

@@ -228,7 +228,7 @@ __global__ void __launch_bounds__(kMostThreads, Pass::kBlocks) row_statistics_ke
   constexpr int kHop = kWarp * kRun;
   constexpr int kChunk = Pass::kBatch * kHop;
   const int64_t row = flat_block() * blockDim.y + threadIdx.y;
-  if (row >= op.logits.rows || skip_row(op, row)) return;  // all threads of the row alike
+  if (row >= op.logits.rows || skip_row(op, row, threadIdx.x == 0)) return;  // all threads of the row alike
   const RowCut cut = RowCut::of<Storage>(op.logits, row);
   const RowReader<Storage> logits(op.logits, row, cut.head);
   Pass pass(op, row, cut.head);

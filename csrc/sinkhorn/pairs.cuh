@@ -97,6 +97,7 @@ __device__ __forceinline__ void load_pairs(const Pairs<float>& pairs, int64_t pr
     const float* y = pairs.y + (problem * pairs.columns + column) * features;
     using Feature = std::conditional_t<Cost::kByProducts, InnerProduct, Cost>;
     add_features<Feature>(x, y, rows_left, columns_left, features, shared, z);
+    if (features == 0) __syncthreads();  // else there was one: callers read what they staged before
     if constexpr (!Cost::kByProducts) {
 #pragma unroll
       for (int r = 0; r < 4; ++r) {

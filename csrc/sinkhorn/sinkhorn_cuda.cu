@@ -32,7 +32,7 @@ __device__ __forceinline__ bool goes_on(const SinkhornDecision& decision, int64_
   const bool on = !schedule.stops(stage, error, decision.t);
   if (first && threadIdx.x == 0) {
     decision.error[problem] = error;
-    if (on) decision.n_iter[problem] = decision.t + 1;
+    if (on) write_relaxed(decision.n_iter + problem, decision.t + 1);
     if (schedule.falls) decision.following[problem] = schedule.next(stage, error, decision.t);
   }
   return on;
@@ -46,7 +46,9 @@ __global__ void __launch_bounds__(kThreads) half_step_kernel(const __grid_consta
   const Pairs<float>& pairs = step.pairs;
   const int64_t tiles = row_tiles(pairs.rows);
   const int64_t problem = flat_block() / tiles, tile = flat_block() % tiles;
-  if (problem >= pairs.batch || step.decision.n_iter[problem] < step.decision.t) return;
+  if (problem >= pairs.batch) return;
+  // t, or already t + 1 where the first block of the problem has decided: that it goes on, either way.
+  if (read_relaxed(step.decision.n_iter + problem) < step.decision.t) return;
   if (step.own == nullptr && !goes_on(step.decision, problem, tile == 0, sums)) return;
   const Stage<float> stage = stage_of(step.decision, problem);
   const float now = stage.epsilon, inverse = 1.0f / now, factor = factor_of<Cost>(inverse);

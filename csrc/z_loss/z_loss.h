@@ -136,9 +136,9 @@ TILEWISE_FN void write_row(const SphericalForward<T>& op, int64_t row, T share, 
 }
 
 template <typename T>
-TILEWISE_FN bool skip_row(const SphericalForward<T>& op, int64_t row) {
+TILEWISE_FN bool skip_row(const SphericalForward<T>& op, int64_t row, bool writes) {
   if (op.target[row] != op.ignore_index) return false;
-  write_row(op, row, T(0), T(0), SphericalRow<T>{});
+  if (writes) write_row(op, row, T(0), T(0), SphericalRow<T>{});
   return true;
 }
 

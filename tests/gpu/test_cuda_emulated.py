@@ -1,7 +1,7 @@
 """The CUDA kernels without a GPU: the same .cu files, run by tests/gpu/cuda_emulator, against float64 formulas.
 
 What this cannot show: speed, the device's own exp and rounding (its approximations are replaced by the C library's),
-and races that depend on warps really running at once.
+and races that depend on warps really running at once (`make race` finds those).
 """
 
 import emulated
@@ -404,6 +404,12 @@ def test_squares_beyond_the_type(library, kind, magnitude):
 # ---- the emulator itself
 
 
-@pytest.mark.parametrize("which, message", [(0, "barrier"), (1, "shuffle"), (2, "misaligned")])
+WRONG = [
+    *[(0, "barrier"), (1, "shuffle"), (2, "misaligned"), (3, "past its shared memory")],
+    *[(4, "more than the 99 KiB"), (5, "more than the 227 KiB")],
+]
+
+
+@pytest.mark.parametrize("which, message", WRONG)
 def test_the_emulator_finds_what_a_gpu_leaves_undefined(library, which, message):
     assert message in library.wrong_kernel(which).decode()

@@ -17,6 +17,7 @@ SIZES = {  # B, n, m, d
     "a row each": (3, 32, 20, 3),
     "two rows each": (3, 40, 64, 5),
     "tiles": (2, 70, 130, 35),
+    "tiles of no features": (2, 70, 130, 0),
     "a long row": (2, 1, 200, 3),
 }
 OPTIONS = {

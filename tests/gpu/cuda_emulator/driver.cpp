@@ -1,7 +1,7 @@
-// A flat C interface to the launch functions of the .cu files, for ctypes: `Call` is mirrored in
-// tests/gpu/test_cuda_emulated.py. Strides are in elements; null pointers are absent tensors.
+// A flat C interface to the launch functions of the .cu files (calls.h).
+#include "calls.h"
+
 #include "common/accumulate.h"
-#include "common/launch.cuh"
 #include "cross_entropy/cross_entropy.h"
 #include "mala/mala_launch.h"
 #include "pairwise/programs.h"
@@ -13,84 +13,6 @@
 #include <vector>
 
 namespace {
-
-struct Matrix {
-  void* data;
-  int64_t dtype, row_stride, column_stride;
-};
-
-struct Call {
-  int64_t rows, columns;
-  Matrix logits, gradient, probabilities;
-  int64_t* target;
-  float* weight;
-  float* row_weight;
-  int64_t ignore_index, reduction, details, kind;
-  double scale, softcap, label_smoothing, lse_square_scale, a, b, eps;
-  float *loss_rows, *share_rows, *row_state, *loss, *total, *lse, *entropy;
-  int64_t* argmax;
-  float *grad_loss, *grad_lse, *grad_entropy;
-  int64_t grad_loss_stride, grad_lse_stride, grad_entropy_stride;
-  int64_t all_rows, first_class, all_classes;  // of the problem that this is a block of; 0: it is the whole
-};
-
-// One chunk of a pairwise loss; the gradient is wanted where it has a place.
-struct PairCall {
-  int64_t rows, columns, row_stride;
-  float* similarities;
-  int64_t *x_labels, *y_labels;
-  int64_t self_offset, excludes_self;
-  float* guide;
-  int64_t guide_stride;
-  double guide_margin;
-  const char* loss;
-  double parameters[tilewise::kPairParameters];
-  float *scale, *bias, *loss_rows, *active_rows;
-  int64_t gradient_dtype;
-  void* gradient;
-  float* grad_loss;
-  int64_t grad_loss_stride;
-  float* bias_rows;
-};
-
-struct TokenCall {
-  void* data;
-  int64_t batch, head, token;
-};
-
-// A whole call of mala: forward where there is no grad_out.
-struct AttentionCall {
-  int64_t dtype, sequences, heads, key_heads, queries, keys, features, values, causal, seen;
-  double scale, eps;
-  TokenCall q, k, v, out, grad_out, grad_q, grad_k, grad_v;
-  float *cos, *sin;
-  int64_t *q_bounds, *k_bounds;
-  float *start_s, *start_z, *start_u, *s, *z, *u;
-};
-
-// What all calls of sinkhorn have: a matrix of costs, or points.
-struct TransportCall {
-  int64_t cost, batch, rows, columns, features;
-  float *matrix, *x, *y, *a, *b, *epsilon, *start, *f, *g;
-  int64_t batch_stride, row_stride, column_stride;
-  int64_t max_iter, symmetric;
-  double scaling, rho_a, rho_b, tol;  // a rho of 0: a constraint
-  float *value, *error;
-  int64_t* n_iter;
-  int64_t values, weights, over_distance;
-  float *v, *h, *k, *out;
-  float *grad_f, *grad_g, *grad_cost, *grad_a, *grad_b, *grad_epsilon;
-};
-
-struct SparseCall {
-  int64_t batch, rows, columns, k, method, max_iter;
-  double gamma, tol, rate;
-  const float *costs, *a, *b, *level;
-  float *alpha, *values;
-  int64_t* indices;
-  float *beta, *row_sums, *margin, *value, *row_error, *column_error;
-  int64_t* n_iter;
-};
 
 tilewise::Pairs<float> pairs_of(const TransportCall& call) {
   tilewise::Pairs<float> pairs{.batch = call.batch, .rows = call.rows, .columns = call.columns};
@@ -159,25 +81,7 @@ tilewise::Upstream<float> upstream_of(const Call& call) {
   return upstream;
 }
 
-// Wrong on purpose: half of a block leaves before the barrier; half of a warp before a shuffle; an odd address.
-void divergent_barrier() {
-  if (threadIdx.x < 64) __syncthreads();
-}
-
-void divergent_shuffle() {
-  if (threadIdx.x % 32 < 16) __shfl_xor_sync(0xffffffffu, 1.0f, 1);
-}
-
-void misaligned_load(const char* data) { __ldg(reinterpret_cast<const uint4*>(data + 8)); }
-
 }  // namespace
-
-extern "C" const char* wrong_kernel(int which) {
-  alignas(16) const char data[32] = {};
-  if (which == 0) return tilewise::launch(divergent_barrier, dim3(1), dim3(128), 0, nullptr);
-  if (which == 1) return tilewise::launch(divergent_shuffle, dim3(1), dim3(128), 0, nullptr);
-  return tilewise::launch(misaligned_load, dim3(1), dim3(32), 0, nullptr, static_cast<const char*>(data));
-}
 
 extern "C" const char* cross_entropy_forward(const Call& call) {
   tilewise::CrossEntropyForward<float> op;

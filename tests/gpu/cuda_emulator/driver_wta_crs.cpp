@@ -1,17 +1,8 @@
 // As driver.cpp, for wta_crs.
+#include "calls.h"
 #include "wta_crs/wta_crs.h"
 
 namespace {
-
-// Rows of elements, and k places for some of them.
-struct RowsCall {
-  int64_t batch, rows, columns, k, dtype;
-  void* data;
-  int64_t batch_stride, row_stride, column_stride;
-  int32_t* indices;
-  float* scales;
-  void* out;
-};
 
 tilewise::RowBatch rows_of(const RowsCall& call) {
   tilewise::RowBatch rows{.dtype = static_cast<tilewise::Dtype>(call.dtype)};
