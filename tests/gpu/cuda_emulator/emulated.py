@@ -39,7 +39,7 @@ class Matrix(ctypes.Structure):
 
 
 class Call(ctypes.Structure):
-    """Mirrors `Call` of driver.cpp."""
+    """Mirrors `Call` of calls.h."""
 
     _fields_ = [
         *[(name, c_int64) for name in ("rows", "columns")],
@@ -55,7 +55,7 @@ class Call(ctypes.Structure):
 
 
 class PairCall(ctypes.Structure):
-    """Mirrors `PairCall` of driver.cpp."""
+    """Mirrors `PairCall` of calls.h."""
 
     _fields_ = [
         *[(name, c_int64) for name in ("rows", "columns", "row_stride")],
@@ -83,7 +83,7 @@ class TokenCall(ctypes.Structure):
 
 
 class AttentionCall(ctypes.Structure):
-    """Mirrors `AttentionCall` of driver.cpp."""
+    """Mirrors `AttentionCall` of calls.h."""
 
     _fields_ = [
         *[(name, c_int64) for name in ("dtype", "sequences", "heads", "key_heads", "queries", "keys", "features")],
@@ -96,7 +96,7 @@ class AttentionCall(ctypes.Structure):
 
 
 class TransportCall(ctypes.Structure):
-    """Mirrors `TransportCall` of driver.cpp."""
+    """Mirrors `TransportCall` of calls.h."""
 
     _fields_ = [
         *[(name, c_int64) for name in ("cost", "batch", "rows", "columns", "features")],
@@ -111,7 +111,7 @@ class TransportCall(ctypes.Structure):
 
 
 class SparseCall(ctypes.Structure):
-    """Mirrors `SparseCall` of driver.cpp."""
+    """Mirrors `SparseCall` of calls.h."""
 
     _fields_ = [
         *[(name, c_int64) for name in ("batch", "rows", "columns", "k", "method", "max_iter")],
@@ -122,7 +122,7 @@ class SparseCall(ctypes.Structure):
 
 
 class RowsCall(ctypes.Structure):
-    """Mirrors `RowsCall` of driver_wta_crs.cpp."""
+    """Mirrors `RowsCall` of calls.h."""
 
     _fields_ = [
         *[(name, c_int64) for name in ("batch", "rows", "columns", "k", "dtype")],

@@ -51,7 +51,8 @@ inline void go_to_thread(void* thread) { __tsan_switch_to_fiber(thread, __tsan_s
 
 inline std::string name_of(void* kernel) {
   char name[400] = "";
-  __sanitizer_symbolize_pc(kernel, "%f", name, sizeof(name));
+  // It takes what it is given for a return address, which lies behind the instruction that is meant.
+  __sanitizer_symbolize_pc(static_cast<char*>(kernel) + 1, "%f", name, sizeof(name));
   return name;
 }
 

@@ -18,8 +18,8 @@ constexpr std::array kCases = {
     Case{1, 2, 2, 2, 1},
     Case{70, 2, 2, 16, 40},
     Case{70, 2, 1, 16, 40, Dtype::kBFloat16},
-    Case{40, 2, 1, 96, 70},
-    Case{33, 1, 1, 700, 8},
+    Case{33, 2, 1, 70, 40},
+    Case{33, 1, 1, 610, 4},
 };
 
 struct Option {
