@@ -23,7 +23,7 @@ ARCHITECTURES = tuple(map(int, os.environ.get("TILEWISE_AOT_ARCHS", "90,100").sp
 DTYPES = ("bfloat16", "float16", "float32")
 SHARED_MEMORY_LIMIT = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # of sm_86 and sm_89 for 80
 ROWS = 8192
-AMPERE_STACK_LIMIT = 128  # bytes, of any kernel
+AMPERE_STACK_LIMIT = 160  # bytes, of any kernel; most have none
 # Bytes that may lie on the stack: a few of the many addresses of attention with 96 features, rotated or causal, and of
 # the problems of a batch, do; so do four of the statistics that cross entropy with all its options keeps lane by lane.
 STACK_LIMIT = {
