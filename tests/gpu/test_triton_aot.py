@@ -7,6 +7,7 @@ import whether it interprets, so the compilation happens in a process where TRIT
 as a script with the architecture as its argument, which prints one JSON line per kernel.
 """
 
+import importlib.metadata
 import json
 import os
 import re
@@ -23,7 +24,7 @@ ARCHITECTURES = tuple(map(int, os.environ.get("TILEWISE_AOT_ARCHS", "90,100").sp
 DTYPES = ("bfloat16", "float16", "float32")
 SHARED_MEMORY_LIMIT = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # of sm_86 and sm_89 for 80
 ROWS = 8192
-AMPERE_STACK_LIMIT = 160  # bytes, of any kernel; most have none
+LOOSE_STACK_LIMIT = 320  # bytes, of any kernel for Ampere or by a Triton before 3.7; most have none
 # Bytes that may lie on the stack: a few of the many addresses of attention with 96 features, rotated or causal, and of
 # the problems of a batch, do; so do four of the statistics that cross entropy with all its options keeps lane by lane.
 STACK_LIMIT = {
@@ -33,7 +34,6 @@ STACK_LIMIT = {
     "sinkhorn_apply_kernel": 48,
     "sinkhorn_half_step_kernel": 8,
     "cross_entropy_forward_kernel": 16,
-    "pairwise_kernel": 8,
     "spherical_family_forward_kernel": 8,
     "spherical_family_backward_kernel": 8,
 }
@@ -297,8 +297,10 @@ def test_kernels_fit(reports, arch, dtype):
         *(SINKHORN + SPARSE if dtype == "float32" else ()),
     }
     assert [r for r in compiled if r["local"] or r["shared"] > SHARED_MEMORY_LIMIT[arch]] == []
-    allowed = dict.fromkeys((r["kernel"] for r in compiled), AMPERE_STACK_LIMIT) if arch == 80 else STACK_LIMIT
-    assert [r for r in compiled if r["stack"] > allowed.get(r["kernel"], 0)] == []
+    loose = arch == 80 or tuple(map(int, importlib.metadata.version("triton").split(".")[:2])) < (3, 7)
+    limits = {} if loose else STACK_LIMIT
+    least = LOOSE_STACK_LIMIT if loose else 0
+    assert [r for r in compiled if r["stack"] > limits.get(r["kernel"], least)] == []
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
