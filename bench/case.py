@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,9 +22,8 @@ Reference = tuple[float, list[tuple[Tensor, Tensor]]]  # float64 loss; per leaf 
 
 
 def family(op: str) -> str:
-    """What its module in bench/cases declares. Results of what has none here are shown as those of row losses."""
-    module = f"cases.{op}"
-    return importlib.import_module(module).FAMILY if importlib.util.find_spec(module) else ROWS
+    """What its module in bench/cases declares."""
+    return importlib.import_module(f"cases.{op}").FAMILY
 
 
 def forms_products(op: str) -> bool:

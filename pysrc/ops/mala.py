@@ -175,6 +175,8 @@ def _state(state: State | None, q: Tensor, v: Tensor) -> tuple[tuple[Tensor | No
                 f"got {tensor.dtype} of shape {tuple(tensor.shape)}"
             )
         rows.check_constant(OP, f"{name} of state", tensor)
+    if not 0 <= seen < 2**62:
+        raise ValueError(f"tilewise.{OP}: expected the keys seen of state to be a count below 2^62, got {seen}")
     return tuple(tensor.contiguous() for tensor in sums), int(seen)
 
 

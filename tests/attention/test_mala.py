@@ -288,6 +288,7 @@ def test_second_derivative_is_refused():
 
 
 Q = torch.randn(1, 4, 6, 8)
+SUMS = torch.zeros(1, 4, 8, 8), torch.zeros(1, 4, 8), torch.zeros(1, 4, 8)
 
 
 @pytest.mark.parametrize(
@@ -316,6 +317,7 @@ Q = torch.randn(1, 4, 6, 8)
         ),
         ((Q.expand(2, 4, 6, 8),) * 3, {"cu_seqlens": torch.tensor([0, 6])}, ValueError, "a batch of 1"),
         ((Q, Q, Q), {"causal": True, "state": (Q, Q, Q, 3)}, ValueError, r"S of state to be torch.float32 of shape"),
+        ((Q, Q, Q), {"causal": True, "state": (*SUMS, -1)}, ValueError, r"count below 2\^62, got -1"),
     ],
 )
 def test_bad_arguments(arguments, options, error, message):

@@ -368,12 +368,12 @@ def test_first_cases_come_first():
 def test_settings_are_not_mixed(content, tmp_path):
     """One folder with files of two instruction sets: two sections, each with its own figures."""
     other = content | {"environment": content["environment"] | {"instruction_set": "AVX-512", "date": "2026-01-05"}}
-    for name, one in (("cross_entropy", content), ("roofline", content), ("z_loss", other)):
+    for name, one in (("cross_entropy", content), ("mala", content), ("z_loss", other)):
         results.save(tmp_path / "machine" / f"{name}.json", one)
     machines = results.load(tmp_path)
     torch_version = content["environment"]["torch"]
     assert {setting: sorted(files) for setting, files in machines.items()} == {
-        f"Test CPU, AVX2, 2 threads, torch {torch_version}": ["cross_entropy", "roofline"],
+        f"Test CPU, AVX2, 2 threads, torch {torch_version}": ["cross_entropy", "mala"],
         f"Test CPU, AVX-512, 2 threads, torch {torch_version}": ["z_loss"],
     }
     assert f"## Test CPU, AVX-512, 2 threads, torch {torch_version}, 2026-01-05\n" in figures.figures_page(machines)

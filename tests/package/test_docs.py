@@ -3,6 +3,7 @@
 import ast
 import doctest
 import importlib
+import inspect
 import json
 import math
 import re
@@ -17,40 +18,7 @@ import tilewise
 ROOT = Path(__file__).resolve().parents[2]
 README, FIGURES, RESULTS = ROOT / "README.md", ROOT / "docs" / "figures.md", ROOT / "bench" / "results"
 in_source_tree = pytest.mark.skipif(not README.exists(), reason="the README is not part of an installed package")
-DOCUMENTED = (
-    "backend",
-    "batch_hard_mine",
-    "clip_loss",
-    "cross_entropy",
-    "info_nce",
-    "linear_cross_entropy",
-    "linear_spherical_softmax_loss",
-    "linear_taylor_softmax_loss",
-    "linear_z_loss",
-    "mala",
-    "monge_gap",
-    "multi_similarity_loss",
-    "multi_similarity_mine",
-    "nt_xent",
-    "pair_weighted_loss",
-    "semihard_mine",
-    "siglip_loss",
-    "simplex_topk",
-    "sinkhorn",
-    "sinkhorn_divergence",
-    "sinkhorn_knopp",
-    "sinkhorn_points",
-    "sparse_ot",
-    "sparse_ot_points",
-    "sparse_ot_router",
-    "spherical_softmax_loss",
-    "supcon",
-    "taylor_softmax_loss",
-    "wta_crs_linear",
-    "wta_crs_matmul",
-    "wta_crs_sample",
-    "z_loss",
-)
+DOCUMENTED = ["backend", *(name for name in tilewise.__all__ if inspect.isfunction(getattr(tilewise, name)))]
 
 
 @pytest.mark.parametrize("name", DOCUMENTED)
@@ -64,12 +32,6 @@ def test_docstring_example(name):
 def test_docstring_example_of_a_module(name):
     test = doctest.DocTestFinder(recurse=False).find(getattr(tilewise.nn, name), name, globs={})[0]
     assert test.examples and doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(test).failed == 0
-
-
-def test_every_public_function_is_documented():
-    results = {"CrossEntropyStats", "Routing", "RowSample", "SinkhornResult", "SparseOTResult", "TransportLoss"}
-    functions = {name for name in tilewise.__all__ if callable(getattr(tilewise, name))} - results
-    assert functions == set(DOCUMENTED)
 
 
 class Block(torch.nn.Module):
