@@ -40,6 +40,30 @@ TILEWISE_FN void store_vector(V vector, T* to) {
   std::memcpy(to, &vector, sizeof(vector));
 }
 
+// Of fewer numbers than a vector has: the bits of the count are pieces of known sizes, where memcpy would be called.
+template <typename T, int64_t kPiece = kLanes<T> / 2>
+TILEWISE_FN void copy_some(const T* from, int64_t count, T* to) {
+  const bool has = (count & kPiece) != 0;
+  if (has) std::memcpy(to, from, kPiece * sizeof(T));
+  if constexpr (kPiece > 1) copy_some<T, kPiece / 2>(has ? from + kPiece : from, count, has ? to + kPiece : to);
+}
+
+// `rest` behind them.
+template <typename T>
+TILEWISE_FN Vector<T> load_some(const T* from, int64_t count, T rest = T(0)) {
+  T lanes[kLanes<T>];
+  store_vector(Vector<T>{} + rest, lanes);
+  copy_some(from, count, lanes);
+  return load_vector(lanes);
+}
+
+template <typename T>
+TILEWISE_FN void store_some(Vector<T> vector, int64_t count, T* to) {
+  T lanes[kLanes<T>];
+  store_vector(vector, lanes);
+  copy_some(lanes, count, to);
+}
+
 // f of vector after vector of x. The last overlaps the one before it, where `beyond` stands for what that had.
 template <typename T, typename Function>
 TILEWISE_FN void each_vector(const T* x, int64_t n, T beyond, const Function& f) {
@@ -51,10 +75,7 @@ TILEWISE_FN void each_vector(const T* x, int64_t n, T beyond, const Function& f)
     for (int64_t l = 0; l < kLanes<T>; ++l) lane[l] = static_cast<T>(l);
     return f(lane < static_cast<T>(kLanes<T> - (n - i)) ? Vector<T>{} + beyond : load_vector(x + n - kLanes<T>));
   }
-  T few[kLanes<T>];
-  store_vector(Vector<T>{} + beyond, few);
-  std::memcpy(few, x, static_cast<size_t>(n) * sizeof(T));
-  f(load_vector(few));
+  f(load_some(x, n, beyond));
 }
 
 template <typename T>

@@ -79,7 +79,7 @@ class Row {
       if (j + kLanes<T> <= columns_) {
         store_vector(g, out + j);
       } else {
-        std::memcpy(out + j, &g, static_cast<size_t>(columns_ - j) * sizeof(T));
+        store_some<T>(g, columns_ - j, out + j);
       }
     }
     T sum = 0;
@@ -133,9 +133,7 @@ class Row {
 
   Vector<T> z(int64_t j) const {
     if (j + kLanes<T> <= columns_) return scale_ * load_vector(s_ + j) + bias_;
-    T rest[kLanes<T>] = {};
-    std::memcpy(rest, s_ + j, static_cast<size_t>(columns_ - j) * sizeof(T));
-    return scale_ * load_vector(rest) + bias_;
+    return scale_ * load_some(s_ + j, columns_ - j) + bias_;
   }
 
   Vector<Relation> relation(int64_t j) const { return load_vector(relation_ + j); }

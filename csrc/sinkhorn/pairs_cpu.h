@@ -28,14 +28,6 @@ TILEWISE_FN T total(Vector<T> v) {
   return result;
 }
 
-// `count` < kLanes values, zeros behind them.
-template <typename T>
-TILEWISE_FN Vector<T> load_some(const T* from, int64_t count) {
-  Vector<T> result = {};
-  std::memcpy(&result, from, static_cast<size_t>(count) * sizeof(T));
-  return result;
-}
-
 // The points of one side, as rows and with features side by side.
 template <typename T>
 struct Side {

@@ -9,7 +9,7 @@ void solve(const SinkhornCall<T>& call, int64_t index, T* scratch, const Paralle
   Solver<T>(call, index, scratch, parallel).solve(index);
 }
 
-// Woffset a plan is made of: offsets of both sides, those of the columns at the end of the scratch.
+// What a plan is made of: offsets of both sides, those of the columns at the end of the scratch.
 template <typename T>
 struct PlanOf {
   PlanOf(const SinkhornApply<T>& call, int64_t index, T*& scratch)
@@ -46,7 +46,7 @@ void plan(const SinkhornApply<T>& call, int64_t index, T* scratch, const Paralle
       for_vectors(z, columns, [&](int64_t j, Vector<T> value) {
         value = fast_exp(plan.factor * value + (load_vector(plan.columns + column + j) + plan.rows[row]));
         if (j + kLanes<T> <= columns) return store_vector(value, out + j);
-        std::memcpy(out + j, &value, static_cast<size_t>(columns - j) * sizeof(T));
+        store_some<T>(value, columns - j, out + j);
       });
     };
     for_tiles(plan.view, begin * kTileRows, end * kTileRows < n ? end * kTileRows : n, tile, block,

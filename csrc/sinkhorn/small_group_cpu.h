@@ -189,7 +189,7 @@ class Group {
     }
   }
 
-  // Woffset the lanes do in this iteration.
+  // What the lanes do in this iteration.
   void enter(const Stage<T>* stages) {
     for (int l = 0; l < kLanes<T>; ++l) {
       now_[l] = stages[l].epsilon;
@@ -301,8 +301,11 @@ class Group {
     return dead ? all<T>(1) : factor;
   }
 
-  // next_u_, next_v_ and the error of u_, v_; false where a lane drifted.
-  bool iterate() {
+  bool iterate() { return exact_ && !symmetric_ ? iterate_as<true>() : iterate_as<false>(); }
+
+  // next_u_, next_v_ and the error of u_, v_; false where a lane drifted. kPlain: whole steps between two sides.
+  template <bool kPlain>
+  bool iterate_as() {
     Mask<T> fine = epsilon_ == epsilon_;
     for (int64_t j = 0; j < m_; ++j) {
       mass_[j] = b_[j] * v_[j];
@@ -313,15 +316,24 @@ class Group {
       for (int64_t j = 0; j < m_; ++j) sum += kernel_[i * m_ + j] * mass_[j];
       s_[i] = sum;
       next_u_[i] = factor_of(sum, f_[i], damp_a_, rho_a_, row_lse_[i], fine);
-      next_u_[i] = moved_factor(u_[i], next_u_[i]);
-      if (symmetric_) continue;
-      const V weight = a_[i] * seen_by_columns(u_[i], next_u_[i]);
+      V seen = next_u_[i];
+      if constexpr (!kPlain) {
+        next_u_[i] = moved_factor(u_[i], next_u_[i]);
+        if (symmetric_) continue;
+        seen = seen_by_columns(u_[i], next_u_[i]);
+      }
+      const V weight = a_[i] * seen;
       for (int64_t j = 0; j < m_; ++j) c_[j] += kernel_[i * m_ + j] * weight;
     }
     set_error([&](int64_t i) { return u_[i] * s_[i]; });
-    for (int64_t j = 0; j < m_; ++j)
-      next_v_[j] =
-          symmetric_ ? next_u_[j] : moved_factor(v_[j], factor_of(c_[j], g_[j], damp_b_, rho_b_, column_lse_[j], fine));
+    for (int64_t j = 0; j < m_; ++j) {
+      if (!kPlain && symmetric_) {
+        next_v_[j] = next_u_[j];
+        continue;
+      }
+      const V factor = factor_of(c_[j], g_[j], damp_b_, rho_b_, column_lse_[j], fine);
+      next_v_[j] = kPlain ? factor : moved_factor(v_[j], factor);
+    }
     return !any<T>(~fine);
   }
 
@@ -359,7 +371,7 @@ class Group {
     call.n_iter[index] = n_iter;
   }
 
-  // Woffset an iteration leaves for the way back: its factors, and the sums they came from or, where it was done in the
+  // What an iteration leaves for the way back: its factors, and the sums they came from or, where it was done in the
   // log domain, the potentials that K was then formed with.
   struct Step {
     V *u, *v, *s, *c;

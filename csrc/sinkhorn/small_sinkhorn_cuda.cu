@@ -25,7 +25,7 @@ struct Lines {
   float value[kLines] = {};
 };
 
-// The lanes of one problem. Woffset they write to shared memory others may read after sync().
+// The lanes of one problem. What they write to shared memory others may read after sync().
 template <int K>
 class Group {
  public:
@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(Shape<K>::kThreads) small_kernel(const __grid_
   float error = 0.0f;
   int64_t n_iter = 0;
   bool going = true;
-  // Woffset comes after the last iteration is for its error alone.
+  // What comes after the last iteration is for its error alone.
   for (int64_t t = 0; __any_sync(0xffffffffu, going); ++t) {
     if (going && t == call.max_iter) stage = {epsilon};
     const float now = stage.epsilon, inverse = 1.0f / now, step = call.symmetric ? 0.5f : stage.step;

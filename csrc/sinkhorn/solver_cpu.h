@@ -244,7 +244,7 @@ class Solver {
     return out > lower && out < upper;
   }
 
-  // s of kRows rows beside each other, which become their factors, and what they add to the columns. Toffset second
+  // s of kRows rows beside each other, which become their factors, and what they add to the columns. That second
   // loop finds its rows in the first-level cache, and meanwhile asks for the next ones: the first would wait for
   // memory.
   template <int kRows>

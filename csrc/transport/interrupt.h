@@ -7,10 +7,11 @@
 #pragma once
 
 #include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 
 #include <atomic>
-#include <chrono>
+#include <cstdint>
 #include <memory>
 #include <thread>
 #include <tuple>
@@ -37,7 +38,7 @@ class Interrupt {
   bool operator()() {
     if (raised_.load(std::memory_order_relaxed)) return true;
     if (std::this_thread::get_id() != thread_) return false;
-    const auto now = Clock::now();
+    const int64_t now = milliseconds();
     if (now < next_) return false;
     next_ = now + kEvery;
     raised_.store(handler_raised(), std::memory_order_relaxed);
@@ -45,8 +46,14 @@ class Interrupt {
   }
 
  private:
-  using Clock = std::chrono::steady_clock;
-  static constexpr std::chrono::milliseconds kEvery{100};
+  static constexpr int64_t kEvery = 100;
+
+  // Of the clock's last tick: the time since then costs as much as a small problem.
+  static int64_t milliseconds() {
+    timespec now{};
+    ::clock_gettime(CLOCK_MONOTONIC_COARSE, &now);
+    return int64_t{now.tv_sec} * 1000 + now.tv_nsec / 1000000;
+  }
 
   // In the main thread alone, which a process that ends does not leave behind without Python.
   static bool handler_raised() {
@@ -72,7 +79,7 @@ class Interrupt {
 
   std::atomic<bool> raised_{false};
   const std::thread::id thread_ = std::this_thread::get_id();
-  Clock::time_point next_ = Clock::now() + kEvery;
+  int64_t next_ = milliseconds() + kEvery;
 };
 
 }  // namespace tilewise
