@@ -9,27 +9,31 @@ void define_kernels(Library& m) {
   m.def(
       "cross_entropy(Tensor logits, Tensor target, Tensor? weight=None, Tensor? row_weight=None, *, "
       "int ignore_index=-100, float label_smoothing=0.0, float lse_square_scale=0.0, float? softcap=None, "
-      "float logit_scale=1.0, str reduction=\"mean\", bool return_stats=False, bool inplace_backward=False) "
-      "-> (Tensor loss, Tensor lse, Tensor entropy, Tensor argmax, Tensor row_state, Tensor total)");
+      "float logit_scale=1.0, str reduction=\"mean\", bool inplace_backward=False) -> (Tensor loss, Tensor state)");
+  m.def(
+      "cross_entropy_with_stats(Tensor logits, Tensor target, Tensor? weight=None, Tensor? row_weight=None, *, "
+      "int ignore_index=-100, float label_smoothing=0.0, float lse_square_scale=0.0, float? softcap=None, "
+      "float logit_scale=1.0, str reduction=\"mean\", bool inplace_backward=False) "
+      "-> (Tensor loss, Tensor state, Tensor lse, Tensor entropy, Tensor argmax)");
   m.def(
       "cross_entropy_backward(Tensor? grad_loss, Tensor? grad_lse, Tensor? grad_entropy, Tensor logits, "
-      "Tensor target, Tensor? weight, Tensor? row_weight, Tensor? entropy, Tensor row_state, Tensor total, *, "
-      "int ignore_index, float label_smoothing, float lse_square_scale, float? softcap, float logit_scale, "
-      "str reduction) -> Tensor");
+      "Tensor target, Tensor? weight, Tensor? row_weight, Tensor? entropy, Tensor state, *, int ignore_index=-100, "
+      "float label_smoothing=0.0, float lse_square_scale=0.0, float? softcap=None, float logit_scale=1.0, "
+      "str reduction=\"mean\") -> Tensor");
   m.def(
       "cross_entropy_backward_(Tensor? grad_loss, Tensor? grad_lse, Tensor? grad_entropy, Tensor(a!) logits, "
-      "Tensor target, Tensor? weight, Tensor? row_weight, Tensor? entropy, Tensor row_state, Tensor total, *, "
-      "int ignore_index, float label_smoothing, float lse_square_scale, float? softcap, float logit_scale, "
-      "str reduction) -> ()");
+      "Tensor target, Tensor? weight, Tensor? row_weight, Tensor? entropy, Tensor state, *, int ignore_index=-100, "
+      "float label_smoothing=0.0, float lse_square_scale=0.0, float? softcap=None, float logit_scale=1.0, "
+      "str reduction=\"mean\") -> ()");
   m.def(
       "linear_cross_entropy(Tensor input, Tensor linear_weight, Tensor target, Tensor? linear_bias=None, "
       "Tensor? weight=None, *, int ignore_index=-100, float label_smoothing=0.0, float lse_square_scale=0.0, "
       "float? softcap=None, str reduction=\"mean\", int chunk_bytes=0, bool form_input_grad=False, "
-      "bool form_weight_grad=False, bool form_bias_grad=False) -> (Tensor loss, Tensor row_state, Tensor total, "
-      "Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
+      "bool form_weight_grad=False, bool form_bias_grad=False) "
+      "-> (Tensor loss, Tensor state, Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
   m.def(
       "linear_cross_entropy_backward(Tensor grad_loss, Tensor input, Tensor linear_weight, Tensor target, "
-      "Tensor? linear_bias, Tensor? weight, Tensor row_state, Tensor total, *, int ignore_index, "
+      "Tensor? linear_bias, Tensor? weight, Tensor state, *, int ignore_index, "
       "float label_smoothing, float lse_square_scale, float? softcap, str reduction, int chunk_bytes, "
       "bool input_grad, bool weight_grad, bool bias_grad) "
       "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
@@ -94,16 +98,16 @@ void define_kernels(Library& m) {
   m.def("wta_crs_gather(Tensor x, Tensor indices, Tensor? scales=None) -> Tensor");
   m.def(
       "z_loss(Tensor logits, Tensor target, *, float a, float b, int ignore_index=-100, str reduction=\"mean\") "
-      "-> (Tensor loss, Tensor row_state, Tensor total)");
+      "-> (Tensor loss, Tensor state)");
   m.def(
       "taylor_softmax_loss(Tensor logits, Tensor target, *, int ignore_index=-100, str reduction=\"mean\") "
-      "-> (Tensor loss, Tensor row_state, Tensor total)");
+      "-> (Tensor loss, Tensor state)");
   m.def(
       "spherical_softmax_loss(Tensor logits, Tensor target, *, float eps=1e-6, int ignore_index=-100, "
-      "str reduction=\"mean\") -> (Tensor loss, Tensor row_state, Tensor total)");
+      "str reduction=\"mean\") -> (Tensor loss, Tensor state)");
   m.def(
-      "spherical_family_backward(Tensor grad_loss, Tensor logits, Tensor target, Tensor row_state, Tensor total, *, "
-      "int ignore_index, str reduction) -> Tensor");
+      "spherical_family_backward(Tensor grad_loss, Tensor logits, Tensor target, Tensor state, *, "
+      "int ignore_index=-100, str reduction=\"mean\") -> Tensor");
 }
 
 // Composed of PyTorch's own operators in pysrc/ops, once for all devices.

@@ -38,6 +38,7 @@ from .rows import (
     soft_coefficients,
     softmax_gradient,
     softmax_rows,
+    split_state,
     store_rows,
     target_of,
     tile_of,
@@ -228,25 +229,32 @@ def launch_forward(out: RowOutputs, logits: torch.Tensor, target: Target, option
         )
 
 
-def cross_entropy(
-    logits, target, weight=None, row_weight=None, *, ignore_index=-100, label_smoothing=0.0, lse_square_scale=0.0,
-    softcap=None, logit_scale=1.0, reduction="mean", return_stats=False, inplace_backward=False
+def cross_entropy(logits, *arguments, inplace_backward=False, **options):
+    """(loss, state); `inplace_backward` concerns the backward operator only."""
+    return forward(logits, (), *arguments, **options)
+
+
+def cross_entropy_with_stats(logits, *arguments, inplace_backward=False, **options):
+    """(loss, state, lse, entropy, argmax)."""
+    check_logits("cross_entropy", logits)
+    lse = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
+    stats = lse, torch.empty_like(lse), torch.empty_like(lse, dtype=torch.int64)
+    return *forward(logits, stats, *arguments, **options), *stats
+
+
+def forward(
+    logits, stats, target, weight=None, row_weight=None, *, ignore_index=-100, label_smoothing=0.0,
+    lse_square_scale=0.0, softcap=None, logit_scale=1.0, reduction="mean"
 ):  # fmt: skip
-    """(loss, lse, entropy, argmax, row_state, total); `inplace_backward` concerns the backward operator only."""
     check_logits("cross_entropy", logits)
     N, V = logits.shape
     row_loss = torch.empty(N, dtype=torch.float32, device=logits.device)
-    row_state = row_loss.new_empty((3, N))
-    lse = row_loss.new_empty(N if return_stats else 0)
-    entropy = torch.empty_like(lse)
-    argmax = torch.empty_like(lse, dtype=torch.int64)
-    out = RowOutputs(row_loss, row_state, *((lse, entropy, argmax) if return_stats else ()))
+    state = row_loss.new_empty(3 * N + 1)
+    row_state, total = split_state(state, 3)
     target = target_of(target, weight, row_weight)
-    launch_forward(
-        out, logits, target, options_of(ignore_index, label_smoothing, lse_square_scale, softcap, logit_scale)
-    )
-    loss, total = reduce_rows(row_loss, target, V=V, ignore_index=ignore_index, reduction=reduction)
-    return loss, lse, entropy, argmax, row_state, total
+    options = options_of(ignore_index, label_smoothing, lse_square_scale, softcap, logit_scale)
+    launch_forward(RowOutputs(row_loss, row_state, *stats), logits, target, options)
+    return reduce_rows(row_loss, total, target, V=V, ignore_index=ignore_index, reduction=reduction), state
 
 
 def launch_backward(
@@ -277,9 +285,8 @@ def launch_backward(
         )  # fmt: skip
 
 
-def write_gradient(
-    grad, gradients, logits, target, weight, row_weight, entropy, row_state, total, *, reduction, **options
-):
+def write_gradient(grad, gradients, logits, target, weight, row_weight, entropy, state, *, reduction, **options):
+    row_state, total = split_state(state, 3)
     saved = Saved(entropy, row_state, total if reduction == "mean" else None)
     launch_backward(
         grad, upstream_of(*gradients), logits, target_of(target, weight, row_weight), saved, options_of(**options)
@@ -300,6 +307,7 @@ def cross_entropy_backward_(grad_loss, grad_lse, grad_entropy, logits, *saved, *
 
 OPS = {
     "cross_entropy": cross_entropy,
+    "cross_entropy_with_stats": cross_entropy_with_stats,
     "cross_entropy_backward": cross_entropy_backward,
     "cross_entropy_backward_": cross_entropy_backward_,
 }

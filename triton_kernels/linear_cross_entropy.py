@@ -30,6 +30,7 @@ from .rows import (
     options_of,
     reduce_rows,
     soft_coefficients,
+    split_state,
     store_rows,
     target_of,
 )
@@ -240,10 +241,12 @@ def linear_cross_entropy(
     lse_square_scale=0.0, softcap=None, reduction="mean", chunk_bytes=0, form_input_grad=False, form_weight_grad=False,
     form_bias_grad=False
 ):  # fmt: skip
-    """(loss, row_state, total, grad_input, grad_weight, grad_bias); gradients of the summed loss, or empty."""
+    """(loss, state, grad_input, grad_weight, grad_bias); gradients of the summed loss, or empty."""
     check_logits("linear_cross_entropy", input)
     row_loss = torch.empty(len(input), dtype=torch.float32, device=input.device)
-    out = RowOutputs(row_loss, row_loss.new_empty((3, len(input))))
+    state = row_loss.new_empty(3 * len(input) + 1)
+    row_state, total = split_state(state, 3)
+    out = RowOutputs(row_loss, row_state)
     target = target_of(target, weight)
     arguments = (out, input, linear_weight, linear_bias, target)
     options = options_of(ignore_index, label_smoothing, lse_square_scale, softcap)
@@ -253,13 +256,13 @@ def linear_cross_entropy(
         gradients = forward_with_gradients(*arguments, options, needs_grad, chunk_bytes)
     else:
         fused_forward(*arguments, options)
-    loss, total = reduce_rows(row_loss, target, V=len(linear_weight), ignore_index=ignore_index, reduction=reduction)
-    return loss, out.state, total, *(input.new_empty(0) if g is None else g for g in gradients)
+    loss = reduce_rows(row_loss, total, target, V=len(linear_weight), ignore_index=ignore_index, reduction=reduction)
+    return loss, state, *(input.new_empty(0) if g is None else g for g in gradients)
 
 
 def linear_cross_entropy_backward(
-    grad_loss, input, linear_weight, target, linear_bias, weight, row_state, total, *, reduction, chunk_bytes,
-    input_grad, weight_grad, bias_grad, **options
+    grad_loss, input, linear_weight, target, linear_bias, weight, state, *, reduction, chunk_bytes, input_grad,
+    weight_grad, bias_grad, **options
 ):  # fmt: skip
     """(grad_input, grad_weight, grad_bias), empty where not needed, by blocks of classes of all rows."""
     check_logits("linear_cross_entropy_backward", input)
@@ -269,6 +272,7 @@ def linear_cross_entropy_backward(
     dw = input.new_empty(linear_weight.shape) if weight_grad else None
     db = input.new_empty(V) if bias_grad else None
     upstream, target, options = upstream_of(grad_loss, None, None), target_of(target, weight), options_of(**options)
+    row_state, total = split_state(state, 3)
     saved = Saved(None, row_state, total if reduction == "mean" else None)
     width = lines_at_a_time(V, N, input.element_size(), chunk_bytes, MIN_CLASSES)
     buffer = input.new_empty(N, width)

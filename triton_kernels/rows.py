@@ -380,17 +380,22 @@ def reduce_rows_kernel(
         tl.store(loss_ptr, loss_sum)
 
 
-def reduce_rows(row_loss: torch.Tensor, target: Target, *, V: int, ignore_index: int, reduction: str):
-    """(loss, total) of row losses."""
+def split_state(state: torch.Tensor, per_row: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of what a backward reads of its forward: the numbers of the rows (per_row, N) and the total ()."""
+    return state[:-1].view(per_row, -1), state[-1]
+
+
+def reduce_rows(row_loss, total, target: Target, *, V: int, ignore_index: int, reduction: str) -> torch.Tensor:
+    """The loss of row losses; writes the total, too."""
     N = row_loss.shape[0]
     loss = row_loss if reduction == "none" else row_loss.new_empty(())
-    total = row_loss.new_empty(())
     if N == 0:
-        return loss.zero_(), total.zero_()
+        total.zero_()
+        return loss.zero_()
     classes = target._replace(row_weight=None) if target.column is None else Target(None, 0, None)
     with torch.cuda.device_of(row_loss):
         reduce_rows_kernel[(1,)](
             row_loss, classes, None if reduction == "none" else loss, total, N, V, ignore_index,
             MEAN=reduction == "mean", BLOCK=REDUCE_BLOCK, num_warps=16,
         )  # fmt: skip
-    return loss, total
+    return loss

@@ -21,6 +21,7 @@ from .rows import (
     log1p,
     matrix_of,
     reduce_rows,
+    split_state,
     target_of,
     tile_of,
     tile_pointers,
@@ -169,11 +170,12 @@ def spherical_family_backward_kernel(
 
 
 def launch_forward(op, epilogue, logits, target, a, b, ignore_index, reduction):
-    """(loss, row_state, total) of the member of the family that `epilogue` is, with its constants a and b."""
+    """(loss, state) of the member of the family that `epilogue` is, with its constants a and b."""
     check_logits(op, logits)
     N, V = logits.shape
     row_loss = torch.empty(N, dtype=torch.float32, device=logits.device)
-    row_state = row_loss.new_empty((4, N))
+    state = row_loss.new_empty(4 * N + 1)
+    row_state, total = split_state(state, 4)
     target = target_of(target)
     if N > 0:
         tile, warps = tile_of(logits, elements_per_thread=8, max_warps=16)
@@ -182,34 +184,34 @@ def launch_forward(op, epilogue, logits, target, a, b, ignore_index, reduction):
                 matrix_of(logits), target, RowOutputs(row_loss, row_state), N, V, ignore_index, a, b,
                 EPILOGUE=epilogue, tile=tile, num_warps=warps,
             )  # fmt: skip
-    loss, total = reduce_rows(row_loss, target, V=V, ignore_index=ignore_index, reduction=reduction)
-    return loss, row_state, total
+    return reduce_rows(row_loss, total, target, V=V, ignore_index=ignore_index, reduction=reduction), state
 
 
 def z_loss(logits, target, *, a, b, ignore_index=-100, reduction="mean"):
-    """(loss, row_state, total) of softplus(a (b - z)) / a."""
+    """(loss, state) of softplus(a (b - z)) / a."""
     return launch_forward("z_loss", z_epilogue, logits, target, a, b, ignore_index, reduction)
 
 
 def taylor_softmax_loss(logits, target, *, ignore_index=-100, reduction="mean"):
-    """(loss, row_state, total) of -log of the second-order Taylor softmax."""
+    """(loss, state) of -log of the second-order Taylor softmax."""
     return launch_forward("taylor_softmax_loss", taylor_epilogue, logits, target, None, None, ignore_index, reduction)
 
 
 def spherical_softmax_loss(logits, target, *, eps=1e-6, ignore_index=-100, reduction="mean"):
-    """(loss, row_state, total) of -log of the spherical softmax."""
+    """(loss, state) of -log of the spherical softmax."""
     return launch_forward(
         "spherical_softmax_loss", spherical_epilogue, logits, target, eps, None, ignore_index, reduction
     )
 
 
-def spherical_family_backward(grad_loss, logits, target, row_state, total, *, ignore_index, reduction):
+def spherical_family_backward(grad_loss, logits, target, state, *, ignore_index, reduction):
     """The gradient of any member of the family as a fresh contiguous tensor."""
     check_logits("spherical_family_backward", logits)
     N, V = logits.shape
     grad = torch.empty((N, V), dtype=logits.dtype, device=logits.device)
     if N == 0:
         return grad
+    row_state, total = split_state(state, 4)
     tile, warps = tile_of(logits, elements_per_thread=16, max_warps=8)
     groups = groups_of(N, V, tile)
     with torch.cuda.device_of(logits):

@@ -7,53 +7,73 @@ namespace {
 
 constexpr const char* kOp = "cross_entropy";
 
-using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+struct ForwardArguments {
+  const Tensor& logits;
+  const Tensor& target;
+  const std::optional<Tensor>& weight;
+  const std::optional<Tensor>& row_weight;
+  int64_t ignore_index;
+  double label_smoothing;
+  double lse_square_scale;
+  std::optional<double> softcap;
+  double logit_scale;
+  const std::string& reduction;
+  bool inplace_backward;  // concerns autograd alone: it chooses which backward operator runs
+};
+using MaybeTensor = const std::optional<Tensor>&;
+using ForwardFields = Fields<const Tensor&, const Tensor&, MaybeTensor, MaybeTensor, int64_t, double, double,
+                             std::optional<double>, double, const std::string&, bool>;
+
+struct Statistics {
+  Tensor lse, entropy, argmax;
+};
 
 template <typename T>
-ForwardResult forward_as(const Tensor& logits, const Tensor& target, const std::optional<Tensor>& weight,
-                         const std::optional<Tensor>& row_weight, const CrossEntropyOptions& options,
-                         bool return_stats) {
-  const ScalarType type = statistics_type(logits);
-  const int64_t n = logits.size(0);
-  const int64_t n_details = return_stats ? n : 0;
+LossOutputs forward_as(const ForwardArguments& given, const CrossEntropyOptions& options, const Statistics* stats) {
+  const Tensor& logits = given.logits;
   CrossEntropyForward<T> op;
   op.logits = logits_matrix(logits, kOp);
-  op.request = {transform_of<T>(options), dense_target<T>(logits, op.logits, target, weight, options, kOp),
-                return_stats};
-  if (is_class_index(target)) op.target = class_indices(target, op.logits, options.ignore_index, kOp);
-  op.row_weight = dense<T>(row_weight, {n}, type, kOp, "row_weight");
+  op.request = {transform_of<T>(options), dense_target<T>(logits, op.logits, given.target, given.weight, options, kOp),
+                stats != nullptr};
+  if (is_class_index(given.target)) op.target = class_indices(given.target, op.logits, options.ignore_index, kOp);
+  op.row_weight = dense<T>(given.row_weight, {logits.size(0)}, statistics_type(logits), kOp, "row_weight");
   op.ignore_index = options.ignore_index;
   op.confidence = static_cast<T>(1 - options.label_smoothing);
   op.lse_square_scale = static_cast<T>(options.lse_square_scale);
-
-  const LossOutputs outputs(logits, options.reduction);
-  const Tensor row_state = new_output(logits, {3, n}, type);
-  const Tensor lse = new_output(logits, {n_details}, type);
-  const Tensor entropy = new_output(logits, {n_details}, type);
-  const Tensor argmax = new_output(logits, {n_details}, ScalarType::Long);
-  op.loss_rows = static_cast<T*>(outputs.loss_rows.data_ptr());
-  op.share_rows = static_cast<T*>(outputs.share_rows.data_ptr());
-  op.row_state = static_cast<T*>(row_state.data_ptr());
-  op.lse = static_cast<T*>(lse.data_ptr());
-  op.entropy = static_cast<T*>(entropy.data_ptr());
-  op.argmax = static_cast<int64_t*>(argmax.data_ptr());
+  if (stats != nullptr) {
+    op.lse = static_cast<T*>(stats->lse.data_ptr());
+    op.entropy = static_cast<T*>(stats->entropy.data_ptr());
+    op.argmax = static_cast<int64_t*>(stats->argmax.data_ptr());
+  }
+  const LossOutputs outputs(logits, options.reduction, kStatePerRow);
+  op.loss_rows = outputs.loss_rows<T>();
+  op.share_rows = outputs.share_rows<T>();
+  op.row_state = outputs.row_state<T>();
   run(op, logits, kOp);
-  run(outputs.reduction<T>(options.reduction), logits, kOp);
-  return {outputs.loss, lse, entropy, argmax, row_state, outputs.total};
+  run(outputs.reduction<T>(), logits, kOp);
+  return outputs;
 }
 
-// inplace_backward concerns autograd alone: it chooses which backward operator runs.
-ForwardResult forward(const Tensor& logits, const Tensor& target, const std::optional<Tensor>& weight,
-                      const std::optional<Tensor>& row_weight, int64_t ignore_index, double label_smoothing,
-                      double lse_square_scale, std::optional<double> softcap, double logit_scale,
-                      const std::string& reduction, bool return_stats, bool /*inplace_backward*/) {
-  logits_matrix(logits, kOp);
-  const DeviceScope scope(logits);
-  const CrossEntropyOptions options =
-      checked_options(ignore_index, label_smoothing, lse_square_scale, softcap, logit_scale, reduction, kOp);
-  return with_statistics(logits, [&](auto zero) {
-    return forward_as<decltype(zero)>(logits, target, weight, row_weight, options, return_stats);
-  });
+// With statistics where there is a place for them.
+LossOutputs run_forward(const ForwardArguments& given, const Statistics* stats) {
+  const DeviceScope scope(given.logits);
+  const CrossEntropyOptions options = checked_options(given.ignore_index, given.label_smoothing, given.lse_square_scale,
+                                                      given.softcap, given.logit_scale, given.reduction, kOp);
+  return with_statistics(given.logits, [&](auto zero) { return forward_as<decltype(zero)>(given, options, stats); });
+}
+
+std::tuple<Tensor, Tensor> forward(const ForwardArguments& given) {
+  const LossOutputs outputs = run_forward(given, nullptr);
+  return {outputs.loss, outputs.state};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_with_stats(const ForwardArguments& given) {
+  logits_matrix(given.logits, kOp);
+  const auto of_rows = [&](ScalarType type) { return new_output(given.logits, {given.logits.size(0)}, type); };
+  const ScalarType type = statistics_type(given.logits);
+  const Statistics stats{of_rows(type), of_rows(type), of_rows(ScalarType::Long)};
+  const LossOutputs outputs = run_forward(given, &stats);
+  return {outputs.loss, outputs.state, stats.lse, stats.entropy, stats.argmax};
 }
 
 struct BackwardArguments {
@@ -65,8 +85,7 @@ struct BackwardArguments {
   const std::optional<Tensor>& weight;
   const std::optional<Tensor>& row_weight;
   const std::optional<Tensor>& entropy;
-  const Tensor& row_state;
-  const Tensor& total;
+  const Tensor& state;
   int64_t ignore_index;
   double label_smoothing;
   double lse_square_scale;
@@ -78,10 +97,9 @@ struct BackwardArguments {
     return checked_options(ignore_index, label_smoothing, lse_square_scale, softcap, logit_scale, reduction, kOp);
   }
 };
-using MaybeTensor = const std::optional<Tensor>&;
 using BackwardFields =
     Fields<MaybeTensor, MaybeTensor, MaybeTensor, const Tensor&, const Tensor&, MaybeTensor, MaybeTensor, MaybeTensor,
-           const Tensor&, const Tensor&, int64_t, double, double, std::optional<double>, double, const std::string&>;
+           const Tensor&, int64_t, double, double, std::optional<double>, double, const std::string&>;
 
 template <typename T>
 const T* strided_rows(const std::optional<Tensor>& tensor, const Tensor& logits, const char* name, int64_t& stride) {
@@ -106,13 +124,14 @@ void backward_as(const BackwardArguments& given, const Tensor& gradient) {
   op.ignore_index = options.ignore_index;
   op.confidence = static_cast<T>(1 - options.label_smoothing);
   op.lse_square_scale = static_cast<T>(options.lse_square_scale);
+  op.row_state = state_of<T>(given.state, logits, kStatePerRow, kOp);
   const T* row_weights = dense<T>(given.row_weight, {logits.size(0)}, type, kOp, "row_weight");
-  op.upstream = upstream_of<T>(given.grad_loss, logits, row_weights, given.total, options.reduction, kOp);
+  const T* total = op.row_state + kStatePerRow * logits.size(0);
+  op.upstream = upstream_of<T>(given.grad_loss, logits, row_weights, total, options.reduction, kOp);
   op.grad_lse = strided_rows<T>(given.grad_lse, logits, "grad_lse", op.grad_lse_stride);
   op.grad_entropy = strided_rows<T>(given.grad_entropy, logits, "grad_entropy", op.grad_entropy_stride);
   op.entropy = dense<T>(given.entropy, {logits.size(0)}, type, kOp, "entropy");
   require(op.grad_entropy == nullptr || op.entropy != nullptr, kOp, "expected entropy together with grad_entropy");
-  op.row_state = dense<T>(given.row_state, {3, logits.size(0)}, type, kOp, "row_state");
   run(op, logits, kOp);
 }
 
@@ -140,7 +159,8 @@ void backward_in_place(const BackwardArguments& given) {
 }  // namespace tilewise
 
 STABLE_TORCH_LIBRARY_IMPL(tilewise, TILEWISE_DISPATCH_KEY, m) {
-  TILEWISE_IMPL(m, "cross_entropy", tilewise::forward);
+  TILEWISE_IMPL(m, "cross_entropy", tilewise::ForwardFields::call<&tilewise::forward>);
+  TILEWISE_IMPL(m, "cross_entropy_with_stats", tilewise::ForwardFields::call<&tilewise::forward_with_stats>);
   TILEWISE_IMPL(m, "cross_entropy_backward", tilewise::BackwardFields::call<&tilewise::backward>);
   TILEWISE_IMPL(m, "cross_entropy_backward_", tilewise::BackwardFields::call<&tilewise::backward_in_place>);
 }

@@ -6,6 +6,8 @@
 
 namespace tilewise {
 
+constexpr int64_t kStatePerRow = 3;
+
 struct CrossEntropyOptions {
   int64_t ignore_index;
   double label_smoothing;

@@ -172,19 +172,17 @@ CrossEntropyBackward<T> part_of_classes(CrossEntropyBackward<T> op, int64_t firs
   return op;
 }
 
-using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <typename T>
 ForwardResult forward_as(const Layer& layer, const Tensor& target, const std::optional<Tensor>& class_weight,
                          const CrossEntropyOptions& options, const NeedsGrad& needs_grad) {
   const int64_t n = layer.logits.rows, v = layer.logits.columns;
-  const ScalarType type = statistics_type(layer.input);
-  const LossOutputs outputs(layer.input, options.reduction);
-  const Tensor row_state = new_output(layer.input, {3, n}, type);
+  const LossOutputs outputs(layer.input, options.reduction, kStatePerRow);
   CrossEntropyForward<T> op = forward_op<T>(layer, target, class_weight, options);
-  op.loss_rows = static_cast<T*>(outputs.loss_rows.data_ptr());
-  op.share_rows = static_cast<T*>(outputs.share_rows.data_ptr());
-  op.row_state = static_cast<T*>(row_state.data_ptr());
+  op.loss_rows = outputs.loss_rows<T>();
+  op.share_rows = outputs.share_rows<T>();
+  op.row_state = outputs.row_state<T>();
 
   const int64_t rows = lines_at_a_time(layer, n, v, layer.chunk_bytes == 0 ? kMinRows : 1);
   const Tensor buffer = new_output(layer.input, {rows, v}, layer.input.scalar_type());
@@ -212,8 +210,8 @@ ForwardResult forward_as(const Layer& layer, const Tensor& target, const std::op
       add_product(out, out, columns_of(one, 0, count), chunk, beta);
     }
   });
-  run(outputs.reduction<T>(options.reduction), layer.input, kOp);
-  return {outputs.loss, row_state, outputs.total, gradients.input, gradients.weight, gradients.bias};
+  run(outputs.reduction<T>(), layer.input, kOp);
+  return {outputs.loss, outputs.state, gradients.input, gradients.weight, gradients.bias};
 }
 
 // form_* ask for the gradients of the summed loss. Only float32 and float64 reduced losses have them (else: empty).
@@ -235,12 +233,12 @@ ForwardResult forward(const Tensor& input, const Tensor& linear_weight, const Te
 
 template <typename T>
 Gradients backward_as(const Tensor& grad_loss, const Layer& layer, const Tensor& target,
-                      const std::optional<Tensor>& class_weight, const Tensor& row_state, const Tensor& total,
+                      const std::optional<Tensor>& class_weight, const Tensor& state,
                       const CrossEntropyOptions& options, const NeedsGrad& needs_grad) {
   const int64_t n = layer.logits.rows, v = layer.logits.columns;
-  const T* state = dense<T>(row_state, {3, n}, statistics_type(layer.input), kOp, "row_state");
-  CrossEntropyBackward<T> op = backward_op(forward_op<T>(layer, target, class_weight, options), state);
-  op.upstream = upstream_of<T>(grad_loss, layer.input, nullptr, total, options.reduction, kOp);
+  const T* row_state = state_of<T>(state, layer.input, kStatePerRow, kOp);
+  CrossEntropyBackward<T> op = backward_op(forward_op<T>(layer, target, class_weight, options), row_state);
+  op.upstream = upstream_of<T>(grad_loss, layer.input, nullptr, row_state + kStatePerRow * n, options.reduction, kOp);
   const Gradients gradients = new_gradients(layer, needs_grad);
   if (n == 0 || !needs_grad.any()) return gradients;
 
@@ -270,18 +268,17 @@ Gradients backward_as(const Tensor& grad_loss, const Layer& layer, const Tensor&
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_loss, const Tensor& input, const Tensor& linear_weight,
                                             const Tensor& target, const std::optional<Tensor>& linear_bias,
-                                            const std::optional<Tensor>& weight, const Tensor& row_state,
-                                            const Tensor& total, int64_t ignore_index, double label_smoothing,
-                                            double lse_square_scale, std::optional<double> softcap,
-                                            const std::string& reduction, int64_t chunk_bytes, bool input_grad,
-                                            bool weight_grad, bool bias_grad) {
+                                            const std::optional<Tensor>& weight, const Tensor& state,
+                                            int64_t ignore_index, double label_smoothing, double lse_square_scale,
+                                            std::optional<double> softcap, const std::string& reduction,
+                                            int64_t chunk_bytes, bool input_grad, bool weight_grad, bool bias_grad) {
   const Layer layer = checked_layer(input, linear_weight, linear_bias, chunk_bytes);
   const DeviceScope scope(input);
   const CrossEntropyOptions options =
       checked_options(ignore_index, label_smoothing, lse_square_scale, softcap, 1.0, reduction, kOp);
   const NeedsGrad needs_grad{input_grad, weight_grad, bias_grad && linear_bias.has_value()};
   const Gradients gradients = with_statistics(input, [&](auto zero) {
-    return backward_as<decltype(zero)>(grad_loss, layer, target, weight, row_state, total, options, needs_grad);
+    return backward_as<decltype(zero)>(grad_loss, layer, target, weight, state, options, needs_grad);
   });
   return {gradients.input, gradients.weight, gradients.bias};
 }

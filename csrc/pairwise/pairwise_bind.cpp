@@ -200,8 +200,8 @@ Gradients run_chunks(const Problem& problem, const LossOutputs& outputs, const U
     chunk.row_stride = m;
     chunk.relations.x_labels += begin;
     chunk.relations.self_offset += begin;
-    chunk.loss_rows = static_cast<T*>(outputs.loss_rows.data_ptr()) + begin;
-    chunk.active_rows = static_cast<T*>(outputs.share_rows.data_ptr()) + begin;
+    chunk.loss_rows = outputs.loss_rows<T>() + begin;
+    chunk.active_rows = outputs.share_rows<T>() + begin;
     chunk.wants_gradient = wanted.any();
     chunk.gradient = g.data_ptr();
     chunk.gradient_dtype = row_matrix(g, kOp, "gradient").dtype;
@@ -255,17 +255,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
   const Reduced reduced = parse_pair_reduction(reduction, x.size(0));
   const bool formed = reduced.kind != Reduction::kNone && x.scalar_type() == statistics_type(x);
   const Wanted wanted{formed && form_x_grad, formed && form_y_grad, formed && form_bias_grad};
-  const LossOutputs outputs(x, reduced.kind);
+  const LossOutputs outputs(x, reduced.kind, 0);
   return with_statistics(x, [&](auto zero) -> std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> {
     using T = decltype(zero);
     const Tensor one = torch::stable::new_empty(x, {}, statistics_type(x));
     torch::stable::fill_(one, 1.0);
     const Upstream<T> upstream{.grad_loss = static_cast<const T*>(one.data_ptr())};
     const Gradients gradients = run_chunks<T>(problem, outputs, upstream, wanted);
-    RowReduction<T> sum = outputs.reduction<T>(reduced.kind);
+    RowReduction<T> sum = outputs.reduction<T>();
     sum.divisor = static_cast<T>(reduced.divisor);
     reduce(sum, x);
-    return {outputs.loss, outputs.total, gradients.x, gradients.y, gradients.bias};
+    return {outputs.loss, outputs.state, gradients.x, gradients.y, gradients.bias};
   });
 }
 
@@ -282,10 +282,11 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_loss, const Tenso
   check(problem);
   const DeviceScope scope(x);
   const Reduced reduced = parse_pair_reduction(reduction, x.size(0));
-  const LossOutputs outputs(x, Reduction::kNone);  // the losses again, for nobody
+  const LossOutputs outputs(x, Reduction::kNone, 0);  // the losses again, for nobody
   const Gradients gradients = with_statistics(x, [&](auto zero) {
     using T = decltype(zero);
-    Upstream<T> upstream = upstream_of<T>(grad_loss, x, nullptr, total, reduced.kind, kOp);
+    Upstream<T> upstream =
+        upstream_of<T>(grad_loss, x, nullptr, dense<T>(total, {}, statistics_type(x), kOp, "total"), reduced.kind, kOp);
     upstream.divisor = static_cast<T>(reduced.divisor);
     return run_chunks<T>(problem, outputs, upstream, {x_grad, y_grad, bias_grad});
   });

@@ -61,10 +61,10 @@ inline const int64_t* class_indices(const Tensor& target, const RowMatrix& logit
 
 template <typename T>
 Upstream<T> upstream_of(const std::optional<Tensor>& grad_loss, const Tensor& logits, const T* row_weight,
-                        const Tensor& total, Reduction reduction, const char* op) {
+                        const T* total, Reduction reduction, const char* op) {
   Upstream<T> upstream;
   upstream.row_weight = row_weight;
-  upstream.total = dense<T>(total, {}, statistics_type(logits), op, "total");
+  upstream.total = total;
   upstream.mean = reduction == Reduction::kMean;
   if (!grad_loss.has_value()) return upstream;
   require_dtype(*grad_loss, statistics_type(logits), op, "grad_loss");
@@ -78,25 +78,57 @@ Upstream<T> upstream_of(const std::optional<Tensor>& grad_loss, const Tensor& lo
   return upstream;
 }
 
-// Loss rows, shares and the reduced results of one forward.
-struct LossOutputs {
-  Tensor loss_rows, share_rows, loss, total;
+// What a backward reads of its forward: `per_row` numbers of every row, line by line, and then the total.
+inline std::vector<int64_t> state_shape(const Tensor& like, int64_t per_row) {
+  if (per_row == 0) return {};
+  return {per_row * like.size(0) + 1};
+}
 
-  LossOutputs(const Tensor& logits, Reduction reduction)
-      : loss_rows(new_output(logits, {logits.size(0)}, statistics_type(logits))),
-        share_rows(new_output(logits, {logits.size(0)}, statistics_type(logits))),
-        loss(reduction == Reduction::kNone ? loss_rows : new_output(logits, {}, statistics_type(logits))),
-        total(new_output(logits, {}, statistics_type(logits))) {}
+template <typename T>
+const T* state_of(const Tensor& state, const Tensor& like, int64_t per_row, const char* op) {
+  return dense<T>(state, state_shape(like, per_row), statistics_type(like), op, "state");
+}
+
+// What one forward writes: the loss and the state. What each row adds to loss and total is freed with this.
+class LossOutputs {
+ public:
+  Tensor loss, state;
+
+  LossOutputs(const Tensor& like, Reduction reduction, int64_t state_per_row)
+      : loss(new_output(like, reduction == Reduction::kNone ? std::vector{like.size(0)} : std::vector<int64_t>{},
+                        statistics_type(like))),
+        state(new_output(like, state_shape(like, state_per_row), statistics_type(like))),
+        reduction_(reduction),
+        rows_(like.size(0)),
+        scratch_(new_output(like, {reduction == Reduction::kNone ? rows_ : 2 * rows_}, statistics_type(like))) {}
 
   template <typename T>
-  RowReduction<T> reduction(Reduction kind) const {
-    return {.rows = loss_rows.size(0),
-            .loss_rows = static_cast<const T*>(loss_rows.data_ptr()),
-            .share_rows = static_cast<const T*>(share_rows.data_ptr()),
-            .reduction = kind,
-            .loss = static_cast<T*>(loss.data_ptr()),
-            .total = static_cast<T*>(total.data_ptr())};
+  T* row_state() const {
+    return static_cast<T*>(state.data_ptr());
   }
+  template <typename T>
+  T* share_rows() const {
+    return static_cast<T*>(scratch_.data_ptr());
+  }
+  template <typename T>
+  T* loss_rows() const {
+    return reduction_ == Reduction::kNone ? static_cast<T*>(loss.data_ptr()) : share_rows<T>() + rows_;
+  }
+
+  template <typename T>
+  RowReduction<T> reduction() const {
+    return {.rows = rows_,
+            .loss_rows = loss_rows<T>(),
+            .share_rows = share_rows<T>(),
+            .reduction = reduction_,
+            .loss = static_cast<T*>(loss.data_ptr()),
+            .total = row_state<T>() + state.numel() - 1};
+  }
+
+ private:
+  Reduction reduction_;
+  int64_t rows_;
+  Tensor scratch_;
 };
 
 // Sums in double and in row order, whatever the number of threads.

@@ -6,7 +6,9 @@
 namespace tilewise {
 namespace {
 
-using ForwardResult = std::tuple<Tensor, Tensor, Tensor>;
+constexpr int64_t kStatePerRow = 4;
+
+using ForwardResult = std::tuple<Tensor, Tensor>;
 
 template <typename T>
 void run(const SphericalForward<T>& op, const RowReduction<T>& reduction, const Tensor& logits, const char* name) {
@@ -42,13 +44,12 @@ ForwardResult forward(const Tensor& logits, const Tensor& target, int64_t ignore
     op.b = static_cast<T>(b);
     op.target = class_indices(target, matrix, ignore_index, kOp);
     op.ignore_index = ignore_index;
-    const LossOutputs outputs(logits, kind);
-    const Tensor row_state = new_output(logits, {4, logits.size(0)}, statistics_type(logits));
-    op.loss_rows = static_cast<T*>(outputs.loss_rows.data_ptr());
-    op.share_rows = static_cast<T*>(outputs.share_rows.data_ptr());
-    op.row_state = static_cast<T*>(row_state.data_ptr());
-    run(op, outputs.reduction<T>(kind), logits, kOp);
-    return {outputs.loss, row_state, outputs.total};
+    const LossOutputs outputs(logits, kind, kStatePerRow);
+    op.loss_rows = outputs.loss_rows<T>();
+    op.share_rows = outputs.share_rows<T>();
+    op.row_state = outputs.row_state<T>();
+    run(op, outputs.reduction<T>(), logits, kOp);
+    return {outputs.loss, outputs.state};
   });
 }
 
@@ -69,8 +70,8 @@ ForwardResult spherical_softmax_loss(const Tensor& logits, const Tensor& target,
   return forward<SphericalSoftmax>(logits, target, ignore_index, reduction, eps);
 }
 
-Tensor backward(const Tensor& grad_loss, const Tensor& logits, const Tensor& target, const Tensor& row_state,
-                const Tensor& total, int64_t ignore_index, const std::string& reduction) {
+Tensor backward(const Tensor& grad_loss, const Tensor& logits, const Tensor& target, const Tensor& state,
+                int64_t ignore_index, const std::string& reduction) {
   constexpr const char* kOp = "spherical_family_backward";
   const RowMatrix matrix = logits_matrix(logits, kOp);
   const DeviceScope scope(logits);
@@ -81,8 +82,8 @@ Tensor backward(const Tensor& grad_loss, const Tensor& logits, const Tensor& tar
     SphericalBackward<T> op{.logits = matrix, .gradient = row_matrix(gradient, kOp, "gradient")};
     op.target = class_indices(target, matrix, ignore_index, kOp);
     op.ignore_index = ignore_index;
-    op.upstream = upstream_of<T>(grad_loss, logits, nullptr, total, kind, kOp);
-    op.row_state = dense<T>(row_state, {4, logits.size(0)}, statistics_type(logits), kOp, "row_state");
+    op.row_state = state_of<T>(state, logits, kStatePerRow, kOp);
+    op.upstream = upstream_of<T>(grad_loss, logits, nullptr, op.row_state + kStatePerRow * matrix.rows, kind, kOp);
     run(op, logits, kOp);
   });
   return gradient;

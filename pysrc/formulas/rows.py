@@ -31,3 +31,13 @@ def reduce_rows(loss_rows: Tensor, share_rows: Tensor, reduction: str) -> tuple[
     if reduction == "sum":
         return loss, total
     return torch.where(total == 0, loss * 0, loss / total.masked_fill(total == 0, 1)), total
+
+
+def pack_state(row_state: Tensor, total: Tensor) -> Tensor:
+    """What a forward leaves for its backward: numbers of every row, line by line, and then the denominator."""
+    return torch.cat([row_state.flatten(), total[None]])
+
+
+def unpack_state(state: Tensor, per_row: int) -> tuple[Tensor, Tensor]:
+    """(row_state (per_row, N), total ())."""
+    return state[:-1].view(per_row, -1), state[-1]

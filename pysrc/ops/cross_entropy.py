@@ -10,8 +10,10 @@ from tilewise.formulas.rows import statistics_dtype
 from tilewise.ops import register, rows
 
 OP = "cross_entropy"
-_forward, _gradient, _overwrite = map(register.operator, (OP, f"{OP}_backward", f"{OP}_backward_"))
-_DEFAULTS = register.defaults(OP)
+WITH_STATS = f"{OP}_with_stats"
+_forward, _forward_with_stats = register.operator(OP), register.operator(WITH_STATS)
+_gradient, _overwrite = register.operator(f"{OP}_backward"), register.operator(f"{OP}_backward_")
+_DEFAULTS = tuple(register.defaults(OP).values())
 
 
 class CrossEntropyStats(NamedTuple):
@@ -104,23 +106,13 @@ def cross_entropy(
         weight = rows.check_vector(OP, "weight", weight, logits.shape[1], logits)
     if row_weight is not None:
         row_weight = rows.check_vector(OP, "row_weight", row_weight, logits.shape[0], logits)
-    options = {
-        "ignore_index": ignore_index,
-        "label_smoothing": label_smoothing,
-        "lse_square_scale": lse_square_scale,
-        "softcap": softcap,
-        "logit_scale": logit_scale,
-        "reduction": reduction,
-        "return_stats": return_stats,
-        "inplace_backward": inplace_backward,
-    }
-    if options != _DEFAULTS:
-        _check_options(options)
-        if inplace_backward:
-            _check_overwritable(logits)
-    loss, lse, entropy, argmax, _, _ = _forward(logits, target, weight, row_weight, **options)
+    given = ignore_index, label_smoothing, lse_square_scale, softcap, logit_scale, reduction, inplace_backward
+    options = {} if given == _DEFAULTS else _checked_options(*given)
+    if inplace_backward:
+        _check_overwritable(logits)
     if not return_stats:
-        return loss
+        return _forward(logits, target, weight, row_weight, **options)[0]
+    loss, _, lse, entropy, argmax = _forward_with_stats(logits, target, weight, row_weight, **options)
     if target.is_floating_point():
         correct = argmax == target.argmax(1)
     else:
@@ -128,13 +120,19 @@ def cross_entropy(
     return loss, CrossEntropyStats(lse, entropy, argmax, correct)
 
 
-def _check_options(options: dict) -> None:
-    rows.check_reduction(OP, options["reduction"])
-    options["label_smoothing"] = rows.check_number(OP, "label_smoothing", options["label_smoothing"], low=0, high=1)
-    for name in ("lse_square_scale", "logit_scale"):
-        options[name] = rows.check_number(OP, name, options[name])
-    if options["softcap"] is not None:
-        options["softcap"] = rows.check_positive(OP, "softcap", options["softcap"])
+def _checked_options(
+    ignore_index, label_smoothing, lse_square_scale, softcap, logit_scale, reduction, inplace_backward
+) -> dict:
+    rows.check_reduction(OP, reduction)
+    return {
+        "ignore_index": ignore_index,
+        "label_smoothing": rows.check_number(OP, "label_smoothing", label_smoothing, low=0, high=1),
+        "lse_square_scale": rows.check_number(OP, "lse_square_scale", lse_square_scale),
+        "softcap": None if softcap is None else rows.check_positive(OP, "softcap", softcap),
+        "logit_scale": rows.check_number(OP, "logit_scale", logit_scale),
+        "reduction": reduction,
+        "inplace_backward": inplace_backward,
+    }
 
 
 def _check_overwritable(logits: Tensor) -> None:
@@ -152,33 +150,18 @@ def _check_overwritable(logits: Tensor) -> None:
         )
 
 
-@register.fake("cross_entropy")
-def _forward_fake(
-    logits,
-    target,
-    weight=None,
-    row_weight=None,
-    *,
-    ignore_index=-100,
-    label_smoothing=0.0,
-    lse_square_scale=0.0,
-    softcap=None,
-    logit_scale=1.0,
-    reduction="mean",
-    return_stats=False,
-    inplace_backward=False,
-):
-    statistics = logits.new_empty(0, dtype=statistics_dtype(logits))
+@register.fake(OP)
+def _forward_fake(logits, target, weight, row_weight, *, reduction, **options):
     n = logits.shape[0]
-    details = n if return_stats else 0
-    return (
-        statistics.new_empty((n,) if reduction == "none" else ()),
-        statistics.new_empty(details),
-        statistics.new_empty(details),
-        logits.new_empty(details, dtype=torch.int64),
-        statistics.new_empty((3, n)),
-        statistics.new_empty(()),
-    )
+    loss = logits.new_empty((n,) if reduction == "none" else (), dtype=statistics_dtype(logits))
+    return loss, loss.new_empty(3 * n + 1)
+
+
+@register.fake(WITH_STATS)
+def _forward_with_stats_fake(logits, *arguments, **options):
+    loss, state = _forward_fake(logits, *arguments, **options)
+    n = logits.shape[0]
+    return loss, state, state.new_empty(n), state.new_empty(n), logits.new_empty(n, dtype=torch.int64)
 
 
 @register.fake("cross_entropy_backward")
@@ -192,20 +175,16 @@ def _backward_in_place_fake(*tensors, **options):
 
 
 def _setup_context(ctx, inputs, options, output):
-    _, lse, entropy, argmax, row_state, total = output
+    _, state, *stats = output
     ctx.options = options
-    stats = options.pop("return_stats")
     ctx.inplace = options.pop("inplace_backward")
-    ctx.save_for_backward(*inputs, entropy if stats else None, row_state, total)
-    ctx.mark_non_differentiable(argmax, row_state, total, *(() if stats else (lse, entropy)))
-    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs, stats[1] if stats else None, state)
 
 
-def _backward(ctx, grad_loss, grad_lse, grad_entropy, *_):
+def _backward(ctx, grad_loss, grad_lse=None, grad_entropy=None):
     logits, *saved = ctx.saved_tensors
     if not ctx.inplace:
-        gradient = _gradient(grad_loss, grad_lse, grad_entropy, logits, *saved, **ctx.options)
-        return gradient, None, None, None
+        return _gradient(grad_loss, grad_lse, grad_entropy, logits, *saved, **ctx.options), None, None, None
     if torch.is_grad_enabled():
         raise RuntimeError(f"tilewise.{OP}: inplace_backward cannot be differentiated twice (create_graph=True)")
     gradient = logits.detach()
@@ -213,7 +192,9 @@ def _backward(ctx, grad_loss, grad_lse, grad_entropy, *_):
     return gradient, None, None, None
 
 
-register.autograd(OP, _backward, _setup_context, jvp=register.of_losses(OP, _backward, outputs=(0, 1, 2), by_row=(0,)))
+_jvp = register.of_losses(OP, _backward, by_row=(0,))
+register.autograd(OP, _backward, _setup_context, _jvp, outputs=(0,))
+register.autograd(WITH_STATS, _backward, _setup_context, _jvp, outputs=(0, 2, 3))
 register.second(f"{OP}_backward", logits_gradient)
 register.refuse_derivative(f"{OP}_backward_", "expected no gradient through an operator that writes to its argument")
 register.writes(f"{OP}_backward_", place=3)

@@ -8,9 +8,9 @@ from tilewise.ops import register
 
 
 def keep(ctx, like: Tensor, gradients: list[Tensor], asked: list[bool]) -> None:
-    """Not by save_for_backward: the backward writes to them. Detached, or they would keep their own graph alive."""
+    """Not by save_for_backward: the backward writes to them."""
     formed = ctx.options["reduction"] != "none" and like.dtype == statistics_dtype(like)
-    ctx.formed = [g.detach() if formed and wish else None for g, wish in zip(gradients, asked, strict=True)]
+    ctx.formed = [g if formed and wish else None for g, wish in zip(gradients, asked, strict=True)]
 
 
 def take(ctx, wanted: list[bool]) -> list[Tensor | None] | None:

@@ -137,7 +137,7 @@ def _call(input, linear_weight, target, linear_bias, weight, **options) -> tuple
     else:
         target = rows.check_class_index(OP, target, input)
     grad = torch.is_grad_enabled()
-    loss, _, total, *_ = _forward(
+    loss, state, *_ = _forward(
         input,
         linear_weight,
         target,
@@ -148,7 +148,7 @@ def _call(input, linear_weight, target, linear_bias, weight, **options) -> tuple
         form_weight_grad=grad and linear_weight.requires_grad,
         form_bias_grad=grad and linear_bias is not None and linear_bias.requires_grad,
     )
-    return loss, total
+    return loss, state[-1]
 
 
 def _positions(input, linear_weight, target, linear_bias, weight, *, reduction, **options) -> Tensor:
@@ -182,22 +182,21 @@ def _forward_fake(
     input,
     linear_weight,
     target,
-    linear_bias=None,
-    weight=None,
+    linear_bias,
+    weight,
     *,
-    reduction="mean",
-    form_input_grad=False,
-    form_weight_grad=False,
-    form_bias_grad=False,
+    reduction,
+    form_input_grad,
+    form_weight_grad,
+    form_bias_grad,
     **options,
 ):
-    statistics = input.new_empty(0, dtype=statistics_dtype(input))
     n = input.shape[0]
-    reduced = reduction != "none" and statistics.dtype == input.dtype
+    loss = input.new_empty((n,) if reduction == "none" else (), dtype=statistics_dtype(input))
+    reduced = reduction != "none" and loss.dtype == input.dtype
     return (
-        statistics.new_empty((n,) if reduction == "none" else ()),
-        statistics.new_empty((3, n)),
-        statistics.new_empty(()),
+        loss,
+        loss.new_empty(3 * n + 1),
         input.new_empty(input.shape if reduced and form_input_grad else (0,)),
         input.new_empty(linear_weight.shape if reduced and form_weight_grad else (0,)),
         input.new_empty(linear_weight.shape[:1] if reduced and form_bias_grad and linear_bias is not None else (0,)),
@@ -219,36 +218,33 @@ WANTED = ("input_grad", "weight_grad", "bias_grad")
 
 
 def _setup_context(ctx, inputs, options, output):
-    _, row_state, total, *gradients = output
+    _, state, *gradients = output
     asked = [options.pop(name) for name in FORMED]
     ctx.options = options
     formed.keep(ctx, inputs[0], gradients, asked)
-    ctx.save_for_backward(*inputs, row_state, total)
-    ctx.mark_non_differentiable(row_state, total, *gradients)
-    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs, state)
 
 
-def _backward(ctx, grad_loss, *_):
-    if grad_loss is None:
-        return None, None, None, None, None
-    *inputs, row_state, total = ctx.saved_tensors
+def _backward(ctx, grad_loss):
+    *inputs, state = ctx.saved_tensors
     wanted = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
     gradients = formed.take(ctx, wanted)
     if gradients is not None:
         scale = grad_loss
         if ctx.options["reduction"] == "mean":
+            total = state[-1]
             scale = torch.where(total == 0, 0, grad_loss / total)
         gradients = (formed.scaled(g, scale) if wish else None for g, wish in zip(gradients, wanted, strict=True))
     else:
         needs = dict(zip(WANTED, wanted, strict=True))
-        gradients = _gradients(grad_loss, *inputs, row_state, total, **ctx.options, **needs)
+        gradients = _gradients(grad_loss, *inputs, state, **ctx.options, **needs)
     dx, dw, db = (g if wish else None for g, wish in zip(gradients, wanted, strict=True))
     return dx, dw, None, db, None
 
 
 @register.flops(OP)
 def _forward_flops(input, linear_weight, *_, out_shape, **options) -> int:
-    _, _, _, dx, dw, _ = out_shape
+    _, _, dx, dw, _ = out_shape
     return _products(input, linear_weight, dx, dw)
 
 
@@ -262,5 +258,5 @@ def _products(input, linear_weight, *gradients) -> int:
     return 2 * input.numel() * linear_weight[0] * (1 + sum(0 not in gradient for gradient in gradients))
 
 
-register.autograd(OP, _backward, _setup_context, jvp=register.of_losses(OP, _backward, by_row=(0,)))
+register.autograd(OP, _backward, _setup_context, register.of_losses(OP, _backward, by_row=(0,)), outputs=(0,))
 register.second(f"{OP}_backward", layer_gradients)

@@ -148,7 +148,7 @@ def _checked(op, hidden, weight, target, bias, reduction) -> tuple[Tensor, Tenso
     return hidden, weight, rows.check_class_index(op, target, hidden, "hidden"), bias
 
 
-def _forward_fake(hidden, weight, target, bias, *, reduction="mean", **options):
+def _forward_fake(hidden, weight, target, bias, *, reduction, **options):
     dtype, (n, d) = statistics_dtype(hidden), hidden.shape
     shapes = (n,) if reduction == "none" else (), (3, n), (d + 1, d), (d,), ()
     return tuple(hidden.new_empty(shape, dtype=dtype) for shape in shapes)
@@ -169,13 +169,9 @@ def _backward_fake(
 def _setup_context(ctx, inputs, options, output):
     ctx.save_for_backward(*inputs, *output[1:])
     ctx.options = {name: options[name] for name in ("ignore_index", "reduction")}
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad_loss, *_):
-    if grad_loss is None:
-        return None, None, None, None
+def _backward(ctx, grad_loss):
     hidden, weight, _, bias, *_ = ctx.needs_input_grad
     gradients = _gradients(
         grad_loss, *ctx.saved_tensors, **ctx.options, grad_hidden=hidden, grad_weight=weight, grad_bias=bias
@@ -201,5 +197,5 @@ def _backward_flops(grad_loss, hidden, weight, *_, out_shape, grad_hidden, grad_
 
 for _op in FAMILY:
     register.fake(_op)(_forward_fake)
-    register.autograd(_op, _backward, _setup_context, jvp=register.of_losses(_op, _backward, by_row=(0,)))
+    register.autograd(_op, _backward, _setup_context, register.of_losses(_op, _backward, by_row=(0,)), outputs=(0,))
 register.refuse_second("linear_spherical_backward", "linear_z_loss")

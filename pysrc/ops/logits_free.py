@@ -58,10 +58,10 @@ def _centred_bias(bias: Tensor | None, weight: Tensor, dtype: torch.dtype) -> tu
     return mean, bias - mean
 
 
-def _forward(member: str, **defaults):
+def _forward(member: str):
     of_statistics, coefficients = OF_STATISTICS[member]
 
-    def forward(hidden, weight, target, bias, *, ignore_index=-100, reduction="mean", **parameters):
+    def forward(hidden, weight, target, bias, *, ignore_index, reduction, **parameters):
         dtype, (classes, d) = statistics_dtype(hidden), weight.shape
         op = f"linear_{member}_loss" if member == "z" else f"linear_{member}_softmax_loss"
         index, ignored, outside = split_target(target, classes, ignore_index, op)
@@ -81,7 +81,7 @@ def _forward(member: str, **defaults):
         # The z-score is of the difference to the mean: leaving the mean out spares it the rounding of a large one.
         mu = torch.zeros_like(m2) if member == "z" else torch.mv(h, mean) + bias_mean
         o_c = mu + (h * (weight[index] - mean)).sum(1) + deviations[index]
-        statistics = o_c, mu, m2, classes, *(defaults | parameters).values()
+        statistics = o_c, mu, m2, classes, *parameters.values()
         loss_rows = of_statistics(*statistics).masked_fill(ignored, 0).masked_fill(outside, torch.nan)
         loss, total = reduce_rows(loss_rows, (~ignored).to(dtype), reduction)
         row_state = torch.stack(coefficients(*statistics))
@@ -151,5 +151,5 @@ def sum_of_class(rows: Tensor, index: Tensor) -> Tensor:
 LAYER = "hidden n D, weight V D, #target n, bias V"
 register.composite("linear_z_loss", _forward("z"), LAYER)
 register.composite("linear_taylor_softmax_loss", _forward("taylor"), LAYER)
-register.composite("linear_spherical_softmax_loss", _forward("spherical", eps=1e-6), LAYER)
+register.composite("linear_spherical_softmax_loss", _forward("spherical"), LAYER)
 register.composite("linear_spherical_backward", _backward, LAYER + ", row_state 3 n, gram D+1 D, mean D, total")

@@ -187,7 +187,7 @@ def _state_shapes(q: Tensor, v: Tensor, bounds: Tensor | None) -> tuple[Tensor, 
 
 
 @register.fake("mala")
-def _forward_fake(q, k, v, cos=None, sin=None, q_bounds=None, k_bounds=None, s=None, z=None, u=None, **options):
+def _forward_fake(q, k, v, cos, sin, q_bounds, *tensors, **options):
     return q.new_empty((*q.shape[:3], v.shape[3])), *_state_shapes(q, v, q_bounds)
 
 
@@ -200,13 +200,9 @@ def _setup_context(ctx, inputs, options, output):
     ctx.options = options
     start = inputs[7:] if options["causal"] else output[1:]
     ctx.save_for_backward(*inputs[:7], *start)
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad_out, *_):
-    if grad_out is None:
-        return (None,) * 10
+def _backward(ctx, grad_out):
     if grad_out.stride(-1) != 1:
         grad_out = grad_out.contiguous()
     gradients = _gradients(grad_out, *ctx.saved_tensors, **ctx.options)
@@ -224,5 +220,5 @@ def _backward_flops(grad_out, q, k, v, *_, out_shape, **options) -> int:
     return 2 * _forward_flops(q, k, v, out_shape=None)
 
 
-register.autograd(OP, _backward, _setup_context)
+register.autograd(OP, _backward, _setup_context, outputs=(0,))
 register.refuse_second(f"{OP}_backward", OP)

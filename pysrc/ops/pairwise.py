@@ -187,9 +187,9 @@ def _gradient_shapes(x: Tensor, y: Tensor, wanted: list[bool]) -> tuple[Tensor, 
 
 
 @register.fake("pairwise_loss")
-def _forward_fake(x, y, x_labels, y_labels, scale, *tensors, reduction="mean", **options):
+def _forward_fake(x, y, x_labels, y_labels, scale, *tensors, reduction, **options):
     reduced = reduction != "none" and x.dtype == statistics_dtype(x)
-    wanted = [reduced and options.get(name, False) for name in FORMED]
+    wanted = [reduced and options[name] for name in FORMED]
     loss = scale.new_empty(x.shape[:1] if reduction == "none" else ())
     return loss, scale.new_empty(()), *_gradient_shapes(x, y, wanted)
 
@@ -205,14 +205,10 @@ def _setup_context(ctx, inputs, options, output):
     ctx.options = options
     formed.keep(ctx, inputs[0], gradients, asked)
     ctx.save_for_backward(*inputs, total)
-    ctx.mark_non_differentiable(total, *gradients)
-    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad_loss, *_):
+def _backward(ctx, grad_loss):
     *inputs, total = ctx.saved_tensors
-    if grad_loss is None:
-        return (None,) * len(inputs)
     x, _, _, _, scale, bias, *_ = inputs
     needs_x, needs_y, _, _, needs_scale, needs_bias, *_ = ctx.needs_input_grad
     wanted = [needs_x or needs_scale, needs_y, bias is not None and needs_bias]
@@ -255,5 +251,5 @@ def _products(x, y, guide_x, *gradients) -> int:
     return 2 * n * m * (of_guide + d * (1 + sum(0 not in gradient for gradient in gradients)))
 
 
-register.autograd(OP, _backward, _setup_context, jvp=register.of_losses(OP, _backward, by_row=(0,)))
+register.autograd(OP, _backward, _setup_context, register.of_losses(OP, _backward, by_row=(0,)), outputs=(0,))
 register.refuse_second(f"{OP}_backward", OP)

@@ -31,7 +31,7 @@ loading.load_libraries()
 COMPOSITE: set[str] = set()  # operators that need no reference, for they are PyTorch's and others of tilewise's
 _library = torch.library.Library("tilewise", "IMPL")
 _traced_library = torch.library.Library("tilewise_traced", "FRAGMENT")  # opcheck takes no operator with overloads
-_functions: dict[torch._ops.OpOverload, type[_SingleLevelFunction]] = {}  # the derivatives, and refusals of one
+_functions: dict[torch._ops.OpOverload, Callable] = {}  # that record a derivative, or the refusal of one
 _serving: torch.library.Library | None = None  # the kernels put over the compiled ones
 
 
@@ -112,9 +112,11 @@ def _direct(op: str, overload: torch._ops.OpOverload) -> Callable:
 
     def direct(inputs: tuple, options: dict):
         if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)):
-            return _functions[overload].apply(*fill(inputs, options))
+            return _functions[overload](*fill(inputs, options))
         with torch._C._AutoDispatchBelowAutograd():
-            return run(*inputs) if options == plain else run(*inputs, **options)  # parsing options takes its time
+            if not options or options == plain:  # parsing options takes its time
+                return run(*inputs)
+            return run(*inputs, **options)
 
     return direct
 
@@ -130,34 +132,66 @@ def _plain(op: str, overload: torch._ops.OpOverload) -> dict | None:
     return defaults(op) if overload is overload_of(op) else None
 
 
+def _positional(op: str) -> list[tuple[str, object]]:
+    """Names and defaults of the arguments that are no options."""
+    return [(a.name, a.default_value) for a in schema.schema_of(op) if not a.kwarg_only]
+
+
 def _filler(op: str) -> Callable:
     """Of what fills in the arguments that the dispatcher, or a caller, left out because they are their defaults."""
-    positional = [(a.name, a.default_value) for a in schema.schema_of(op) if not a.kwarg_only]
+    positional = _positional(op)
     others = {a.name: a.default_value for a in schema.schema_of(op) if a.kwarg_only}
 
     def fill(inputs: tuple, options: dict) -> tuple:
         if len(inputs) < len(positional):
             inputs = (*inputs, *(options.pop(name, default) for name, default in positional[len(inputs) :]))
-        return *inputs, (options if len(options) == len(others) else others | options)
+        return *inputs, others | options
 
     return fill
 
 
-def autograd(op: str, backward: Callable, setup_context: Callable, jvp: Callable | None = None) -> None:
+def autograd(
+    op: str,
+    backward: Callable,
+    setup_context: Callable,
+    jvp: Callable | None = None,
+    *,
+    outputs: tuple[int, ...] | None = None,
+) -> None:
     """Gives an operator its derivatives.
 
     Args:
         setup_context: (ctx, inputs, options, output), with every input and option of the schema; it must save all that
             backward needs with ctx.save_for_backward or as an attribute.
-        backward: (ctx, *grads) -> a gradient or None for every input.
+        backward: (ctx, *grads) -> a gradient or None for every input; at least one grad is not None.
         jvp: (ctx, *tangents) -> a tangent or None for every output; None refuses forward mode. See :func:`of_losses`.
+        outputs: the places of those that have a derivative, and so a grad and a tangent: all by default.
     """
     overloads = [(_library, overload_of(op))]
     if any(_is_float(a) for a in schema.schema_of(op)):
         overloads.append((_traced_library, _overload_with_tensors(op)))
+    returned = overload_of(op)._schema.returns
+    places = tuple(range(len(returned))) if outputs is None else outputs
     for library, overload in overloads:
-        _functions[overload] = _function(op, overload, backward, setup_context, jvp)
+        function = _function(op, overload, backward, setup_context, jvp, places)
+        _functions[overload] = _recorded(function, places) if len(returned) > 1 else function.apply
         library.impl(op, _autograd_kernel(_direct(op, overload)), "Autograd")
+
+
+def _recorded(function: type[_SingleLevelFunction], places: tuple[int, ...]) -> Callable:
+    """Calls a function of several outputs. Those without a derivative go past autograd: marking them costs more."""
+
+    def call(*arguments) -> tuple:
+        results: list[Tensor] = []
+        recorded = function.apply(*arguments, results)
+        if isinstance(recorded, Tensor):
+            results[places[0]] = recorded
+        else:
+            for place, result in zip(places, recorded, strict=True):
+                results[place] = result
+        return tuple(results)
+
+    return call
 
 
 def _autograd_kernel(direct: Callable) -> Callable:
@@ -172,11 +206,14 @@ def _autograd_kernel(direct: Callable) -> Callable:
     return kernel
 
 
-def _function(op: str, overload, backward: Callable, setup_context: Callable, jvp: Callable | None):
-    run, plain = overload._op, _plain(op, overload)
+def _function(
+    op: str, overload, backward: Callable, setup_context: Callable, jvp: Callable | None, places: tuple[int, ...]
+) -> type[_SingleLevelFunction]:
+    """Its arguments are inputs, options and, if there are several outputs, a list for them; it returns those at places."""
+    run, plain, n_inputs = overload._op, _plain(op, overload), len(_positional(op))
 
     def forward(ctx, *arguments):
-        *inputs, options = arguments
+        inputs, options = arguments[:n_inputs], arguments[n_inputs]
         if transforms_active():  # the next level records, too
             with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), torch._C._AutoDispatchBelowAutograd():
                 output = overload(*inputs, **options)
@@ -184,24 +221,32 @@ def _function(op: str, overload, backward: Callable, setup_context: Callable, jv
             with torch._C._AutoDispatchBelowAutograd():
                 output = run(*inputs) if options == plain else run(*inputs, **options)
         setup_context(ctx, inputs, options, output)
+        ctx.set_materialize_grads(False)
+        if isinstance(output, tuple):
+            arguments[-1].extend(output)
+            output = tuple(output[place] for place in places) if len(places) > 1 else output[places[0]]
         if forward_ad._current_level >= 0:
             ctx.save_for_forward(*getattr(ctx, "to_save", None) or ())
             results = (output,) if isinstance(output, Tensor) else output
             ctx.results = [(r.shape, r.dtype, r.device) for r in results]
         return output
 
-    def with_options(ctx, *grads):  # they are an argument, too
+    nothing = (None,) * (1 if len(overload._schema.returns) == 1 else 2)  # for the arguments that are no inputs
+
+    def of_inputs(ctx, *grads):
+        if grads[0] is None and all(grad is None for grad in grads):
+            return (*(None,) * n_inputs, *nothing)
         gradients = backward(ctx, *grads)
-        return (*gradients, None) if isinstance(gradients, tuple) else (gradients, None)
+        return (*gradients, *nothing) if isinstance(gradients, tuple) else (gradients, *nothing)
 
     def forward_mode(ctx, *tangents):
         if jvp is None:
             raise RuntimeError(
                 f"tilewise.{op}: no derivative in forward mode (torch.func.jvp, jacfwd); reverse mode has it"
             )
-        return jvp(ctx, *tangents[:-1])
+        return jvp(ctx, *tangents[:n_inputs])
 
-    rules = {"forward": forward, "backward": with_options, "jvp": forward_mode}
+    rules = {"forward": forward, "backward": of_inputs, "jvp": forward_mode}
     return type(op, (_SingleLevelFunction,), {name: staticmethod(rule) for name, rule in rules.items()})
 
 
@@ -213,20 +258,18 @@ class _AsBackward:
         self.saved_tensors, self.needs_input_grad = ctx.saved_tensors, needs_input_grad
 
 
-def of_losses(op: str, backward: Callable, outputs: tuple[int, ...] = (0,), by_row: tuple[int, ...] = ()) -> Callable:
+def of_losses(op: str, backward: Callable, by_row: tuple[int, ...] = ()) -> Callable:
     """The jvp of losses from their backward: the product of gradient and tangent, of all of a reduced loss, of each row
     of losses of rows.
 
     Args:
-        outputs: those with a derivative.
         by_row: inputs of which row i enters only loss i; in the others losses of rows have no forward mode.
     """
 
     def jvp(ctx, *tangents):
         needed = tuple(isinstance(t, Tensor) for t in tangents)
         found = [None] * len(ctx.results)
-        for place in outputs:
-            shape, dtype, device = ctx.results[place]
+        for place, (shape, dtype, device) in enumerate(ctx.results):
             if 0 in shape:
                 continue
             if len(shape) > 0 and (others := [i for i, need in enumerate(needed) if need and i not in by_row]):
@@ -276,13 +319,10 @@ def second(op: str, formula: Callable) -> None:
     def keep(ctx, inputs, options, output):
         ctx.save_for_backward(*inputs)
         ctx.options = options
-        ctx.set_materialize_grads(False)
 
     def backward(ctx, *grads):
         inputs = list(ctx.saved_tensors)
-        if all(grad is None for grad in grads):
-            return (None,) * len(inputs)
-        places = [i for i, needs in enumerate(ctx.needs_input_grad[:-1]) if needs]
+        places = [i for i, needs in enumerate(ctx.needs_input_grad[: len(inputs)]) if needs]
 
         def gradients(*differentiated):
             for place, tensor in zip(places, differentiated, strict=True):
@@ -299,12 +339,16 @@ def second(op: str, formula: Callable) -> None:
 
 
 def fake(op: str) -> Callable[[Callable], Callable]:
-    """Registers what tells the shapes of an operator's results. It serves every call with a meta tensor, so it is here
-    that one beside tensors of another device is refused: their results would have memory that nobody writes."""
+    """Registers what tells the shapes of an operator's results; it is given all arguments. It serves every call with a
+    meta tensor, so it is here that one beside tensors of another device is refused: their results would have memory
+    that nobody writes."""
+
+    fill = _filler(op)
 
     def register(function: Callable) -> Callable:
         @functools.wraps(function)
         def checked(*arguments, **options):
+            *arguments, options = fill(arguments, options)
             schema.checked_tensors(op, arguments, options)
             return function(*arguments, **options)
 
@@ -353,8 +397,11 @@ def composite(op: str, function: Callable, shapes: str = "") -> None:
             sizes, a capital one is at least 1, D+1 is one more than D, # marks int64, all others are floating.
     """
 
+    fill = _filler(op)
+
     @functools.wraps(function)
     def alone(*arguments, **options):
+        *arguments, options = fill(arguments, options)
         tensors = schema.checked_tensors(op, arguments, options)
         schema.check_shapes(op, tensors, shapes)
         with torch.no_grad(), autocast.off(next(iter(tensors.values())).device.type):
@@ -392,5 +439,16 @@ def serve(kernels: dict[str, dict[str, Callable]]) -> None:
         warnings.filterwarnings("ignore", "Warning only once for all operators")  # that a kernel is overridden
         for key, operators in kernels.items():
             for op, function in operators.items():
-                library.impl(op, autocast.unaware(function), key)
+                library.impl(op, _with_defaults(op, autocast.unaware(function)), key)
     _serving = library
+
+
+def _with_defaults(op: str, function: Callable) -> Callable:
+    """A function of all arguments of an operator, called without those that are their defaults."""
+    fill = _filler(op)
+
+    def call(*inputs, **options):
+        *inputs, options = fill(inputs, options)
+        return function(*inputs, **options)
+
+    return call

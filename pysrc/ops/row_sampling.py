@@ -13,13 +13,13 @@ def _norms_fake(x):
 
 
 @register.fake("wta_crs_sample")
-def _sample_fake(x_norms, norms, seed, *, k, method="systematic", mix=0.05):
+def _sample_fake(x_norms, norms, seed, *, k, **options):
     places = x_norms.shape[0], k
     return x_norms.new_empty(places, dtype=torch.int32), x_norms.new_empty(places)
 
 
 @register.fake("wta_crs_gather")
-def _gather_fake(x, indices, scales=None):
+def _gather_fake(x, indices, scales):
     return x.new_empty(x.shape[0], indices.shape[1], x.shape[2])
 
 

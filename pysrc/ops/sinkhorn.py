@@ -215,21 +215,16 @@ def _unrolled_backward_fake(grad_f, grad_g, cost, a, b, epsilon, **options):
 
 
 def _penalties(options: dict) -> dict:
-    return {"rho_a": options.get("rho_a"), "rho_b": options.get("rho_b")}
+    return {"rho_a": options["rho_a"], "rho_b": options["rho_b"]}
 
 
 def _setup_context(ctx, inputs, options, output):
-    f, g, _, error, n_iter = output
     ctx.penalties = _penalties(options)
-    ctx.save_for_backward(*inputs[:4], f, g)
-    ctx.mark_non_differentiable(f, g, error, n_iter)
-    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:4], *output[:2])
 
 
-def _backward(ctx, grad_f, grad_g, grad, *_):
+def _backward(ctx, grad):
     """The envelope: dC = P, da = f, db = g, and KL(P | a b^T) for epsilon, all times the upstream gradient."""
-    if grad is None:
-        return (None,) * 7
     cost, a, b, epsilon, f, g = ctx.saved_tensors
     need_cost, need_a, need_b, need_epsilon = ctx.needs_input_grad[:4]
     d_cost = d_a = d_b = d_epsilon = None
@@ -251,7 +246,8 @@ def _backward(ctx, grad_f, grad_g, grad, *_):
     return d_cost, d_a, d_b, d_epsilon, None, None, None
 
 
-register.autograd(OP, _backward, _setup_context, jvp=register.of_losses(OP, _backward, (2,), by_row=(0, 1, 2, 3)))
+_jvp = register.of_losses(OP, _backward, by_row=(0, 1, 2, 3))
+register.autograd(OP, _backward, _setup_context, _jvp, outputs=(2,))
 
 
 def _plan_setup(ctx, inputs, options, output):
@@ -328,7 +324,10 @@ def _unrolled_setup(ctx, inputs, options, output):
 
 
 def _unrolled_backward(ctx, grad_f, grad_g):
-    return _unrolled_gradients(grad_f.contiguous(), grad_g.contiguous(), *ctx.saved_tensors, **ctx.options)
+    _, a, b, _ = ctx.saved_tensors
+    grad_f = torch.zeros_like(a) if grad_f is None else grad_f.contiguous()
+    grad_g = torch.zeros_like(b) if grad_g is None else grad_g.contiguous()
+    return _unrolled_gradients(grad_f, grad_g, *ctx.saved_tensors, **ctx.options)
 
 
 register.autograd("sinkhorn_unrolled", _unrolled_backward, _unrolled_setup)

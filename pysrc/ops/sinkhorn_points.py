@@ -167,12 +167,9 @@ def _apply_backward_fake(grad, x, y, a, b, epsilon, f, g, v, **options):
 
 
 def _setup_context(ctx, inputs, options, output):
-    f, g, _, error, n_iter = output
     ctx.options = {"cost": options["cost"], **_penalties(options)}
-    ctx.symmetric = options.get("symmetric", False)
-    ctx.save_for_backward(*inputs[:5], f, g)
-    ctx.mark_non_differentiable(f, g, error, n_iter)
-    ctx.set_materialize_grads(False)
+    ctx.symmetric = options["symmetric"]
+    ctx.save_for_backward(*inputs[:5], *output[:2])
 
 
 def _toward(x: Tensor, y: Tensor, sums: Tensor, cost: str) -> Tensor:
@@ -194,10 +191,8 @@ def _cost_sum(x: Tensor, sums: Tensor) -> Tensor:
     return squares.sum(1)
 
 
-def _backward(ctx, grad_f, grad_g, grad, *_):
+def _backward(ctx, grad):
     """The envelope: dx_i = sum_j P_ij dC_ij / dx_i, da = f, db = g, and KL(P | a b^T) for epsilon."""
-    if grad is None:
-        return (None,) * 8
     x, y, a, b, epsilon, f, g = ctx.saved_tensors
     if ctx.symmetric:  # g is one update from f: between them the plan is symmetric, and nearer to the solution
         f = g = (f + g) / 2
@@ -254,12 +249,13 @@ class _Constant(torch.autograd.Function):
         )
 
 
-register.autograd(OP, _backward, _setup_context, jvp=register.of_losses(OP, _backward, (2,), by_row=(0, 1, 2, 3, 4)))
+_jvp = register.of_losses(OP, _backward, by_row=(0, 1, 2, 3, 4))
+register.autograd(OP, _backward, _setup_context, _jvp, outputs=(2,))
 
 
 def _apply_setup(ctx, inputs, options, output):
     *saved, h, _ = [*inputs, None, None][:10]
-    if saved[2] is None or saved[3] is None or h is not None or options.get("over_distance"):
+    if saved[2] is None or saved[3] is None or h is not None or options["over_distance"]:
         ctx.options = None
         return
     ctx.options = {"cost": options["cost"], **_penalties(options)}

@@ -214,22 +214,20 @@ def _backward_fake(grad_value, grad_values, values, indices, alpha, beta, *, gam
     return torch.empty_like(values), torch.empty_like(alpha), torch.empty_like(beta)
 
 
+DIFFERENTIABLE = (0, 4)  # of the results: the plan's values, and the value of the problem
+
+
 def keep_solution(ctx, tensors, options, output) -> None:
     """What the gradients need: `tensors`, and the plan with its potentials."""
-    values, indices, alpha, beta, _, *rest = output
     ctx.options = options
-    ctx.save_for_backward(*tensors, values, indices, alpha, beta)
-    ctx.mark_non_differentiable(indices, alpha, beta, *rest)
-    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, *output[:4])
 
 
 def _setup_context(ctx, inputs, options, output):
     keep_solution(ctx, (), options, output)
 
 
-def _backward(ctx, grad_values, grad_indices, grad_alpha, grad_beta, grad_value, *_):
-    if grad_values is None and grad_value is None:
-        return (None,) * 5
+def _backward(ctx, grad_values, grad_value):
     values, indices, alpha, beta = ctx.saved_tensors
     entries, grad_a, grad_b = gradients(
         grad_value, grad_values, values, indices, alpha, beta, gamma=ctx.options["gamma"]
@@ -240,7 +238,7 @@ def _backward(ctx, grad_values, grad_indices, grad_alpha, grad_beta, grad_value,
     return costs, grad_a, grad_b, None, None
 
 
-register.autograd(OP, _backward, _setup_context)
+register.autograd(OP, _backward, _setup_context, outputs=DIFFERENTIABLE)
 
 
 def _gradients(grad_value, grad_values, values, indices, alpha, beta, *, gamma):

@@ -6,7 +6,14 @@ from torch import Tensor
 from tilewise.formulas.rows import statistics_dtype
 from tilewise.formulas.sparse_transport import solve
 from tilewise.ops import autocast, register, transport
-from tilewise.ops.sparse_ot import SparseOTResult, check_problem, gradients, keep_solution, solved_shapes
+from tilewise.ops.sparse_ot import (
+    DIFFERENTIABLE,
+    SparseOTResult,
+    check_problem,
+    gradients,
+    keep_solution,
+    solved_shapes,
+)
 
 OP = "sparse_ot_points"
 _solve, _solve_costs, _columns = map(register.operator, (OP, "sparse_ot", "sparse_ot_columns"))
@@ -95,7 +102,7 @@ def _check_values(x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> None:
         raise RuntimeError(f"tilewise.{OP}: expected a and b to have equal sums, got {sums[0]} and {sums[1]}")
 
 
-def _points(x, y, a, b, alpha=None, beta=None, *, cost, k, gamma, chunk_bytes=0, **options):
+def _points(x, y, a, b, alpha, beta, *, cost, k, gamma, chunk_bytes, **options):
     """The costs of all columns at once where they are few, else block by block, anew at every evaluation."""
     if not x.is_cuda:
         _check_values(x, y, a, b)
@@ -129,9 +136,7 @@ def _setup_context(ctx, inputs, options, output):
     keep_solution(ctx, inputs[:2], options, output)
 
 
-def _backward(ctx, grad_values, grad_indices, grad_alpha, grad_beta, grad_value, *_):
-    if grad_values is None and grad_value is None:
-        return (None,) * 6
+def _backward(ctx, grad_values, grad_value):
     x, y, values, indices, alpha, beta = ctx.saved_tensors
     entries, grad_a, grad_b = gradients(
         grad_value, grad_values, values, indices, alpha, beta, gamma=ctx.options["gamma"]
@@ -151,5 +156,5 @@ def _backward(ctx, grad_values, grad_indices, grad_alpha, grad_beta, grad_value,
     return grad_x, grad_y, grad_a, grad_b, None, None
 
 
-register.autograd(OP, _backward, _setup_context)
+register.autograd(OP, _backward, _setup_context, outputs=DIFFERENTIABLE)
 register.composite("sparse_ot_points", _points, "x b N d, y b M d, a b N, b b M, alpha b N, beta b M")

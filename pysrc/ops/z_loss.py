@@ -96,38 +96,27 @@ def _checked(op: str, logits: Tensor, target: Tensor, reduction: str) -> tuple[T
     return logits, rows.check_class_index(op, target, logits)
 
 
-def _forward_fake(logits, target, *, reduction="mean", **options):
-    dtype = statistics_dtype(logits)
+def _forward_fake(logits, target, *, reduction, **options):
     n = logits.shape[0]
-    shape = (n,) if reduction == "none" else ()
-    return (
-        logits.new_empty(shape, dtype=dtype),
-        logits.new_empty((4, n), dtype=dtype),
-        logits.new_empty((), dtype=dtype),
-    )
+    loss = logits.new_empty((n,) if reduction == "none" else (), dtype=statistics_dtype(logits))
+    return loss, loss.new_empty(4 * n + 1)
 
 
 @register.fake("spherical_family_backward")
-def _backward_fake(grad_loss, logits, target, row_state, total, *, ignore_index, reduction):
+def _backward_fake(grad_loss, logits, target, state, **options):
     return logits.new_empty(logits.shape)
 
 
 def _setup_context(ctx, inputs, options, output):
-    _, row_state, total = output
-    ctx.save_for_backward(*inputs, row_state, total)
+    ctx.save_for_backward(*inputs, output[1])
     ctx.options = {name: options[name] for name in ("ignore_index", "reduction")}
-    ctx.mark_non_differentiable(row_state, total)
-    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad_loss, *_):
-    if grad_loss is None:
-        return None, None
-    gradient = _gradient(grad_loss, *ctx.saved_tensors, **ctx.options)
-    return gradient, None
+def _backward(ctx, grad_loss):
+    return _gradient(grad_loss, *ctx.saved_tensors, **ctx.options), None
 
 
 for _op in FAMILY:
     register.fake(_op)(_forward_fake)
-    register.autograd(_op, _backward, _setup_context, jvp=register.of_losses(_op, _backward, by_row=(0,)))
+    register.autograd(_op, _backward, _setup_context, register.of_losses(_op, _backward, by_row=(0,)), outputs=(0,))
 register.refuse_second("spherical_family_backward", "z_loss")

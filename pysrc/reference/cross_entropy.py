@@ -5,18 +5,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tilewise.formulas.rows import reduce_rows, split_target, statistics_dtype
+from tilewise.formulas.rows import pack_state, reduce_rows, split_target, statistics_dtype, unpack_state
 
 
 class Result(NamedTuple):
-    """loss (N,) or (); lse, entropy, argmax (N,); row_state (3, N): max, log sum exp(x - max), sum of c; total ()."""
+    """loss (N,) or (); lse, entropy, argmax (N,); state: max, log sum exp(x - max), sum of c of each row, and total."""
 
     loss: Tensor
     lse: Tensor
     entropy: Tensor
     argmax: Tensor
-    row_state: Tensor
-    total: Tensor
+    state: Tensor
 
 
 def effective_logits(logits: Tensor, logit_scale: float, softcap: float | None) -> Tensor:
@@ -78,7 +77,7 @@ def cross_entropy(
     entropy = -(p * log_p.masked_fill(p == 0, 0)).sum(1)
     loss, total = reduce_rows(rows, shares, reduction)
     mass = c.sum(1).masked_fill(ignored, 0).masked_fill(outside, torch.nan)
-    return Result(loss, lse, entropy, argmax, torch.stack([top, log_sum, mass]), total.detach())
+    return Result(loss, lse, entropy, argmax, pack_state(torch.stack([top, log_sum, mass]), total).detach())
 
 
 def gradient(grads: tuple[Tensor | None, ...], logits: Tensor, *tensors, **options) -> Tensor:
@@ -93,12 +92,14 @@ def gradient(grads: tuple[Tensor | None, ...], logits: Tensor, *tensors, **optio
         return torch.autograd.grad(outputs, logits, grads, create_graph=differentiable)[0]
 
 
-def _forward(logits, target, weight=None, row_weight=None, *, inplace_backward=False, **options) -> tuple[Tensor, ...]:
-    result = cross_entropy(logits, target, weight, row_weight, **{"return_stats": False, **options})
-    if options.get("return_stats"):
-        return tuple(result)
-    empty = result.lse.new_empty(0)
-    return tuple(result._replace(lse=empty, entropy=empty.clone(), argmax=result.argmax.new_empty(0)))
+def _forward(*tensors, inplace_backward=False, **options) -> tuple[Tensor, Tensor]:
+    result = cross_entropy(*tensors, **options, return_stats=False)
+    return result.loss, result.state
+
+
+def _forward_with_stats(*tensors, inplace_backward=False, **options) -> tuple[Tensor, ...]:
+    loss, *stats, state = cross_entropy(*tensors, **options)
+    return loss, state, *stats
 
 
 # Runs below autograd, hence from the formula:
@@ -112,8 +113,7 @@ def _backward(
     weight,
     row_weight,
     entropy,
-    row_state,
-    total,
+    state,
     *,
     ignore_index,
     label_smoothing,
@@ -122,7 +122,7 @@ def _backward(
     logit_scale,
     reduction,
 ) -> Tensor:
-    row_max, log_sum, mass = row_state
+    (row_max, log_sum, mass), total = unpack_state(state, 3)
     x = effective_logits(logits, logit_scale, softcap)
     slope = logit_scale * (1 if softcap is None else 1 - (x / softcap).square())
     c, _, ignored, _ = coefficients(x, target, weight, label_smoothing, ignore_index)
@@ -151,6 +151,7 @@ def _backward_(grad_loss, grad_lse, grad_entropy, logits, *tensors, **options) -
 
 OPS = {
     "cross_entropy": _forward,
+    "cross_entropy_with_stats": _forward_with_stats,
     "cross_entropy_backward": _backward,
     "cross_entropy_backward_": _backward_,
 }

@@ -61,32 +61,31 @@ def _forward(
     input,
     linear_weight,
     target,
-    linear_bias=None,
-    weight=None,
+    linear_bias,
+    weight,
     *,
-    chunk_bytes=0,
-    form_input_grad=False,
-    form_weight_grad=False,
-    form_bias_grad=False,
+    chunk_bytes,
+    form_input_grad,
+    form_weight_grad,
+    form_bias_grad,
     **options,
 ):
     logits = logits_of(input, linear_weight, linear_bias)
-    loss, _, _, _, row_state, total = CROSS_ENTROPY["cross_entropy"](logits, target, weight, **options)
+    loss, state = CROSS_ENTROPY["cross_entropy"](logits, target, weight, **options)
     wanted = (form_input_grad, form_weight_grad, form_bias_grad and linear_bias is not None)
-    if options.get("reduction", "mean") == "none" or input.dtype != statistics_dtype(input):
+    if options["reduction"] == "none" or input.dtype != statistics_dtype(input):
         wanted = (False, False, False)
-    saved = (input, linear_weight, target, linear_bias, weight, row_state, total)
-    defaults = {"ignore_index": -100, "label_smoothing": 0.0, "lse_square_scale": 0.0, "softcap": None}
-    summed = defaults | options | {"reduction": "sum"}
-    return loss, row_state, total, *_products(torch.ones_like(total), *saved, wanted, summed)
+    saved = (input, linear_weight, target, linear_bias, weight, state)
+    summed = options | {"reduction": "sum"}
+    return loss, state, *_products(state.new_ones(()), *saved, wanted, summed)
 
 
-def _products(grad_loss, input, linear_weight, target, linear_bias, weight, row_state, total, wanted, options):
+def _products(grad_loss, input, linear_weight, target, linear_bias, weight, state, wanted, options):
     empty = [input.new_empty(0) for _ in wanted]
     if not any(wanted):
         return empty
     logits = logits_of(input, linear_weight, linear_bias)
-    saved = (logits, target, weight, None, None, row_state, total)
+    saved = (logits, target, weight, None, None, state)
     g = CROSS_ENTROPY["cross_entropy_backward"](grad_loss, None, None, *saved, **options, logit_scale=1.0)
     found = (lambda: g @ linear_weight, lambda: g.t() @ input, lambda: g.sum(0))
     return [f() if wish else e for f, e, wish in zip(found, empty, wanted, strict=True)]

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tilewise.formulas.rows import statistics_dtype
+from tilewise.formulas.rows import pack_state, statistics_dtype, unpack_state
 from tilewise.reference import z_loss as rows
 
 
@@ -36,10 +36,11 @@ def linear_spherical_softmax_loss(
 
 def _member(op):
     def forward(hidden, weight, target, bias, **options):
-        loss, row_state, total = rows.OPS[op](_logits(hidden, weight, bias), target, **options)
+        loss, state = rows.OPS[op](_logits(hidden, weight, bias), target, **options)
+        row_state, total = unpack_state(state, 4)
         # The logits are formed again in the backward: the mean row and the Gram matrix are not looked at.
         mean = loss.new_zeros(weight.shape[1])
-        return loss, row_state[1:].clone(), loss.new_zeros(len(mean) + 1, len(mean)), mean, total
+        return loss, row_state[1:].clone(), loss.new_zeros(len(mean) + 1, len(mean)), mean, total.clone()
 
     return forward
 
@@ -51,9 +52,9 @@ def _backward(
     ignored = (target == ignore_index)[:, None]
     hidden = hidden.masked_fill(ignored, 0)
     logits = _logits(hidden, weight, bias)
-    state = torch.cat([logits.mean(1)[None], row_state])
+    state = pack_state(torch.cat([logits.mean(1)[None], row_state]), total)
     options = {"ignore_index": ignore_index, "reduction": reduction}
-    d_logits = rows.OPS["spherical_family_backward"](grad_loss, logits, target, state, total, **options)
+    d_logits = rows.OPS["spherical_family_backward"](grad_loss, logits, target, state, **options)
     empty = logits.new_empty(0)
     with torch.autocast(hidden.device.type, enabled=False):
         return (

@@ -78,8 +78,8 @@ def mala(q, k, v, cos, sin, q_bounds, k_bounds, s, z, u, *, causal, scale, eps, 
     return torch.cat(outputs, 0 if q_bounds is None else 2), *(torch.cat(t) for t in zip(*sums, strict=True))
 
 
-def _forward(q, k, v, cos=None, sin=None, q_bounds=None, k_bounds=None, s=None, z=None, u=None, **options):
-    out, *sums = mala(q, k, v, cos, sin, q_bounds, k_bounds, s, z, u, **options)
+def _forward(q, *tensors, **options):
+    out, *sums = mala(q, *tensors, **options)
     return out.to(q.dtype), *sums
 
 

@@ -126,9 +126,8 @@ def sinkhorn(cost, a, b, epsilon, f=None, g=None, start=None, *, max_iter, tol, 
     )
 
 
-def sinkhorn_points(x, y, a, b, epsilon, f=None, g=None, start=None, *, cost, **options):
-    options = {"rho_a": None, "rho_b": None, "scaling": 0.5} | options
-    return solve(costs_of_points(x, y, cost), a, b, epsilon, f, g, start, **options)
+def sinkhorn_points(x, y, *problem, cost, **options):
+    return solve(costs_of_points(x, y, cost), *problem, **options)
 
 
 def sinkhorn_plan(cost, a, b, epsilon, f, g, **options):

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from tilewise.formulas.rows import reduce_rows, split_target, statistics_dtype
+from tilewise.formulas.rows import pack_state, reduce_rows, split_target, statistics_dtype, unpack_state
 
 
 def z_rows(o: Tensor, index: Tensor, a: float, b: float) -> Tensor:
@@ -72,36 +72,36 @@ def spherical_coefficients(o_c, mu, m2, v, eps) -> tuple[Tensor, ...]:
     return -2 * o_c / (o_c.square() + eps), 2 / total, 2 * mu / total
 
 
-def _member(op, rows, coefficients, **defaults):
-    def forward(logits, target, *, ignore_index=-100, reduction="mean", **parameters):
-        values = (defaults | parameters).values()
+def _member(op, rows, coefficients):
+    def forward(logits, target, *, ignore_index, reduction, **parameters):
+        values = parameters.values()
         loss, total = _reduced(rows, op, logits, target, ignore_index, reduction, *values)
         o = logits.to(statistics_dtype(logits))
         index, ignored, outside = split_target(target, logits.shape[1], ignore_index, op)
         mu = o.mean(1)
         m2 = (o - mu[:, None]).square().sum(1)
         o_c = o.gather(1, index[:, None])[:, 0]
-        state = torch.stack([mu, *coefficients(o_c, mu, m2, o.shape[1], *values)])
-        return loss, state.masked_fill(ignored, 0).masked_fill(outside, torch.nan), total
+        row_state = torch.stack([mu, *coefficients(o_c, mu, m2, o.shape[1], *values)])
+        return loss, pack_state(row_state.masked_fill(ignored, 0).masked_fill(outside, torch.nan), total)
 
     return forward
 
 
-def _backward(grad_loss, logits, target, row_state, total, *, ignore_index, reduction) -> Tensor:
-    mu, gamma, slope, kappa = row_state
+def _backward(grad_loss, logits, target, state, *, ignore_index, reduction) -> Tensor:
+    (mu, gamma, slope, kappa), total = unpack_state(state, 4)
     g = grad_loss.expand(len(logits)) * (target != ignore_index)
     if reduction == "mean":
         g = torch.where(total == 0, 0, g / total)
     index, _, outside = split_target(target, logits.shape[1], ignore_index, "spherical_family_backward")
-    x = logits.to(row_state.dtype)
+    x = logits.to(state.dtype)
     dx = kappa[:, None] + slope[:, None] * (x - mu[:, None])
     dx = dx.scatter_add(1, index[:, None], gamma.masked_fill(outside, torch.nan)[:, None])
     return torch.where(g[:, None] == 0, 0, g[:, None] * dx).to(logits.dtype)
 
 
 OPS = {
-    "z_loss": _member("z_loss", z_rows, z_coefficients, a=1.0, b=0.0),
+    "z_loss": _member("z_loss", z_rows, z_coefficients),
     "taylor_softmax_loss": _member("taylor_softmax_loss", taylor_rows, taylor_coefficients),
-    "spherical_softmax_loss": _member("spherical_softmax_loss", spherical_rows, spherical_coefficients, eps=1e-6),
+    "spherical_softmax_loss": _member("spherical_softmax_loss", spherical_rows, spherical_coefficients),
     "spherical_family_backward": _backward,
 }

@@ -54,10 +54,11 @@ def run_cross_entropy(logits, *, options=PLAIN, probabilities=False, everything=
     target = torch.empty_like(logits) if probabilities else torch.empty(N, dtype=torch.int64, device="meta")
     options = {**options, "ignore_index": -100, "reduction": reduction}
     weight, row_weight = (torch.empty(n, device="meta") if everything else None for n in (V, N))
-    outputs = OPS["cross_entropy"](logits, target, weight, row_weight, return_stats=everything, **options)
-    loss, lse, entropy, _, row_state, total = outputs
-    grads = (torch.empty_like(loss), *((lse, entropy) if everything else (None, None)))
-    saved = (target, weight, row_weight, entropy if everything else None, row_state, total)
+    op = OPS["cross_entropy_with_stats" if everything else "cross_entropy"]
+    loss, state, *stats = op(logits, target, weight, row_weight, **options)
+    lse, entropy, _ = stats or (None, None, None)
+    grads = torch.empty_like(loss), lse, entropy
+    saved = (target, weight, row_weight, entropy, state)
     OPS["cross_entropy_backward"](*grads, logits, *saved, **options)
 
 
@@ -68,9 +69,9 @@ def run_spherical_family(logits, names):
     target = torch.empty(logits.shape[0], dtype=torch.int64, device="meta")
     for name in names:
         constants = {"a": 1.0, "b": 0.0} if name == "z_loss" else {}
-        loss, row_state, total = OPS[name](logits, target, **constants)
+        loss, state = OPS[name](logits, target, **constants)
     options = {"ignore_index": -100, "reduction": "mean"}
-    OPS["spherical_family_backward"](loss, logits, target, row_state, total, **options)
+    OPS["spherical_family_backward"](loss, logits, target, state, **options)
 
 
 def run_linear_cross_entropy(dtype, *, D, V, options=PLAIN, everything=False, probabilities=False):
@@ -84,10 +85,10 @@ def run_linear_cross_entropy(dtype, *, D, V, options=PLAIN, everything=False, pr
     weight = torch.empty(V, device="meta") if everything else None
     options = {name: value for name, value in options.items() if name != "logit_scale"} | {"ignore_index": -100}
     saved = (x, w, target, bias, weight)
-    loss, row_state, total, *_ = OPS["linear_cross_entropy"](*saved, **options, reduction="mean")
+    loss, state, *_ = OPS["linear_cross_entropy"](*saved, **options, reduction="mean")
     flags = {f"{name}_grad": True for name in ("input", "weight", "bias")}
     OPS["linear_cross_entropy_backward"](
-        torch.empty_like(loss), *saved, row_state, total, **options, reduction="mean", chunk_bytes=0, **flags
+        torch.empty_like(loss), *saved, state, **options, reduction="mean", chunk_bytes=0, **flags
     )
 
 

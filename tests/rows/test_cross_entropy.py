@@ -64,14 +64,14 @@ def test_row_state():
     torch.manual_seed(3)
     logits, weight = contract.logits_of("rising", torch.zeros(5), 2100, torch.float32), torch.rand(2100)
     target = torch.tensor([5, 2099, 7, 1000, 2050])
-    *_, row_state, total = torch.ops.tilewise.cross_entropy(
+    _, state = torch.ops.tilewise.cross_entropy(
         logits.to(DEVICE), target.to(DEVICE), weight.to(DEVICE), label_smoothing=0.25
     )
     top = logits.max(1).values
     mass = 0.75 * weight[target] + 0.25 * weight.mean()
     expected = torch.stack([top, torch.logsumexp(logits.double() - top[:, None], 1).float(), mass])
-    torch.testing.assert_close(row_state.cpu(), expected, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(total.cpu(), weight[target].sum())
+    torch.testing.assert_close(state[:-1].view(3, 5).cpu(), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(state[-1].cpu(), weight[target].sum())
 
 
 def test_statistics_with_masked_classes_and_probability_targets():
@@ -151,18 +151,15 @@ def test_opcheck(soft, reduction):
     weight, row_weight = torch.rand(7, device=DEVICE), torch.rand(4, device=DEVICE)
     options = {"label_smoothing": 0.1, "lse_square_scale": 0.1, "softcap": 3.0, "logit_scale": 2.0}
     options |= {"ignore_index": -100, "reduction": reduction}
+    ops, given = torch.ops.tilewise, (target, weight, row_weight)
     for leaf in (logits, logits.clone().requires_grad_()):
-        torch.library.opcheck(
-            torch.ops.tilewise.cross_entropy.default,
-            (leaf, target, weight, row_weight),
-            options | {"return_stats": True},
-        )
-    outputs = torch.ops.tilewise.cross_entropy(logits, target, weight, row_weight, **options, return_stats=True)
-    loss, lse, entropy, _, row_state, total = outputs
-    arguments = (torch.ones_like(loss), torch.ones_like(lse), torch.ones_like(lse), logits, target, weight, row_weight,
-                 entropy, row_state, total)  # fmt: skip
-    torch.library.opcheck(torch.ops.tilewise.cross_entropy_backward.default, arguments, options)
-    torch.library.opcheck(torch.ops.tilewise.cross_entropy_backward_.default, arguments, options)
+        torch.library.opcheck(ops.cross_entropy.default, (leaf, *given), options)
+        torch.library.opcheck(ops.cross_entropy_with_stats.default, (leaf, *given), options)
+    loss, state, lse, entropy, _ = ops.cross_entropy_with_stats(logits, *given, **options)
+    grads = (torch.ones_like(loss), torch.ones_like(lse), torch.ones_like(lse))
+    arguments = (*grads, logits, *given, entropy, state)
+    torch.library.opcheck(ops.cross_entropy_backward.default, arguments, options)
+    torch.library.opcheck(ops.cross_entropy_backward_.default, arguments, options)
 
 
 @pytest.mark.parametrize(

@@ -305,9 +305,9 @@ def test_opcheck(reduction):
     utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(ops.linear_cross_entropy.default, arguments, options | flags, test_utils=utilities)
     plain = [t.detach() for t in (x, w, b)]
-    loss, row_state, total, *_ = ops.linear_cross_entropy(plain[0], plain[1], target, plain[2], weight, **options)
+    loss, state, *_ = ops.linear_cross_entropy(plain[0], plain[1], target, plain[2], weight, **options)
     flags = {f"{name}_grad": True for name in ("input", "weight", "bias")}
-    arguments = (torch.ones_like(loss), plain[0], plain[1], target, plain[2], weight, row_state, total)
+    arguments = (torch.ones_like(loss), plain[0], plain[1], target, plain[2], weight, state)
     torch.library.opcheck(ops.linear_cross_entropy_backward.default, arguments, options | flags)
 
 

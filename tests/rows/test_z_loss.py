@@ -103,9 +103,9 @@ def test_opcheck(reduction):
         torch.library.opcheck(ops.z_loss.default, (leaf, target), options | {"a": 1.0, "b": 0.5})
         torch.library.opcheck(ops.taylor_softmax_loss.default, (leaf, target), options)
         torch.library.opcheck(ops.spherical_softmax_loss.default, (leaf, target), options | {"eps": 1e-3})
-    loss, row_state, total = ops.taylor_softmax_loss(logits, target, **options)
+    loss, state = ops.taylor_softmax_loss(logits, target, **options)
     torch.library.opcheck(
-        ops.spherical_family_backward.default, (torch.ones_like(loss), logits, target, row_state, total), options
+        ops.spherical_family_backward.default, (torch.ones_like(loss), logits, target, state), options
     )
 
 
