@@ -209,7 +209,7 @@ def _autograd_kernel(direct: Callable) -> Callable:
 def _function(
     op: str, overload, backward: Callable, setup_context: Callable, jvp: Callable | None, places: tuple[int, ...]
 ) -> type[_SingleLevelFunction]:
-    """Its arguments are inputs, options and, if there are several outputs, a list for them; it returns those at places."""
+    """Takes inputs, options and, if there are several outputs, a list for them; returns those at places."""
     run, plain, n_inputs = overload._op, _plain(op, overload), len(_positional(op))
 
     def forward(ctx, *arguments):
