@@ -187,8 +187,11 @@ struct Schedule {
  private:
   // Half of the iterations are for the last epsilon.
   TILEWISE_METHOD bool is_late(T now, int64_t t) const {
-    const int64_t left = max_iter / 2 - t - 1;
-    return left <= 0 || now * T(::pow(static_cast<double>(scaling), static_cast<double>(left))) > epsilon;
+    int64_t left = max_iter / 2 - t - 1;
+    if (left <= 0) return true;
+    double fall = 1.0;  // scaling^left: ::pow would be a call, around which a GPU keeps few registers
+    for (double power = scaling; left > 0; left /= 2, power *= power) fall *= left % 2 == 1 ? power : 1.0;
+    return now * T(fall) > epsilon;
   }
 };
 
@@ -198,5 +201,24 @@ TILEWISE_FN double dual_term(T a, T f, T rho) {
   if (!(rho < infinity<T>())) return static_cast<double>(a) * f;
   return -static_cast<double>(rho) * a * ::expm1(-static_cast<double>(f) / rho);
 }
+
+// What the value of a problem is made of, over its rows and its columns, which are exact: they have the mass of P.
+// Potentials are in units of the cost.
+struct ValueSums {
+  double dual = 0.0, of_a = 0.0, of_b = 0.0, mass = 0.0;
+
+  template <typename T>
+  TILEWISE_METHOD void add_row(T a, T f, T rho) {
+    dual += dual_term(a, f, rho);
+    of_a += a;
+  }
+  template <typename T>
+  TILEWISE_METHOD void add_column(T b, T g, T rho) {
+    dual += dual_term(b, g, rho);
+    of_b += b;
+    mass += static_cast<double>(b) * target_ratio(g, T(1), rho);
+  }
+  TILEWISE_METHOD double value(double epsilon) const { return dual - epsilon * (mass - of_a * of_b); }
+};
 
 }  // namespace tilewise

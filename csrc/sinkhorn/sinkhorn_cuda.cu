@@ -151,32 +151,25 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const __grid_constant_
   const int64_t problem = flat_block(), rows = call.pairs.rows, columns = call.pairs.columns;
   if (problem >= call.pairs.batch) return;
   const Team team(dynamic_shared());
-  const bool copies = finish.second != nullptr && call.n_iter[problem] % 2 != 0;
-  double dual = 0.0, of_a = 0.0, of_b = 0.0, mass = 0.0;
+  const bool copies = call.n_iter[problem] % 2 != 0;
+  ValueSums sums;
   for (int64_t i = threadIdx.x; i < rows; i += kThreads) {
     const int64_t at = problem * rows + i;
-    const float here = call.f[at], there = finish.second != nullptr ? finish.second[at] : here;
+    const float here = call.f[at], there = finish.second[at];
     const float f = copies ? there : here;
     if (copies) call.f[at] = f;
     // The other buffer has the mean of f and its update.
-    if (call.symmetric && finish.second != nullptr) call.g[at] = 2.0f * (copies ? here : there) - f;
-    dual += dual_term(call.a[at], f, call.rho_a);
-    of_a += call.a[at];
+    if (call.symmetric) call.g[at] = 2.0f * (copies ? here : there) - f;
+    sums.add_row(call.a[at], f, call.rho_a);
   }
   __syncthreads();
   for (int64_t j = threadIdx.x; j < columns; j += kThreads) {
     const int64_t at = problem * columns + j;
-    dual += dual_term(call.b[at], call.g[at], call.rho_b);
-    of_b += call.b[at];
-    mass += static_cast<double>(call.b[at]) * target_ratio(call.g[at], 1.0f, call.rho_b);
+    sums.add_column(call.b[at], call.g[at], call.rho_b);
   }
-  dual = team.all_sum(dual);
-  of_a = team.all_sum(of_a);
-  of_b = team.all_sum(of_b);
-  mass = team.all_sum(mass);
-  if (threadIdx.x == 0)
-    call.value[problem] = static_cast<float>(dual - static_cast<double>(call.epsilon[problem]) * (mass - of_a * of_b));
-  if (finish.second == nullptr || call.n_iter[problem] != call.max_iter) return;
+  sums = {team.all_sum(sums.dual), team.all_sum(sums.of_a), team.all_sum(sums.of_b), team.all_sum(sums.mass)};
+  if (threadIdx.x == 0) call.value[problem] = static_cast<float>(sums.value(call.epsilon[problem]));
+  if (call.n_iter[problem] != call.max_iter) return;
   const float error = total_error(finish.decision, problem, static_cast<float*>(dynamic_shared()));
   if (threadIdx.x == 0) call.error[problem] = error;
 }

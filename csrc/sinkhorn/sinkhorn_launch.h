@@ -53,7 +53,7 @@ struct SinkhornHalfStep {
 // The last launch: the potentials that count, the value, and the error after max_iter iterations.
 struct SinkhornFinish {
   SinkhornCall<float> call;
-  const float* second = nullptr;  // f after an odd number of iterations, or null
+  const float* second = nullptr;  // f after an odd number of iterations
   SinkhornDecision decision;
 };
 
@@ -93,10 +93,7 @@ class SinkhornLaunches {
 
   const char* solve(const SinkhornCall<float>& call) {
     const Pairs<float>& pairs = call.pairs;
-    if (is_small(pairs)) {
-      const char* error = sinkhorn_small_cuda(call, stream_);
-      return error != nullptr ? error : sinkhorn_finish_cuda({call, nullptr, {}}, stream_);
-    }
+    if (is_small(pairs)) return sinkhorn_small_cuda(call, stream_);
     const Squares squares = squares_of(pairs);
     float* second = take(pairs.batch * pairs.rows);
     float* partials = take(pairs.batch * row_tiles(pairs.rows));
