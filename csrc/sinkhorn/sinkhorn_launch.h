@@ -65,6 +65,8 @@ const char* sinkhorn_finish_cuda(const SinkhornFinish& finish, void* stream);
 const char* sinkhorn_apply_cuda(const SinkhornApply<float>& call, const float* x_squares, const float* y_squares,
                                 void* stream);
 const char* sinkhorn_plan_cuda(const SinkhornApply<float>& call, void* stream);
+const char* sinkhorn_small_apply_cuda(const SinkhornApply<float>& call, void* stream);
+const char* sinkhorn_small_plan_cuda(const SinkhornApply<float>& call, void* stream);
 const char* sinkhorn_small_cuda(const SinkhornCall<float>& call, void* stream);
 const char* sinkhorn_unrolled_cuda(const SinkhornUnrolled<float>& call, float* history, void* stream);
 
@@ -88,7 +90,9 @@ class SinkhornLaunches {
     if (is_small(pairs)) return 0;
     return bytes(pairs.batch * (pairs.rows + row_tiles(pairs.rows) + 1) + squares_floats(pairs) + stage_floats(call));
   }
-  static int64_t apply_bytes(const SinkhornApply<float>& call) { return bytes(squares_floats(call.pairs)); }
+  static int64_t apply_bytes(const SinkhornApply<float>& call) {
+    return applies_by_pairs(call) ? 0 : bytes(squares_floats(call.pairs));
+  }
   static int64_t unrolled_bytes(const SinkhornUnrolled<float>& call) { return bytes(unrolled_floats(call)); }
 
   const char* solve(const SinkhornCall<float>& call) {
@@ -149,18 +153,26 @@ class SinkhornLaunches {
   }
 
   const char* apply(const SinkhornApply<float>& call) {
+    if (applies_by_pairs(call)) return sinkhorn_small_apply_cuda(call, stream_);
     const Squares squares = squares_of(call.pairs);
     run(sinkhorn_apply_cuda(call, squares.x, squares.y, stream_));
     return error_;
   }
 
-  const char* plan(const SinkhornApply<float>& call) { return sinkhorn_plan_cuda(call, stream_); }
+  const char* plan(const SinkhornApply<float>& call) {
+    return is_small(call.pairs) ? sinkhorn_small_plan_cuda(call, stream_) : sinkhorn_plan_cuda(call, stream_);
+  }
 
   const char* unrolled(const SinkhornUnrolled<float>& call) {
     return sinkhorn_unrolled_cuda(call, take(unrolled_floats(call)), stream_);
   }
 
  private:
+  // Of what would leave most of a tile empty.
+  static bool applies_by_pairs(const SinkhornApply<float>& call) {
+    constexpr int64_t kMostLines = kTileRows / 2, kMostValues = 4096;
+    return call.pairs.rows <= kMostLines && call.pairs.columns <= kMostLines && call.values <= kMostValues;
+  }
   static int64_t stage_floats(const SinkhornCall<float>& call) {
     constexpr int64_t kFloats = sizeof(Stage<float>) / sizeof(float);
     return call.start == nullptr ? 0 : 2 * kFloats * call.pairs.batch;  // of this iteration and the next

@@ -51,6 +51,19 @@ __device__ __forceinline__ float updated(float log_sum, float damp) {
   return log_sum == -infinity<float>() ? 0.0f : -damp * log_sum;
 }
 
+template <typename Cost>
+__device__ __forceinline__ float cost_of(const Pairs<float>& pairs, int64_t problem, int row, int column) {
+  if constexpr (kIsMatrix<Cost>) {
+    return pairs.matrix[problem * pairs.batch_stride + row * pairs.row_stride + column * pairs.column_stride];
+  } else {
+    const float* x = pairs.x + (problem * pairs.rows + row) * pairs.features;
+    const float* y = pairs.y + (problem * pairs.columns + column) * pairs.features;
+    float z = 0.0f;
+    for (int64_t k = 0; k < pairs.features; ++k) z = Cost::accumulate(z, x[k], y[k]);
+    return Cost::finish(z);
+  }
+}
+
 template <int kLines>
 struct Lines {
   float value[kLines] = {};
@@ -100,16 +113,6 @@ class Place {
     return over_lanes<kLanes>(value, Plus{});
   }
   __device__ bool any(bool value) const { return kLanes == 1 ? value : __any_sync(0xffffffffu, value); }
-
-  __device__ float cost_of(const Pairs<float>& pairs, int row, int column) const {
-    return pairs.matrix[index_ * pairs.batch_stride + row * pairs.row_stride + column * pairs.column_stride];
-  }
-  __device__ const float* x_of(const Pairs<float>& pairs, int row) const {
-    return pairs.x + (index_ * pairs.rows + row) * pairs.features;
-  }
-  __device__ const float* y_of(const Pairs<float>& pairs, int column) const {
-    return pairs.y + (index_ * pairs.columns + column) * pairs.features;
-  }
 
  private:
   int64_t index_;
@@ -165,16 +168,19 @@ class Single : public Place<1, K> {
  private:
   template <typename Cost>
   __device__ __forceinline__ void load_costs(Cost, const Pairs<float>& pairs) {
-    float of_points[K * K] = {};
+    const int64_t index = this->index();
+    float z[K * K] = {};
     if constexpr (!kIsMatrix<Cost>) {
+      const float *x = pairs.x + index * pairs.rows * pairs.features,
+                  *y = pairs.y + index * pairs.columns * pairs.features;
       for (int64_t k = 0; k < pairs.features; ++k) {
-        Line x, y;
+        Line of_x, of_y;
         this->each_line([&](int, int i) {
-          x.value[i] = i < this->rows() ? this->x_of(pairs, i)[k] : 0.0f;
-          y.value[i] = i < this->columns() ? this->y_of(pairs, i)[k] : 0.0f;
+          if (i < this->rows()) of_x.value[i] = x[i * pairs.features + k];
+          if (i < this->columns()) of_y.value[i] = y[i * pairs.features + k];
         });
 #pragma unroll
-        for (int i = 0; i < K * K; ++i) of_points[i] = Cost::accumulate(of_points[i], x.value[i / K], y.value[i % K]);
+        for (int i = 0; i < K * K; ++i) z[i] = Cost::accumulate(z[i], of_x.value[i / K], of_y.value[i % K]);
       }
     }
 #pragma unroll
@@ -182,9 +188,9 @@ class Single : public Place<1, K> {
       costs_[i] = infinity<float>();
       if (i / K >= this->rows() || i % K >= this->columns()) continue;
       if constexpr (kIsMatrix<Cost>) {
-        costs_[i] = this->cost_of(pairs, i / K, i % K);
+        costs_[i] = cost_of<Cost>(pairs, index, i / K, i % K);
       } else {
-        costs_[i] = Cost::finish(of_points[i]);
+        costs_[i] = Cost::finish(z[i]);
       }
     }
   }
@@ -285,16 +291,7 @@ class Group : public Place<(K < kWarp ? K : kWarp), (K < kWarp ? 1 : K / kWarp)>
 
  private:
   __device__ float cost(const Pairs<float>& pairs, int row, int column) const {
-    return with_cost(pairs.cost, [&](auto cost) {
-      if constexpr (kIsMatrix<decltype(cost)>) {
-        return this->cost_of(pairs, row, column);
-      } else {
-        const float *x = this->x_of(pairs, row), *y = this->y_of(pairs, column);
-        float z = 0.0f;
-        for (int64_t k = 0; k < pairs.features; ++k) z = cost.accumulate(z, x[k], y[k]);
-        return cost.finish(z);
-      }
-    });
+    return with_cost(pairs.cost, [&](auto cost) { return cost_of<decltype(cost)>(pairs, this->index(), row, column); });
   }
 
   // To all lanes, after all have read what was there.
@@ -308,7 +305,8 @@ class Group : public Place<(K < kWarp ? K : kWarp), (K < kWarp ? 1 : K / kWarp)>
     share(offsets);
   }
 
-  // Of lines `next` apart, with pairs `step` apart. One line after the other: two at once would take twice the registers.
+  // Of lines `next` apart, with pairs `step` apart. One line after the other: two at once would take twice the
+  // registers.
   __device__ __forceinline__ void scores(const float* costs, int step, float factor, float (&score)[K]) const {
     __syncwarp();
 #pragma unroll

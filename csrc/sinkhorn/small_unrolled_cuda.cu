@@ -62,8 +62,8 @@ __device__ __forceinline__ Lines<kLines> scaled(float factor, const Lines<kLines
   return product;
 }
 
-// Of a multiprocessor, at least: 128 registers a thread, or with lines of 64 pairs, of which shared memory holds few, all
-// that there are.
+// Of a multiprocessor, at least: 128 registers a thread, or with lines of 64 pairs, of which shared memory holds few,
+// all that there are.
 template <typename Holder>
 constexpr int kBlocks = Holder::kLines == 2 ? 1 : 512 / Holder::kThreads;
 
