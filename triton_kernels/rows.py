@@ -155,7 +155,7 @@ def log1p(u):
 
 @triton.jit
 def expm1(d):
-    """exp(d) - 1 for d in [-1/2, 0], by its series."""
+    """exp(d) - 1 for d in [-1/2, 1/2], by its series."""
     return d * (1 + d / 2 * (1 + d / 3 * (1 + d / 4 * (1 + d / 5 * (1 + d / 6 * (1 + d / 7))))))
 
 

@@ -204,7 +204,7 @@ def sinkhorn_apply_kernel(
 def solve_large(pairs, swapped, problem):
     """Half-steps until all problems have stopped. New potentials of the rows go to a second buffer, for their error
     decides whether they count: after t iterations those that do are in buffer t % 2."""
-    (f, g, a, b, start, epsilon, error, n_iter), max_iter, scaling, tol, rho, symmetric = problem
+    (f, g, a, b, start, epsilon, value, error, n_iter), max_iter, scaling, tol, rho, symmetric = problem
     buffers = torch.stack([f, f])
     tile, column_tile = pairs.tile(), swapped.tile()
     programs, column_programs = pairs.row_programs(tile), swapped.row_programs(column_tile)
@@ -244,6 +244,7 @@ def solve_large(pairs, swapped, problem):
     torch.where(is_even, *buffers, out=f)
     if symmetric:  # the other buffer has the mean of f and its update
         torch.where(is_even, *buffers.flip(0), out=g).mul_(2).sub_(f)
+    value.copy_(value_of(f, g, a, b, epsilon, *rho))
 
 
 def solve(pairs, swapped, given, begin, *, max_iter, tol, rho_a=None, rho_b=None, scaling=0.5, symmetric=False):
@@ -251,8 +252,9 @@ def solve(pairs, swapped, given, begin, *, max_iter, tol, rho_a=None, rho_b=None
     (a, b, epsilon), (f, g, start) = given, begin
     f = torch.zeros_like(a) if f is None else f.clone()
     g = torch.zeros_like(b) if g is None else g.clone()
-    error, n_iter = torch.empty_like(epsilon), torch.zeros_like(epsilon, dtype=torch.int64)
-    tensors = ProblemTensors(f, g, a, b, start, epsilon, error, n_iter)
+    value, error = torch.empty_like(epsilon), torch.empty_like(epsilon)
+    n_iter = torch.zeros_like(epsilon, dtype=torch.int64)
+    tensors = ProblemTensors(f, g, a, b, start, epsilon, value, error, n_iter)
     problem = Problem(tensors, max_iter, scaling, tol, Penalties(rho_a, rho_b), symmetric)
     if pairs.batch > 0:
         with torch.cuda.device_of(a):
@@ -260,19 +262,23 @@ def solve(pairs, swapped, given, begin, *, max_iter, tol, rho_a=None, rho_b=None
                 solve_small(pairs, problem)
             else:
                 solve_large(pairs, swapped, problem)
-    return f, g, value_of(f, g, a, b, epsilon, rho_a, rho_b), error, n_iter
+    return f, g, value, error, n_iter
 
 
 def apply(pairs, plan, v, h=None, k=None, over_distance=False):
     values, weights = v.shape[2], 0 if h is None else h.shape[2]
     out = v.new_empty(pairs.batch, pairs.tensors.N, values)
-    tile = pairs.tile(max_rows=32)
+    tile, warps = pairs.tile(max_rows=32), 8
+    if pairs.is_small:
+        rows, columns = (max(16, triton.next_power_of_2(size)) for size in pairs.shape)
+        tile = tile._replace(BLOCK_N=min(tile.BLOCK_N, rows), BLOCK_M=columns)
+        warps = min(8, tile.BLOCK_N * columns // 128)
     block_v = 1 if values == 1 else min(32, max(16, triton.next_power_of_2(values)))
     if out.numel():
         with torch.cuda.device_of(v):
             sinkhorn_apply_kernel[(pairs.row_programs(tile), triton.cdiv(values, block_v))](
                 pairs.tensors, plan, Vectors(v, values), Vectors(h, weights), Vectors(k, weights), out, over_distance,
-                BLOCK_K=32 if weights > 16 else 16, BLOCK_V=block_v, tile=tile, num_warps=8, num_stages=1,
+                BLOCK_K=32 if weights > 16 else 16, BLOCK_V=block_v, tile=tile, num_warps=warps, num_stages=1,
             )  # fmt: skip
     return out
 
@@ -298,10 +304,11 @@ def sinkhorn_plan(cost, a, b, epsilon, f, g, **penalties):
     pairs = pairs_of_matrix("sinkhorn_plan", cost)
     out = cost.new_empty(cost.shape)
     if out.numel():
-        tile = Tile(pairs.kind, 32, 64)
+        rows, columns = (min(most, triton.next_power_of_2(n)) for n, most in zip(pairs.shape, (32, 64), strict=True))
+        tile = Tile(pairs.kind, rows, columns)
         with torch.cuda.device_of(cost):
             sinkhorn_plan_kernel[(pairs.row_programs(tile), triton.cdiv(cost.shape[2], tile.BLOCK_M))](
-                pairs.tensors, plan_of(a, b, epsilon, f, g), out, tile
+                pairs.tensors, plan_of(a, b, epsilon, f, g), out, tile, num_warps=max(1, rows * columns // 512)
             )
     return out
 

@@ -7,12 +7,12 @@ import triton
 import triton.language as tl
 
 from .pairs import SMALL, Penalties, damping, log_sum_exp, pairs_of_matrix, pairs_of_tile, row_errors, updated
-from .rows import finite_max
+from .rows import expm1, finite_max
 from .transport_stages import moved, stage_after
 
 
 class ProblemTensors(NamedTuple):
-    """What solvers are given, and where their results go: f and g (where they start, too), error and n_iter."""
+    """What solvers are given, and where their results go: f and g (where they start, too), value, error and n_iter."""
 
     f: torch.Tensor
     g: torch.Tensor
@@ -20,6 +20,7 @@ class ProblemTensors(NamedTuple):
     b: torch.Tensor
     start: torch.Tensor | None
     epsilon: torch.Tensor
+    value: torch.Tensor
     error: torch.Tensor
     n_iter: torch.Tensor
 
@@ -46,6 +47,17 @@ class Unrolled(NamedTuple):
     grad_a: torch.Tensor
     grad_b: torch.Tensor
     grad_epsilon: torch.Tensor
+
+
+@triton.jit
+def dual_sum(marginal, potential, rho):
+    """A side's part of the value, without the mass of the plan: the sum of a f, or of -rho a (exp(-f / rho) - 1)."""
+    if rho is None:
+        terms = potential
+    else:
+        power = -potential / rho
+        terms = -rho * tl.where(tl.abs(power) < 0.5, expm1(power), tl.exp(power) - 1.0)
+    return tl.sum(marginal * terms)
 
 
 @triton.jit(do_not_specialize=["max_iter"])
@@ -107,6 +119,10 @@ def sinkhorn_small_kernel(
         t += going.to(tl.int32)
     tl.store(given.f + rows, f, mask=i < N)
     tl.store(given.g + columns, g, mask=j < M)
+    b = tl.load(given.b + columns, mask=j < M, other=0.0)
+    of_columns = tl.sum(b if rho.b is None else b * tl.exp(-g / rho.b))  # the mass of the plan, which is exact there
+    value = dual_sum(a, f, rho.a) + dual_sum(b, g, rho.b) - epsilon * (of_columns - mass * tl.sum(b))
+    tl.store(given.value + problem, value)
     tl.store(given.error + problem, error)
     tl.store(given.n_iter + problem, t.to(tl.int64))
 
