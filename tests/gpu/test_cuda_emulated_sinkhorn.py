@@ -121,7 +121,7 @@ def test_solve(library, name, cost, options):
         torch.testing.assert_close(value.double(), truth, **TOLERANCE, msg=lambda m, of=what: f"{of}: {m}")
 
 
-@pytest.mark.parametrize("values", [1, 16, 70])
+@pytest.mark.parametrize("values", [1, 16, 60, 70, 150])
 @pytest.mark.parametrize("cost", COSTS)
 @pytest.mark.parametrize("name", ["8 lanes", "two rows each", "tiles"])
 def test_apply(library, name, cost, values):
