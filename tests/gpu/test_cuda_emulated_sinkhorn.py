@@ -16,7 +16,9 @@ SIZES = {  # B, n, m, d
     "16 lanes": (9, 9, 16, 3),
     "a row each": (3, 32, 20, 3),
     "two rows each": (3, 40, 64, 5),
-    "tiles": (2, 70, 130, 35),
+    "tiles": (2, 70, 130, 17),
+    "tiles by products": (2, 70, 130, 35),
+    "tiles by products, in parts": (1, 70, 66, 140),
     "tiles of no features": (2, 70, 130, 0),
     "a long row": (2, 1, 200, 3),
 }
