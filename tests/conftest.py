@@ -20,6 +20,10 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    if contract.INTERPRETED:
+        import interpreter
+
+        interpreter.round_products()
     if config.getoption("--failures") and not hasattr(config, "workerinput"):  # xdist's controller hears of all
         config.pluginmanager.register(Failures(config.getoption("--failures")))
     if hasattr(config, "workerinput"):

@@ -24,6 +24,7 @@ from .rows import (
     Sizes,
     Statistics,
     Target,
+    Tile,
     check_logits,
     class_target,
     class_weight,
@@ -46,6 +47,8 @@ from .rows import (
     upstream_gradient,
 )
 
+MOST_PARTS = 32  # of a row
+
 
 class Upstream(NamedTuple):
     """The gradients that arrive, each None or of one value or one a row."""
@@ -56,6 +59,18 @@ class Upstream(NamedTuple):
     loss_stride: int
     lse_stride: int
     entropy_stride: int
+
+
+class Lanes(NamedTuple):
+    """Statistics relative to a maximum: sum of exp(x - max) but for one maximum, sum of exp(x - max) (x - max), the
+    place of the maximum, sum of c, sum of c (x - max)."""
+
+    max: tl.tensor
+    sum: tl.tensor
+    exp_dot: tl.tensor
+    place: tl.tensor
+    soft_sum: tl.tensor
+    soft_dot: tl.tensor
 
 
 class Saved(NamedTuple):
@@ -70,15 +85,25 @@ def upstream_of(*gradients) -> Upstream:
     return Upstream(*gradients, *(0 if g is None or g.dim() == 0 else g.stride(0) for g in gradients))
 
 
-@triton.jit(do_not_specialize=["sizes"])
-def cross_entropy_forward_kernel(logits, target, out, sizes, V, opts, tile: tl.constexpr):
+class Parts(NamedTuple):
+    """Few long rows are read by several programs each; the statistics (6, N, count) of their parts meet in memory."""
+
+    count: int = 1
+    memory: torch.Tensor | None = None
+
+
+@triton.jit(do_not_specialize=["sizes", "parts"])
+def cross_entropy_forward_kernel(logits, target, out, sizes, V, opts, parts, tile: tl.constexpr):
     """Row losses, row state (m, log_sum, W) and, where there is room for them, lse, entropy and argmax. One pass."""
     STATS: tl.constexpr = out.lse is not None
     SOFT: tl.constexpr = target.column is not None or opts.label_smoothing is not None
     ROWS: tl.constexpr = tile.ROWS
     BLOCK: tl.constexpr = tile.BLOCK
 
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
+    unit, first, step = tl.program_id(0).to(tl.int64), 0, BLOCK
+    if parts.memory is not None:  # parts take turns
+        unit, first, step = unit // parts.count, (unit % parts.count).to(tl.int32) * BLOCK, parts.count * BLOCK
+    rows = unit * ROWS + tl.arange(0, ROWS)  # [ROWS]
     in_rows = rows < sizes.N
     logits_rows = logits.ptr + rows * logits.row
     target_rows = target.ptr + rows * target.row
@@ -86,14 +111,12 @@ def cross_entropy_forward_kernel(logits, target, out, sizes, V, opts, tile: tl.c
     # Of each lane: its maximum m, the sum of exp(x - m) without that maximum, and what else is wanted.
     lane_max = tl.full([ROWS, BLOCK], float("-inf"), tl.float32)
     lane_sum = tl.zeros([ROWS, BLOCK], tl.float32)
-    if STATS:
-        exp_dot = tl.zeros([ROWS, BLOCK], tl.float32)  # sum of exp(x - m) (x - m)
-        place = tl.zeros([ROWS, BLOCK], tl.int32)  # of the maximum
-    if SOFT:
-        soft_sum = tl.zeros([ROWS, BLOCK], tl.float32)  # sum of c
-        soft_dot = tl.zeros([ROWS, BLOCK], tl.float32)  # sum of c (x - m)
+    exp_dot = tl.zeros([ROWS, BLOCK], tl.float32)  # sum of exp(x - m) (x - m)
+    place = tl.zeros([ROWS, BLOCK], tl.int32)  # of the maximum
+    soft_sum = tl.zeros([ROWS, BLOCK], tl.float32)  # sum of c
+    soft_dot = tl.zeros([ROWS, BLOCK], tl.float32)  # sum of c (x - m)
 
-    for start in tl.range(0, V, BLOCK, num_stages=tile.STAGES):
+    for start in tl.range(first, V, step, num_stages=tile.STAGES):
         cols = start + tl.arange(0, BLOCK)  # [BLOCK]
         inside = in_rows[:, None] & (cols < V)[None, :]  # [ROWS, BLOCK]
         raw = tl.load(tile_pointers(logits_rows, cols, logits.column), mask=inside, other=0.0)
@@ -110,27 +133,66 @@ def cross_entropy_forward_kernel(logits, target, out, sizes, V, opts, tile: tl.c
             soft_dot += soft_sum * (finite_max(last_max) - shift) + tl.where(c != 0, c * (x - shift), 0.0)
             soft_sum += c
 
-    row_max, sum_exp, lane_shift = softmax_rows(lane_max, lane_sum)  # [ROWS]
-    weight_sum = tl.zeros([ROWS], tl.float32)  # W
-    weighted_dot = tl.zeros([ROWS], tl.float32)  # sum of c (x - m)
-    if SOFT:
-        weight_sum += tl.sum(soft_sum, axis=1)
-        moved = finite_max(lane_max) - finite_max(row_max)[:, None]
-        weighted_dot += tl.sum(soft_dot + soft_sum * moved, axis=1)
-    x_y = tl.zeros([ROWS], tl.float32)
+    lanes = Lanes(lane_max, lane_sum, exp_dot, place, soft_sum, soft_dot)
+    if parts.memory is None:
+        finish_rows(merge_lanes(lanes, V), logits, target, out, rows, in_rows, sizes, V, opts)
+    else:
+        part = merge_lanes(lanes, V)
+        stride = sizes.N * parts.count
+        at = parts.memory + rows * parts.count + tl.program_id(0) % parts.count
+        tl.store(at, part.max, mask=in_rows)
+        tl.store(at + stride, part.sum, mask=in_rows)
+        tl.store(at + 2 * stride, part.exp_dot, mask=in_rows)
+        tl.store(at + 3 * stride, part.place.to(tl.float32, bitcast=True), mask=in_rows)
+        tl.store(at + 4 * stride, part.soft_sum, mask=in_rows)
+        tl.store(at + 5 * stride, part.soft_dot, mask=in_rows)
+
+
+@triton.jit(do_not_specialize=["sizes", "parts"])
+def merge_parts_kernel(logits, target, out, sizes, V, opts, parts, MOST: tl.constexpr):
+    """The same from the statistics of a row's parts, a program a row."""
+    rows = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)  # [1]
+    in_rows = rows < sizes.N
+    number = tl.arange(0, MOST)[None, :]
+    at = parts.memory + rows[:, None] * parts.count + number  # [1, MOST]
+    stride, there = sizes.N * parts.count, number < parts.count
+    lanes = Lanes(
+        tl.load(at, mask=there, other=float("-inf")),
+        tl.load(at + stride, mask=there, other=0.0),
+        tl.load(at + 2 * stride, mask=there, other=0.0),
+        tl.load(at + 3 * stride, mask=there, other=0.0).to(tl.int32, bitcast=True),
+        tl.load(at + 4 * stride, mask=there, other=0.0),
+        tl.load(at + 5 * stride, mask=there, other=0.0),
+    )
+    finish_rows(merge_lanes(lanes, V), logits, target, out, rows, in_rows, sizes, V, opts)
+
+
+@triton.jit
+def merge_lanes(lanes, V):
+    """Of each row the statistics that its lanes, or its parts, have together, as one lane of them."""
+    row_max, sum_exp, d = softmax_rows(lanes.max, lanes.sum)  # [ROWS]
+    d = tl.maximum(d, -104.0)
+    exp_dot = tl.sum(tl.exp(d) * (lanes.exp_dot + d * (lanes.sum + 1.0)), axis=1)
+    place = tl.min(tl.where(lanes.max == row_max[:, None], lanes.place, V), axis=1)
+    moved = finite_max(lanes.max) - finite_max(row_max)[:, None]
+    soft_dot = tl.sum(lanes.soft_dot + lanes.soft_sum * moved, axis=1)
+    return Lanes(row_max, sum_exp, exp_dot, place, tl.sum(lanes.soft_sum, axis=1), soft_dot)
+
+
+@triton.jit
+def finish_rows(row, logits, target, out, rows, in_rows, sizes, V, opts):
+    """What is stored of each row, from its statistics."""
+    x_y = tl.zeros(row.max.shape, tl.float32)
     if target.column is None:
         y, _, known = class_target(target, rows, in_rows, opts.ignore_index, V)
-        raw_y = tl.load(logits_rows + y * logits.column, mask=known, other=0.0)
+        raw_y = tl.load(logits.ptr + rows * logits.row + y * logits.column, mask=known, other=0.0)
         x_y += effective_logit(raw_y, opts.logit_scale, opts.softcap)
-    statistics = Statistics(row_max, sum_exp, weight_sum, weighted_dot, x_y)
+    statistics = Statistics(row.max, row.sum, row.soft_sum, row.soft_dot, x_y)
     lse, log_sum = store_rows(statistics, target, out, rows, in_rows, sizes, V, opts)
-    if STATS:
+    if out.lse is not None:
         tl.store(out.lse + rows, lse, mask=in_rows)
-        d = tl.maximum(lane_shift, -104.0)
-        row_dot = tl.sum(tl.exp(d) * (exp_dot + d * (lane_sum + 1.0)), axis=1)
-        tl.store(out.entropy + rows, log_sum - row_dot / (1.0 + sum_exp), mask=in_rows)
-        argmax = tl.min(tl.where(lane_max == row_max[:, None], place, V), axis=1)
-        tl.store(out.argmax + rows, argmax.to(tl.int64), mask=in_rows)
+        tl.store(out.entropy + rows, log_sum - row.exp_dot / (1.0 + row.sum), mask=in_rows)
+        tl.store(out.argmax + rows, row.place.to(tl.int64), mask=in_rows)
 
 
 @triton.jit(do_not_specialize=["sizes"])
@@ -223,10 +285,21 @@ def launch_forward(out: RowOutputs, logits: torch.Tensor, target: Target, option
         return
     soft = target.column is not None or options.label_smoothing is not None or out.lse is not None
     tile, warps = tile_of(logits, elements_per_thread=8 if soft else 16, max_warps=16)
+    parts = parts_of(logits, tile)
+    arguments = (matrix_of(logits), target, out, Sizes(N, out.state.stride(0)), V, options, parts)
     with torch.cuda.device_of(logits):
-        cross_entropy_forward_kernel[(triton.cdiv(N, tile.ROWS),)](
-            matrix_of(logits), target, out, Sizes(N, out.state.stride(0)), V, options, tile, num_warps=warps
-        )
+        cross_entropy_forward_kernel[(triton.cdiv(N, tile.ROWS) * parts.count,)](*arguments, tile, num_warps=warps)
+        if parts.memory is not None:
+            merge_parts_kernel[(N,)](*arguments, MOST=MOST_PARTS, num_warps=1)
+
+
+def parts_of(logits: torch.Tensor, tile: Tile) -> Parts:
+    """So many that the programs fill a large GPU, each with several tiles."""
+    N, V = logits.shape
+    count = min(MOST_PARTS, 528 // N, V // (2 * tile.BLOCK)) if tile.ROWS == 1 else 1
+    if count < 2:
+        return Parts()
+    return Parts(count, torch.empty((6, N, count), dtype=torch.float32, device=logits.device))
 
 
 def cross_entropy(logits, *arguments, inplace_backward=False, **options):

@@ -28,6 +28,7 @@ struct CrossEntropyForward {
   T* lse = nullptr;         // (rows,) with request.details
   T* entropy = nullptr;
   int64_t* argmax = nullptr;
+  RowParts parts;
 };
 
 template <typename T>

@@ -55,7 +55,7 @@ DenseTarget<T> dense_target(const Tensor& like, const RowMatrix& logits, const T
 template <typename T>
 void run(const CrossEntropyForward<T>& op, const Tensor& like, const char* name) {
   if constexpr (kOnGpu) {
-    require_launched(cross_entropy_forward_cuda(op, current_stream(like)), name);
+    launch_rows(op, like, name, cross_entropy_forward_cuda);
   } else {
     for_rows(op, selected_cross_entropy_kernels().of<T>().forward);
   }

@@ -39,9 +39,13 @@ template <typename Storage, typename Pass, typename Op>
 const char* launch_row_statistics(const Op& op, void* stream) {
   if (op.logits.rows == 0) return nullptr;
   const dim3 block = row_block(op.logits.columns);
-  const int64_t blocks = (op.logits.rows + block.y - 1) / block.y;
-  return launch(row_statistics_kernel<Storage, Pass, Op>, flat_grid(blocks), block,
-                block.x / kWarp * sizeof(typename Pass::Stats), stream, op);
+  const int64_t blocks = (op.logits.rows * op.parts.count + block.y - 1) / block.y;
+  const char* error = launch(row_statistics_kernel<Storage, Pass, Op>, flat_grid(blocks), block,
+                             block.x / kWarp * sizeof(typename Pass::Stats), stream, op);
+  if (op.parts.count == 1 || error != nullptr) return error;
+  const dim3 merging(kWarp, kMostThreads / kWarp);
+  return launch(merge_parts_kernel<Pass, Op>, flat_grid((op.logits.rows + merging.y - 1) / merging.y), merging, 0,
+                stream, op);
 }
 
 template <typename Storage, typename Formula, typename Op>

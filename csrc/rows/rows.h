@@ -9,6 +9,8 @@
 // T is the type of statistics and coefficients: double for float64 matrices, float for all others.
 #pragma once
 
+#include <algorithm>
+
 #include "common/online_softmax.h"
 
 namespace tilewise {
@@ -22,6 +24,19 @@ struct RowMatrix {
   int64_t row_stride = 0;
   int64_t column_stride = 0;
 };
+
+// On a GPU, few long rows are read by several blocks each: a row by `count`, whose statistics meet in `memory`.
+struct RowParts {
+  int64_t count = 1;
+  void* memory = nullptr;
+};
+constexpr int64_t kPartBytes = 32;  // of the statistics of a part
+
+// So many that the blocks fill a large GPU, each with work for several microseconds; a warp merges them.
+inline int64_t row_parts(int64_t rows, int64_t columns) {
+  constexpr int64_t kBlocks = 528, kColumns = 4096, kMost = 32;
+  return std::max<int64_t>(1, std::min({kBlocks / std::max<int64_t>(1, rows), columns / kColumns, kMost}));
+}
 
 // Reads one element; for the few per-row gathers. Tiles are read by the engines, which know the type.
 template <typename T>

@@ -145,6 +145,18 @@ void reduce_rows(const RowReduction<T>& reduction) {
   if (reduction.reduction == Reduction::kMean) *reduction.loss = static_cast<T>(total == 0 ? 0 : loss / total);
 }
 
+// Launches a pass over rows, with memory for the parts of few long ones.
+template <typename Op, typename Launch>
+void launch_rows(Op op, const Tensor& like, const char* name, Launch launch) {
+  op.parts.count = row_parts(op.logits.rows, op.logits.columns);
+  std::optional<Tensor> memory;
+  if (op.parts.count > 1) {
+    memory = new_output(like, {op.logits.rows * op.parts.count * kPartBytes}, ScalarType::Byte);
+    op.parts.memory = memory->data_ptr();
+  }
+  require_launched(launch(op, current_stream(like)), name);
+}
+
 // Rows over torch's threads, in shares of at least 32 Ki elements.
 template <typename Op>
 void for_rows(const Op& op, void (*kernel)(const Op&, int64_t, int64_t)) {

@@ -220,20 +220,22 @@ __device__ __forceinline__ typename Pass::Stats merge_over_row(typename Pass::St
   return Pass::merge_lanes(threadIdx.x < blockDim.x / kWarp ? partial[threadIdx.x] : Stats{});
 }
 
-// Block (threads of a row, rows): several rows only where a row is one warp. A warp takes kBatch consecutive groups
-// of 32 vectors at a time, all loaded before the first is used.
+// Block (threads of a row or a part of one, rows): several rows only where a row is one warp. A warp takes kBatch
+// consecutive groups of 32 vectors at a time, all loaded before the first is used; parts take turns.
 template <typename Storage, typename Pass, typename Op>
 __global__ void __launch_bounds__(kMostThreads, Pass::kBlocks) row_statistics_kernel(const __grid_constant__ Op op) {
   constexpr int kRun = kVector<Storage>;
   constexpr int kHop = kWarp * kRun;
   constexpr int kChunk = Pass::kBatch * kHop;
-  const int64_t row = flat_block() * blockDim.y + threadIdx.y;
-  if (row >= op.logits.rows || skip_row(op, row, threadIdx.x == 0)) return;  // all threads of the row alike
+  const int64_t unit = flat_block() * blockDim.y + threadIdx.y, parts = op.parts.count;
+  const int64_t row = parts == 1 ? unit : unit / parts;
+  const int part = static_cast<int>(unit - row * parts);
+  if (row >= op.logits.rows || skip_row(op, row, part == 0 && threadIdx.x == 0)) return;  // all of the row alike
   const RowCut cut = RowCut::of<Storage>(op.logits, row);
   const RowReader<Storage> logits(op.logits, row, cut.head);
   Pass pass(op, row, cut.head);
 
-  for (int64_t i = threadIdx.x; i < cut.scalars; i += blockDim.x) {
+  for (int64_t i = part * blockDim.x + threadIdx.x; i < cut.scalars; i += parts * blockDim.x) {
     const int64_t column = cut.scalar_column(i);
     float x[1];
     widen(logits.template read<false, 1>(column), x);
@@ -259,12 +261,27 @@ __global__ void __launch_bounds__(kMostThreads, Pass::kBlocks) row_statistics_ke
     }
   };
   const int lane_offset = threadIdx.x % kWarp * kRun;
-  const int64_t stride = static_cast<int64_t>(blockDim.x / kWarp) * kChunk;
-  int64_t chunk = cut.head + threadIdx.x / kWarp * kChunk;
+  const int warps = blockDim.x / kWarp;
+  const int64_t stride = parts * warps * kChunk;
+  int64_t chunk = cut.head + (part * warps + threadIdx.x / kWarp) * kChunk;
   for (; chunk + kChunk <= cut.body_end; chunk += stride) add_chunk(std::true_type{}, chunk + lane_offset);
   if (chunk < cut.body_end) add_chunk(std::false_type{}, chunk + lane_offset);
 
   const auto stats = merge_over_row<Pass>(pass.finish());
+  if (threadIdx.x != 0) return;
+  if (parts == 1) return finish_row(op, row, stats);
+  static_cast<typename Pass::Stats*>(op.parts.memory)[unit] = stats;
+}
+
+// Rows of several parts: a warp merges them, in a fixed order.
+template <typename Pass, typename Op>
+__global__ void __launch_bounds__(kMostThreads) merge_parts_kernel(const __grid_constant__ Op op) {
+  using Stats = typename Pass::Stats;
+  static_assert(sizeof(Stats) <= kPartBytes);
+  const int64_t row = flat_block() * blockDim.y + threadIdx.y;
+  if (row >= op.logits.rows || skip_row(op, row, false)) return;
+  const Stats* parts = static_cast<const Stats*>(op.parts.memory) + row * op.parts.count;
+  const Stats stats = Pass::merge_lanes(threadIdx.x < op.parts.count ? parts[threadIdx.x] : Stats{});
   if (threadIdx.x == 0) finish_row(op, row, stats);
 }
 

@@ -25,6 +25,12 @@ __device__ __forceinline__ Quad load_quad(const float* address) {
   return quad;
 }
 
+__device__ __forceinline__ void store_quad(float* address, const Quad& quad) {
+  uint4 piece;
+  memcpy(&piece, &quad, sizeof(piece));
+  *reinterpret_cast<uint4*>(address) = piece;
+}
+
 __device__ __forceinline__ int own_row() { return static_cast<int>(threadIdx.x) / 16 * 4; }
 __device__ __forceinline__ int own_column() { return static_cast<int>(threadIdx.x) % 16 * 4; }
 
@@ -130,6 +136,15 @@ __device__ __forceinline__ void stage_offsets(const Side& side, int64_t first, i
                                               float* out) {
   if (threadIdx.x < kTile)
     out[threadIdx.x] = threadIdx.x < left ? side.offset(first + threadIdx.x, inverse) : -infinity<float>();
+}
+
+// Two sums of exp(score - top) as one, with the lane at this distance.
+__device__ __forceinline__ void merge_over_lanes(float& top, float& total, int lanes) {
+  const float other_top = __shfl_xor_sync(0xffffffffu, top, lanes);
+  const float other_total = __shfl_xor_sync(0xffffffffu, total, lanes);
+  const float above = fmaxf(top, other_top), finite = above > -infinity<float>() ? above : 0.0f;
+  total = total * fast_exp(top - finite) + other_total * fast_exp(other_top - finite);
+  top = above;
 }
 
 // Over the 16 threads of a row.

@@ -123,6 +123,9 @@ const char* sinkhorn_apply_cuda(const SinkhornApply<float>& call, const float* x
   return with_cost(call.pairs.cost, [&](auto cost) {
     using Cost = decltype(cost);
     if (call.values <= 16) return launch_apply<Cost, 16>(call, x_squares, y_squares, stream);
+    // Every part takes the pairs anew. The gradient of 64 features has 65 or 66 values: in one part, then.
+    if (call.values > 64 && (call.values + 79) / 80 < (call.values + 63) / 64)
+      return launch_apply<Cost, 80>(call, x_squares, y_squares, stream);
     return launch_apply<Cost, 64>(call, x_squares, y_squares, stream);
   });
 }

@@ -2,41 +2,11 @@
 // in memory are in units of the cost, so that they stay what they are while epsilon falls. Of matrices every half-step
 // is one pass at the speed of memory, the exponential of an element hidden behind its load: keeping exp(scores), as the
 // CPU does, would save nothing.
-#include "common/team.cuh"
+#include "sinkhorn/half_step.cuh"
 #include "sinkhorn/pairs.cuh"
 
 namespace tilewise {
 namespace {
-
-// Of the iteration, or of the pass after the last.
-__device__ __forceinline__ Stage<float> stage_of(const SinkhornDecision& decision, int64_t problem) {
-  const float epsilon = decision.epsilon[problem];
-  if (decision.stages == nullptr || decision.t == decision.max_iter) return {epsilon};
-  return decision.stages[problem];
-}
-
-__device__ __forceinline__ float total_error(const SinkhornDecision& decision, int64_t problem, float* shared) {
-  float sum = 0.0f;
-  for (int64_t i = threadIdx.x; i < decision.tiles; i += blockDim.x)
-    sum += decision.partials[problem * decision.tiles + i];
-  sum = Team(shared).all_sum(sum);
-  return decision.mass[problem] > 0.0f ? sum / decision.mass[problem] : 0.0f;
-}
-
-// Whether iteration t counts, the same in every block of a problem; the first says so, and what follows.
-__device__ __forceinline__ bool goes_on(const SinkhornDecision& decision, int64_t problem, bool first, float* shared) {
-  const float error = total_error(decision, problem, shared);
-  const Schedule<float> schedule{decision.epsilon[problem],  decision.tol,      decision.scaling, decision.max_iter,
-                                 decision.stages != nullptr, decision.symmetric};
-  const Stage<float> stage = stage_of(decision, problem);
-  const bool on = !schedule.stops(stage, error, decision.t);
-  if (first && threadIdx.x == 0) {
-    decision.error[problem] = error;
-    if (on) write_relaxed(decision.n_iter + problem, decision.t + 1);
-    if (schedule.falls) decision.following[problem] = schedule.next(stage, error, decision.t);
-  }
-  return on;
-}
 
 template <typename Cost>
 __global__ void __launch_bounds__(kThreads) half_step_kernel(const __grid_constant__ SinkhornHalfStep step) {
@@ -82,27 +52,10 @@ __global__ void __launch_bounds__(kThreads) half_step_kernel(const __grid_consta
   float error = 0.0f;
 #pragma unroll
   for (int r = 0; r < 4; ++r) {
-    over_row_threads([&](int lanes) {
-      const float other_top = __shfl_xor_sync(0xffffffffu, top[r], lanes);
-      const float other_total = __shfl_xor_sync(0xffffffffu, total[r], lanes);
-      const float above = fmaxf(top[r], other_top), finite = above > -infinity<float>() ? above : 0.0f;
-      total[r] = total[r] * fast_exp(top[r] - finite) + other_total * fast_exp(other_top - finite);
-      top[r] = above;
-    });
-    const int64_t i = row + own_row() + r, at = problem * pairs.rows + i;
+    over_row_threads([&](int lanes) { merge_over_lanes(top[r], total[r], lanes); });
+    const int64_t i = row + own_row() + r;
     if (threadIdx.x % 16 != 0 || i >= pairs.rows) continue;
-    const bool dead = total[r] == 0.0f;
-    float lse = dead ? -infinity<float>() : top[r] + ::logf(total[r]);
-    if (step.x_squares != nullptr) lse -= step.x_squares[at] * inverse;
-    float after = dead ? 0.0f : -now * damping(step.rho, now) * lse;
-    const float how_far = step.symmetric ? 0.5f : stage.step;
-    const float was = how_far != 1.0f || step.own != nullptr ? step.before[at] : 0.0f;
-    if (step.own != nullptr) {
-      const float a = step.own[at], ratio = target_ratio(was * inverse, now, step.rho);
-      if (a > 0.0f) error += a * fabsf(::expf(was * inverse + lse) - ratio);
-    }
-    if (how_far != 1.0f) after = was + how_far * (after - was);
-    step.after[at] = after;
+    error += finish_row(step, stage, problem, i, top[r], total[r]);
   }
   if (step.own == nullptr) return;
   error = Team(sums).all_sum(error);
@@ -191,6 +144,9 @@ const char* sinkhorn_half_step_cuda(const SinkhornHalfStep& step, void* stream) 
   const int64_t blocks = step.pairs.batch * row_tiles(step.pairs.rows);
   const size_t floats = kTile * (kPitch + 2) + kThreads / kWarp;
   return with_cost(step.pairs.cost, [&](auto cost) {
+    if constexpr (decltype(cost)::kByProducts) {
+      if (step.pairs.features >= kProductFeatures) return sinkhorn_product_half_step_cuda(step, stream);
+    }
     return launch(half_step_kernel<decltype(cost)>, flat_grid(blocks), dim3(kThreads), floats * sizeof(float), stream,
                   step);
   });

@@ -60,6 +60,9 @@ struct SinkhornFinish {
 const char* sinkhorn_squares_cuda(const float* points, int64_t count, int64_t features, float* squares, void* stream);
 const char* sinkhorn_prepare_cuda(const SinkhornCall<float>& call, float* mass, Stage<float>* stages, void* stream);
 const char* sinkhorn_half_step_cuda(const SinkhornHalfStep& step, void* stream);
+// Of points with so many features that their products are the work, and a cost by products.
+constexpr int64_t kProductFeatures = 24;
+const char* sinkhorn_product_half_step_cuda(const SinkhornHalfStep& step, void* stream);
 const char* sinkhorn_decide_cuda(const SinkhornDecision& decision, int64_t batch, void* stream);
 const char* sinkhorn_finish_cuda(const SinkhornFinish& finish, void* stream);
 const char* sinkhorn_apply_cuda(const SinkhornApply<float>& call, const float* x_squares, const float* y_squares,

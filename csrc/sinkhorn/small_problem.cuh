@@ -41,7 +41,7 @@ __device__ __forceinline__ void pull(float (&score)[K], const float* marginal, f
     score[k] = fast_exp2(fminf(score[k] - top, 115.0f));
     total += marginal[k] * score[k];
   }
-  const float scale = total > 0.0f ? upstream / total : 0.0f;
+  const float scale = total > 0.0f ? fast_divide(upstream, total) : 0.0f;
 #pragma unroll
   for (int k = 0; k < K; ++k) score[k] *= scale;
 }

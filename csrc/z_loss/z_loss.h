@@ -30,6 +30,7 @@ struct SphericalForward {
   T* loss_rows = nullptr;   // (rows,)
   T* share_rows = nullptr;  // (rows,) 1 for kept rows, 0 for ignored
   T* row_state = nullptr;   // (4, rows): mu, gamma, r, kappa
+  RowParts parts;
 };
 
 template <typename T>

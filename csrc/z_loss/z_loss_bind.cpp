@@ -13,7 +13,8 @@ using ForwardResult = std::tuple<Tensor, Tensor>;
 template <typename T>
 void run(const SphericalForward<T>& op, const RowReduction<T>& reduction, const Tensor& logits, const char* name) {
   if constexpr (kOnGpu) {
-    require_launched(z_loss_forward_cuda(op, reduction, current_stream(logits)), name);
+    launch_rows(op, logits, name,
+                [&](const auto& parted, void* stream) { return z_loss_forward_cuda(parted, reduction, stream); });
   } else {
     for_rows(op, selected_z_loss_kernels().of<T>().forward);
     reduce_rows(reduction);

@@ -63,6 +63,11 @@ def reduced(rows: dict, reduction: str) -> Tensor:
     return total / rows["total"] if float(rows["total"]) != 0 else total * 0
 
 
+def split(guards: Guards, call: Call, parts: int) -> None:
+    """Rows read by several blocks each, whose statistics of 32 bytes meet in memory."""
+    call.parts, call.part_memory = parts, pointer(guards.empty(8 * call.rows * parts))
+
+
 def cross_entropy(library, logits: Tensor, target: Tensor, *, layout: dict | None = None, inplace=False, **o) -> dict:
     """Forward and backward through the launch functions; upstream gradients are random but fixed."""
     n, v = logits.shape
@@ -82,6 +87,7 @@ def cross_entropy(library, logits: Tensor, target: Tensor, *, layout: dict | Non
     call.reduction, call.details = emulated.REDUCTIONS[reduction], int(o.get("details", False))
     call.softcap, call.label_smoothing = o.get("softcap", 0.0), o.get("label_smoothing", 0.0)
     call.lse_square_scale = o.get("lse_square_scale", 0.0)
+    split(guards, call, o.get("parts", 0))
     for name, tensor in out.items():
         setattr(call, name, pointer(tensor))
     checked(library.cross_entropy_forward(call))
@@ -314,7 +320,9 @@ def spherical_reference(x: Tensor, target: Tensor, kind: str, p: dict) -> dict:
     return {"loss_rows": torch.where(kept, loss, 0.0), "total": kept.double().sum()}
 
 
-def spherical(library, logits: Tensor, target: Tensor, kind: str, reduction="mean", layout=None, inplace=False) -> dict:
+def spherical(
+    library, logits: Tensor, target: Tensor, kind: str, reduction="mean", layout=None, inplace=False, parts=0
+) -> dict:
     n, v = logits.shape
     guards = Guards()
     memory, targets = guards.put(logits, **(layout or {})), guards.put(target)
@@ -322,6 +330,7 @@ def spherical(library, logits: Tensor, target: Tensor, kind: str, reduction="mea
     out |= {"loss": guards.empty(), "total": guards.empty()}
     call = Call(rows=n, columns=v, ignore_index=-100, kind=emulated.KINDS[kind], a=1.5, b=0.25, eps=1e-3)
     call.logits, call.target, call.reduction = Matrix.of(memory), pointer(targets), emulated.REDUCTIONS[reduction]
+    split(guards, call, parts)
     for name, tensor in out.items():
         setattr(call, name, pointer(tensor))
     checked(library.z_loss_forward(call))

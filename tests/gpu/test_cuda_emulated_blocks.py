@@ -4,6 +4,7 @@ import emulated
 import pytest
 import torch
 from emulated import BFLOAT, FLOAT, HALF, Call, Guards, Matrix, checked, pointer
+from test_cuda_emulated import check_cross_entropy, check_spherical, cross_entropy, inputs
 
 pytestmark = pytest.mark.skipif(emulated.COMPILER is None, reason="needs g++ (or CXX) to build the emulator")
 
@@ -76,3 +77,25 @@ def test_sums_of_16_bit_products(library, count, dtype):
     guards.check()
     expected = (parts[0].float() + parts[1].float()) + parts[2].float()
     assert torch.equal(total, expected) and torch.equal(out, expected.to(dtype))
+
+
+@pytest.mark.parametrize("parts", [2, 5, 32])
+@pytest.mark.parametrize("v", [1030, 50257])
+def test_rows_of_several_blocks(library, v, parts):
+    """Statistics of a row read in parts, some of which may be empty, are those of the whole."""
+    logits, target = inputs(3, v, BFLOAT)
+    for o in ({}, {"details": True, "label_smoothing": 0.1, "weight": torch.rand(v)}, {"softcap": 4.0}):
+        for layout in ({}, {"offset": 3, "strides": (v + 5, 1)}, {"strides": (1, 3)}):
+            actual = check_cross_entropy(library, logits, target, **o, layout=layout, parts=parts)
+            again = cross_entropy(library, logits, target, **o, layout=layout, parts=parts)
+            assert torch.equal(actual["loss_rows"], again["loss_rows"])
+    check_cross_entropy(library, logits, torch.softmax(torch.randn(3, v), 1), parts=parts)
+    for kind in ("z", "taylor", "spherical"):
+        check_spherical(library, logits, target, kind, parts=parts)
+    tied = torch.zeros(2, v)
+    tied[1, [v - 1, v // 2]] = 1.0
+    assert cross_entropy(library, tied, target[:2], details=True, parts=parts)["argmax"].tolist() == [0, v // 2]
+    masked = torch.full((2, v), -torch.inf)
+    masked[1, 7] = 0.5
+    rows = cross_entropy(library, masked, torch.tensor([0, 7]), reduction="none", parts=parts)["loss_rows"]
+    assert rows[0].isnan() and rows[1] == 0

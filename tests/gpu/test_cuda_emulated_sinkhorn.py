@@ -23,7 +23,9 @@ SIZES = {  # B, n, m, d
     "a row each": (3, 32, 20, 3),
     "two rows each": (3, 40, 64, 5),
     "two rows each, full": (2, 64, 64, 2),
-    "tiles": (2, 70, 130, 35),
+    "tiles": (2, 70, 130, 17),
+    "tiles by products": (2, 70, 130, 35),
+    "tiles by products, in parts": (1, 70, 66, 140),
     "tiles of no features": (2, 70, 130, 0),
     "a long row": (2, 1, 200, 3),
 }
@@ -169,9 +171,12 @@ def test_bits_are_the_same_on_every_run(library, name):
     assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
 
 
-@pytest.mark.parametrize("values", [1, 16, 70])
+APPLIED = ("two blocks of threads", "8 lanes", "16 lanes, full", "a row each", "two rows each", "tiles")
+
+
+@pytest.mark.parametrize("values", [1, 16, 60, 70, 150])
 @pytest.mark.parametrize("cost", COSTS)
-@pytest.mark.parametrize("name", [name for name in SIZES if name not in ("tiles of no features", "17 rows")])
+@pytest.mark.parametrize("name", APPLIED)
 def test_apply(library, name, cost, values):
     p = Problem(name, cost, transposed=name == "tiles")
     f, g = (0.1 * torch.randn_like(w) for w in (p.a, p.b))

@@ -186,12 +186,14 @@ def run_wta_crs(dtype):
 def run_operators(dtype):
     """Long rows with 16-byte accesses, long rows without, short rows that share a program, V = 1, transposed rows."""
 
-    def logits(V):
-        return torch.empty(ROWS, V, dtype=dtype, device="meta")
+    def logits(V, rows=ROWS):
+        return torch.empty(rows, V, dtype=dtype, device="meta")
 
     run_cross_entropy(logits(128256))
     run_cross_entropy(logits(128256), options=ALL_OPTIONS, everything=True)
     run_cross_entropy(logits(128256), options=ALL_OPTIONS, everything=True, probabilities=True)
+    run_cross_entropy(logits(128256, rows=16))
+    run_cross_entropy(logits(50257, rows=3), options=ALL_OPTIONS, everything=True)
     run_cross_entropy(logits(50257), reduction="sum")
     run_cross_entropy(logits(1000), options=ALL_OPTIONS, everything=True, reduction="none")
     run_cross_entropy(logits(1))
@@ -286,6 +288,7 @@ def test_kernels_fit(reports, arch, dtype):
         "cross_entropy_backward_kernel",
         "linear_cross_entropy_forward_kernel",
         "linear_cross_entropy_merge_kernel",
+        "merge_parts_kernel",
         "mala_forward_kernel",
         "mala_key_gradient_kernel",
         "mala_query_gradient_kernel",

@@ -74,6 +74,28 @@ def test_row_state():
     torch.testing.assert_close(state[-1].cpu(), weight[target].sum())
 
 
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"softcap": 20.0, "return_stats": True}])
+def test_few_long_rows(options):
+    """Rows that several blocks of a GPU share: one of all classes, one with ties, one whose last class decides."""
+    torch.manual_seed(2)
+    v = 140_001
+    logits = 3 * torch.randn(3, v)
+    logits[1, 40_000:] = 25.0
+    logits[2, -1] = 60.0
+    target = torch.tensor([70_000, 139_999, 12])
+    result = tilewise.cross_entropy(logits.to(DEVICE), target.to(DEVICE), reduction="none", **options)
+    loss, stats = result if options.get("return_stats") else (result, None)
+    x = logits.double()
+    if "softcap" in options:
+        x = options["softcap"] * torch.tanh(x / options["softcap"])
+    expected = F.cross_entropy(x, target, reduction="none", label_smoothing=options.get("label_smoothing", 0.0))
+    torch.testing.assert_close(loss.double().cpu(), expected, rtol=1e-5, atol=1e-6)
+    if stats is not None:
+        p = torch.softmax(x, 1)
+        torch.testing.assert_close(stats.entropy.double().cpu(), -(p * p.log()).sum(1), rtol=1e-5, atol=1e-5)
+        assert stats.argmax.tolist() == [int(x[0].argmax()), 40_000, v - 1]
+
+
 def test_statistics_with_masked_classes_and_probability_targets():
     logits, _ = example()
     logits[:, ::3] = -torch.inf

@@ -25,6 +25,8 @@ struct Call {
   float *grad_loss, *grad_lse, *grad_entropy;
   int64_t grad_loss_stride, grad_lse_stride, grad_entropy_stride;
   int64_t all_rows, first_class, all_classes;  // of the problem that this is a block of; 0: it is the whole
+  int64_t parts;                               // of each row going forward, with memory for their statistics; 0: whole
+  void* part_memory;
 };
 
 // One chunk of a pairwise loss; the gradient is wanted where it has a place.

@@ -66,7 +66,7 @@ struct Fiber {
   int source = 0;      // the lane it takes from
   void* thread = nullptr;
   bool started = false;
-  unsigned barriers = 0, warp_barriers = 0;  // that it has passed
+  unsigned barriers = 0, warp_barriers = 0, products = 0;  // that it has passed
 };
 
 // What a block has of its own. In fresh memory of each, so that no barrier of one is one of the next.
@@ -191,7 +191,7 @@ inline void begin_block(int threads) {
     fiber.index.z = i / blockDim.x / blockDim.y;
     if (!fiber.started) start(fiber);
     fiber.state = State::kReady;
-    fiber.barriers = fiber.warp_barriers = 0;
+    fiber.barriers = fiber.warp_barriers = fiber.products = 0;
   }
 }
 
@@ -273,6 +273,8 @@ inline uint4 load(const uint4* address) {
 }
 
 }  // namespace emulator
+
+#include "tensor_cores.h"
 
 // Waits as wait() does, in an order that ThreadSanitizer knows by one of two tokens.
 namespace emulator {

@@ -81,6 +81,11 @@ tilewise::Upstream<float> upstream_of(const Call& call) {
   return upstream;
 }
 
+tilewise::RowParts parts_of(const Call& call) {
+  if (call.parts == 0) return {};
+  return {call.parts, call.part_memory};
+}
+
 }  // namespace
 
 extern "C" const char* cross_entropy_forward(const Call& call) {
@@ -99,6 +104,7 @@ extern "C" const char* cross_entropy_forward(const Call& call) {
   op.lse = call.lse;
   op.entropy = call.entropy;
   op.argmax = call.argmax;
+  op.parts = parts_of(call);
   const char* error = tilewise::cross_entropy_forward_cuda(op, nullptr);
   return error != nullptr ? error : tilewise::cross_entropy_reduction_cuda(reduction_of(call), nullptr);
 }
@@ -306,6 +312,7 @@ extern "C" const char* z_loss_forward(const Call& call) {
   op.loss_rows = call.loss_rows;
   op.share_rows = call.share_rows;
   op.row_state = call.row_state;
+  op.parts = parts_of(call);
   return tilewise::z_loss_forward_cuda(op, reduction_of(call), nullptr);
 }
 

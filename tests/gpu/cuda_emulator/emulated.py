@@ -50,7 +50,8 @@ class Call(ctypes.Structure):
         *[(name, c_void_p) for name in ("loss_rows", "share_rows", "row_state", "loss", "total", "lse", "entropy")],
         *[(name, c_void_p) for name in ("argmax", "grad_loss", "grad_lse", "grad_entropy")],
         *[(name, c_int64) for name in ("grad_loss_stride", "grad_lse_stride", "grad_entropy_stride")],
-        *[(name, c_int64) for name in ("all_rows", "first_class", "all_classes")],
+        *[(name, c_int64) for name in ("all_rows", "first_class", "all_classes", "parts")],
+        ("part_memory", c_void_p),
     ]
 
 

@@ -60,6 +60,13 @@ void give_details(Memory& memory, Call& call, int64_t option) {
   call.probabilities = {memory.shares(rows, columns), static_cast<int64_t>(Dtype::kFloat32), columns, 1};
 }
 
+// Blocks of long rows meet in memory.
+void give_parts(Memory& memory, Call& call) {
+  if (call.columns < 9000) return;
+  call.parts = 3;
+  call.part_memory = memory.output(call.rows * call.parts * tilewise::kPartBytes / 4);
+}
+
 }  // namespace
 
 void cross_entropy_calls() {
@@ -70,6 +77,7 @@ void cross_entropy_calls() {
         Call of_rows = rows_call(memory, shape, dtype);
         of_rows.row_state = memory.output(3 * shape.rows);
         if (option > 0) give_details(memory, of_rows, option);
+        give_parts(memory, of_rows);
         call(named("forward and backward", shape, dtype, option), memory, [&] {
           const char* error = cross_entropy_forward(of_rows);
           return error != nullptr ? error : cross_entropy_backward(of_rows);
@@ -90,6 +98,7 @@ void z_loss_calls() {
         of_rows.a = 1.5;
         of_rows.b = 0.25;
         of_rows.eps = 1e-3;
+        give_parts(memory, of_rows);
         call(named("forward and backward", shape, dtype, kind), memory, [&] {
           const char* error = z_loss_forward(of_rows);
           return error != nullptr ? error : z_loss_backward(of_rows);
