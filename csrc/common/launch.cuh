@@ -46,7 +46,9 @@ __device__ __forceinline__ T read_relaxed(const T* from) {
 #if defined(__CUDACC__)
   return *static_cast<const volatile T*>(from);
 #else
-  return __atomic_load_n(from, __ATOMIC_RELAXED);
+  T value;
+  __atomic_load(const_cast<T*>(from), &value, __ATOMIC_RELAXED);
+  return value;
 #endif
 }
 

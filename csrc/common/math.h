@@ -9,6 +9,8 @@
 
 namespace tilewise {
 
+inline constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
+
 // 2^x on the device's special function unit: relative error 2^-22, 0 below -126.
 TILEWISE_FN float fast_exp2(float x) {
 #if defined(__CUDA_ARCH__)

@@ -8,7 +8,6 @@
 namespace tilewise {
 
 inline constexpr int kMostThreads = 256;  // of a block
-inline constexpr float kLog2E = 1.44269504088896341f;
 
 // e^(x - max) as 2^(x log2e - reference), one fused instruction. The reference is max log2e rounded, which is off by
 // up to 2^-11 at max = 1e4; correction() is exactly that error, applied once per row instead of once per element.

@@ -1,7 +1,6 @@
 // Sinkhorn on CUDA, in the log domain: a block has a strip of 64 rows and walks over its tiles (pairs.cuh). Potentials
-// in memory are in units of the cost, so that they stay what they are while epsilon falls. Of matrices every half-step
-// is one pass at the speed of memory, the exponential of an element hidden behind its load: keeping exp(scores), as the
-// CPU does, would save nothing.
+// in memory are in units of the cost, so that they stay what they are while epsilon falls. Matrices have their own
+// half-steps (matrix_half_step_cuda.cu), and so do points of many features (product_half_step_cuda.cu).
 #include "sinkhorn/half_step.cuh"
 #include "sinkhorn/pairs.cuh"
 
@@ -77,19 +76,21 @@ __global__ void __launch_bounds__(kThreads)
   if (team.first()) squares[point] = sum;
 }
 
-__global__ void __launch_bounds__(kThreads)
-    prepare_kernel(const __grid_constant__ SinkhornCall<float> call, float* mass, Stage<float>* stages) {
+__global__ void __launch_bounds__(kThreads) prepare_kernel(const __grid_constant__ SinkhornPrepare prepare) {
+  const SinkhornCall<float>& call = prepare.call;
   const int64_t problem = flat_block();
   if (problem >= call.pairs.batch) return;
+  for (int64_t i = threadIdx.x; i < prepare.tickets_of_problem; i += kThreads)
+    prepare.tickets[problem * prepare.tickets_of_problem + i] = 0;
   double sum = 0.0;
   for (int64_t i = threadIdx.x; i < call.pairs.rows; i += kThreads) sum += call.a[problem * call.pairs.rows + i];
   sum = Team(dynamic_shared()).all_sum(sum);
   if (threadIdx.x != 0) return;
-  mass[problem] = static_cast<float>(sum);
+  prepare.mass[problem] = static_cast<float>(sum);
   call.n_iter[problem] = 0;
-  if (stages == nullptr) return;
+  if (prepare.stages == nullptr) return;
   const Schedule<float> schedule{call.epsilon[problem], call.tol, call.scaling, call.max_iter, true, call.symmetric};
-  stages[problem] = schedule.first(call.start[problem]);
+  prepare.stages[problem] = schedule.first(call.start[problem]);
 }
 
 __global__ void __launch_bounds__(kThreads)
@@ -135,20 +136,23 @@ const char* sinkhorn_squares_cuda(const float* points, int64_t count, int64_t fe
                 count, features, squares);
 }
 
-const char* sinkhorn_prepare_cuda(const SinkhornCall<float>& call, float* mass, Stage<float>* stages, void* stream) {
-  return launch(prepare_kernel, flat_grid(call.pairs.batch), dim3(kThreads), kThreads / kWarp * sizeof(double), stream,
-                call, mass, stages);
+const char* sinkhorn_prepare_cuda(const SinkhornPrepare& prepare, void* stream) {
+  return launch(prepare_kernel, flat_grid(prepare.call.pairs.batch), dim3(kThreads), kThreads / kWarp * sizeof(double),
+                stream, prepare);
 }
 
 const char* sinkhorn_half_step_cuda(const SinkhornHalfStep& step, void* stream) {
   const int64_t blocks = step.pairs.batch * row_tiles(step.pairs.rows);
   const size_t floats = kTile * (kPitch + 2) + kThreads / kWarp;
   return with_cost(step.pairs.cost, [&](auto cost) {
-    if constexpr (decltype(cost)::kByProducts) {
-      if (step.pairs.features >= kProductFeatures) return sinkhorn_product_half_step_cuda(step, stream);
+    using Cost = decltype(cost);
+    if constexpr (kIsMatrix<Cost>) {
+      return sinkhorn_matrix_half_step_cuda(step, stream);
+    } else {
+      if (Cost::kByProducts && step.pairs.features >= kProductFeatures)
+        return sinkhorn_product_half_step_cuda(step, stream);
+      return launch(half_step_kernel<Cost>, flat_grid(blocks), dim3(kThreads), floats * sizeof(float), stream, step);
     }
-    return launch(half_step_kernel<decltype(cost)>, flat_grid(blocks), dim3(kThreads), floats * sizeof(float), stream,
-                  step);
   });
 }
 

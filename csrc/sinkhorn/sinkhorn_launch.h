@@ -4,11 +4,15 @@
 // once. A problem has stopped where its n_iter is behind the iteration.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 
+#include "sinkhorn/matrix_parts.h"
 #include "sinkhorn/sinkhorn.h"
 
 namespace tilewise {
+
+constexpr float kLowest = -3.4e38f;  // below every score of a pair that is not forbidden
 
 constexpr int kTileRows = 64;  // rows and columns of a tile
 
@@ -31,6 +35,15 @@ struct SinkhornDecision {
   int64_t* n_iter = nullptr;
 };
 
+// The first launch.
+struct SinkhornPrepare {
+  SinkhornCall<float> call;
+  float* mass = nullptr;
+  Stage<float>* stages = nullptr;
+  unsigned* tickets = nullptr;  // (batch, tickets_of_problem)
+  int64_t tickets_of_problem = 0;
+};
+
 // Half an iteration: new potentials `after` of the rows of `pairs`, which are the columns of the problem in turn, from
 // those that they had `before`. With `own` it also takes the error of the rows in these; without, it decides first
 // whether it counts.
@@ -48,6 +61,9 @@ struct SinkhornHalfStep {
   float rho = infinity<float>();
   bool symmetric = false;
   SinkhornDecision decision;
+  MatrixParts parts;            // of a matrix
+  RowSum* sums = nullptr;       // (batch, parts, rows)
+  unsigned* tickets = nullptr;  // (batch, strips): of parts that have ended, in this half-step and those before
 };
 
 // The last launch: the potentials that count, the value, and the error after max_iter iterations.
@@ -58,7 +74,8 @@ struct SinkhornFinish {
 };
 
 const char* sinkhorn_squares_cuda(const float* points, int64_t count, int64_t features, float* squares, void* stream);
-const char* sinkhorn_prepare_cuda(const SinkhornCall<float>& call, float* mass, Stage<float>* stages, void* stream);
+const char* sinkhorn_prepare_cuda(const SinkhornPrepare& prepare, void* stream);
+const char* sinkhorn_matrix_half_step_cuda(const SinkhornHalfStep& step, void* stream);
 const char* sinkhorn_half_step_cuda(const SinkhornHalfStep& step, void* stream);
 // Of points with so many features that their products are the work, and a cost by products.
 constexpr int64_t kProductFeatures = 24;
@@ -91,7 +108,9 @@ class SinkhornLaunches {
   static int64_t solve_bytes(const SinkhornCall<float>& call) {
     const Pairs<float>& pairs = call.pairs;
     if (is_small(pairs)) return 0;
-    return bytes(pairs.batch * (pairs.rows + row_tiles(pairs.rows) + 1) + squares_floats(pairs) + stage_floats(call));
+    const Parts parts(pairs);
+    return bytes(pairs.batch * (pairs.rows + parts.errors + 1 + parts.tickets) + parts.sums + squares_floats(pairs) +
+                 stage_floats(call));
   }
   static int64_t apply_bytes(const SinkhornApply<float>& call) {
     return applies_by_pairs(call) ? 0 : bytes(squares_floats(call.pairs));
@@ -102,12 +121,15 @@ class SinkhornLaunches {
     const Pairs<float>& pairs = call.pairs;
     if (is_small(pairs)) return sinkhorn_small_cuda(call, stream_);
     const Squares squares = squares_of(pairs);
+    const Parts parts(pairs);
     float* second = take(pairs.batch * pairs.rows);
-    float* partials = take(pairs.batch * row_tiles(pairs.rows));
+    float* partials = take(pairs.batch * parts.errors);
     float* mass = take(pairs.batch);
     float* of_stages = take(stage_floats(call));
     Stage<float>* stages = call.start == nullptr ? nullptr : reinterpret_cast<Stage<float>*>(of_stages);
-    run(sinkhorn_prepare_cuda(call, mass, stages, stream_));
+    unsigned* tickets = reinterpret_cast<unsigned*>(take(pairs.batch * parts.tickets));
+    RowSum* sums = reinterpret_cast<RowSum*>(take(parts.sums));
+    run(sinkhorn_prepare_cuda({call, mass, stages, tickets, parts.tickets}, stream_));
 
     SinkhornDecision decision;
     decision.max_iter = call.max_iter;
@@ -116,7 +138,7 @@ class SinkhornLaunches {
     decision.symmetric = call.symmetric;
     decision.epsilon = call.epsilon;
     decision.partials = partials;
-    decision.tiles = row_tiles(pairs.rows);
+    decision.tiles = parts.errors;
     decision.mass = mass;
     decision.error = call.error;
     decision.n_iter = call.n_iter;
@@ -128,10 +150,16 @@ class SinkhornLaunches {
     rows.partials = partials;
     rows.rho = call.rho_a;
     rows.symmetric = call.symmetric;
+    rows.parts = parts.of_rows;
+    rows.sums = sums;
+    rows.tickets = tickets;
     SinkhornHalfStep columns{.pairs = swapped(pairs), .x_squares = squares.y, .y_squares = squares.x};
     columns.other = call.a;
     columns.before = columns.after = call.g;
     columns.rho = call.rho_b;
+    columns.parts = parts.of_columns;
+    columns.sums = sums;
+    columns.tickets = tickets + pairs.batch * parts.of_rows.strips;
     // A pass after the last iteration is for its error alone.
     for (int64_t t = 0; t <= call.max_iter && error_ == nullptr; ++t) {
       decision.t = t;
@@ -171,6 +199,26 @@ class SinkhornLaunches {
   }
 
  private:
+  // Of both half-steps over a matrix, and what they keep; points have strips of tiles alone.
+  struct Parts {
+    explicit Parts(const Pairs<float>& pairs) {
+      if (!pairs.is_matrix()) {
+        errors = row_tiles(pairs.rows);
+        return;
+      }
+      const Pairs<float> columns = swapped(pairs);
+      of_rows = MatrixParts::of(pairs);
+      of_columns = MatrixParts::of(columns);
+      errors = of_rows.strips;
+      tickets = of_rows.strips + of_columns.strips;
+      sums = std::max(of_rows.sums(pairs), of_columns.sums(columns)) * 2;
+    }
+
+    MatrixParts of_rows, of_columns;
+    int64_t errors = 0, tickets = 0;  // of a problem
+    int64_t sums = 0;                 // in floats
+  };
+
   // Of what would leave most of a tile empty.
   static bool applies_by_pairs(const SinkhornApply<float>& call) {
     constexpr int64_t kMostLines = kTileRows / 2, kMostValues = 4096;

@@ -10,9 +10,6 @@
 
 namespace tilewise {
 
-constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
-constexpr float kLowest = -3.4e38f;  // below every score of a pair that is not forbidden
-
 // log2 sum 2^score, -inf where every pair is forbidden: kLowest then leaves terms of 0. The logarithm's error is no
 // larger than what the exponentials leave in the sum.
 template <int K>

@@ -28,6 +28,8 @@ SIZES = {  # B, n, m, d
     "tiles by products, in parts": (1, 70, 66, 140),
     "tiles of no features": (2, 70, 130, 0),
     "a long row": (2, 1, 200, 3),
+    "parts of rows": (1, 40, 2100, 2),
+    "parts of columns": (2, 1030, 68, 2),
 }
 OPTIONS = {
     "balanced": {},

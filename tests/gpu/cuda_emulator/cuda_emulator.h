@@ -94,6 +94,7 @@ struct Machine {
   ucontext_t scheduler;
   void* scheduler_thread = nullptr;
   char begin = 0, end = 0;  // of a launch: tokens
+  char fence = 0;           // and one of the fences of its threads
   int current = 0;
   unsigned blocks = 0;  // that have begun
   bool failed = false;
@@ -330,6 +331,17 @@ inline unsigned __ballot_sync(unsigned mask, bool value) {
   unsigned bits = static_cast<unsigned>(value) << (emulator::machine.current % emulator::kWarp);
   for (int lanes = emulator::kWarp / 2; lanes > 0; lanes /= 2) bits |= __shfl_xor_sync(mask, bits, lanes);
   return bits;
+}
+
+// Orders what blocks write and read in other blocks.
+inline void __threadfence() {
+  using namespace emulator;
+  acquire(&machine.fence);
+  release(&machine.fence);
+}
+
+inline unsigned atomicAdd(unsigned* address, unsigned value) {
+  return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
 }
 
 inline uint4 __ldg(const uint4* address) { return emulator::load(address); }
