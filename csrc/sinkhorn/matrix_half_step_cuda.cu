@@ -188,7 +188,7 @@ __global__ void __launch_bounds__(kThreads, kByQuads ? 4 : 3)
     RowSum* sums = step.sums + problem * parts.parts * pairs.rows + i;
     if (has_row) sums[part * pairs.rows] = sum;
     unsigned* ticket = step.tickets + problem * parts.strips + strip;
-    if (!is_last_part(ticket, parts.parts, reinterpret_cast<unsigned*>(of_warps))) return;
+    if (!is_last_part(ticket, parts.parts, reinterpret_cast<unsigned*>(offsets))) return;
     sum = {kLowest, 0.0f};
     for (int64_t p = 0; has_row && p < parts.parts; ++p) {
       const RowSum* other = sums + p * pairs.rows;  // not from a cache that may be older
@@ -197,7 +197,7 @@ __global__ void __launch_bounds__(kThreads, kByQuads ? 4 : 3)
   }
   float error = has_row ? finish_row(step, stage, problem, i, sum.top * kLn2, sum.total) : 0.0f;
   if (step.own == nullptr) return;
-  error = Team(of_rows).all_sum(error);
+  error = Team(of_warps).all_sum(error);
   if (threadIdx.x == 0) step.partials[problem * parts.strips + strip] = error;
 }
 

@@ -1,6 +1,7 @@
 // How half a step over a matrix is shared among the blocks of a GPU.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "sinkhorn/sinkhorn.h"
@@ -32,9 +33,9 @@ struct MatrixParts {
     const int64_t rows = result.across ? kAcrossRows : kAlongRows,
                   step = result.across ? kAcrossColumns : kAlongColumns;
     result.strips = quotient(pairs.rows, rows);
-    const int64_t wanted = quotient(kEnoughBlocks, pairs.batch * result.strips);
+    const int64_t wanted = quotient(kEnoughBlocks, std::max<int64_t>(pairs.batch, 1) * result.strips);
     const int64_t columns = quotient(quotient(pairs.columns, wanted), step) * step, least = 4 * step;
-    result.columns = columns < least ? least : columns > kMostColumns ? kMostColumns : columns;
+    result.columns = std::clamp(columns, least, kMostColumns);
     result.parts = quotient(pairs.columns, result.columns);
     return result;
   }
