@@ -144,8 +144,9 @@ __device__ __forceinline__ bool is_last_part(unsigned* ticket, int64_t parts, un
   __syncthreads();
   if (threadIdx.x == 0) *shared = atomicAdd(ticket, 1u) % static_cast<unsigned>(parts);
   __syncthreads();
-  __threadfence();
-  return *shared == static_cast<unsigned>(parts) - 1;
+  const bool last = *shared == static_cast<unsigned>(parts) - 1;
+  if (last) __threadfence();
+  return last;
 }
 
 template <bool kAcross, bool kByQuads>
