@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(kThreads)
   goes_on(decision, problem, true, static_cast<float*>(dynamic_shared()));
 }
 
-__global__ void __launch_bounds__(kThreads) finish_kernel(const __grid_constant__ SinkhornFinish finish) {
+__global__ void __launch_bounds__(kThreads, 4) finish_kernel(const __grid_constant__ SinkhornFinish finish) {
   const SinkhornCall<float>& call = finish.call;
   const int64_t problem = flat_block(), rows = call.pairs.rows, columns = call.pairs.columns;
   if (problem >= call.pairs.batch) return;

@@ -62,10 +62,10 @@ __device__ __forceinline__ Lines<kLines> scaled(float factor, const Lines<kLines
   return product;
 }
 
-// Of a multiprocessor, at least: 128 registers a thread, or with lines of 64 pairs, of which shared memory holds few,
-// all that there are.
+// Of a multiprocessor, at least: 128 registers a thread, or where it has several lines, of which shared memory or a
+// batch of tiny problems leaves few, as many as it wants.
 template <typename Holder>
-constexpr int kBlocks = Holder::kLines == 2 ? 1 : 512 / Holder::kThreads;
+constexpr int kBlocks = Holder::kLines == 1 ? 512 / Holder::kThreads : 1;
 
 // The iterations again, their potentials kept, and the way back. Inside, potentials are in units of epsilon ln 2, their
 // gradients in those of epsilon, and W are the gradients of the scores that a step leaves:

@@ -9,10 +9,10 @@ import pytest
 from tilewise import loading
 
 # 65536 registers per multiprocessor over the resident threads: 1024 on the plain paths, 512 with probability targets.
-# Small transport problems hold two lines of 64 pairs a thread, in blocks of a warp with 17 KB of shared memory: 9 of
-# these fit the multiprocessor of sm_80, whose shared memory ends there, and the registers of sm_90 hold 12.
+# The way back through small transport problems: lines of 64 pairs, in blocks of a warp with 50 KB of shared memory, of
+# which a multiprocessor holds four at most, and 4 x 4 pairs, their gradients and 16 potentials in one thread.
 LIMITS = {"PlainSoftmax": 64, "RowMoments": 64, "AffineGradient": 64, "reduction": 64, "IvE": 80}
-LIMITS |= {"small_kernelILi64E": 224, "unrolled_kernelILi64E": 255}
+LIMITS |= {"unrolled_kernelINS_5GroupILi64E": 255, "unrolled_kernelINS_6SingleILi4E": 168}
 MOST = 128
 
 
