@@ -25,6 +25,7 @@ class Sizes(NamedTuple):
     steps: int = 1  # iterations, or parts that a sum has
     k: int = 0
     gradient: bool = False
+    causal: bool = False
 
     @property
     def cells(self) -> int:

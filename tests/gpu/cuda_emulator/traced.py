@@ -5,7 +5,6 @@ rows, matrix products, and operations whose bytes count.
 """
 
 import importlib
-import re
 from ctypes import byref
 from typing import NamedTuple
 
@@ -26,6 +25,14 @@ class Trace(NamedTuple):
     forward: Phase
     backward: Phase
     variant: str = ""  # of the contender: what stands after "tilewise cuda"
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def label(self) -> str:
+        return " ".join(filter(None, [self.case, "x".join(map(str, self.shape)), self.dtype_name, self.variant]))
 
 
 def parts(count: int, size: int) -> list[int]:
@@ -50,7 +57,9 @@ def row_phases(record: Recorder, name: str, rows: int, columns: int, dtype: torc
 
 def row_loss(record: Recorder, name: str, rows: int, columns: int, dtype: torch.dtype) -> Trace:
     phases = row_phases(record, name, rows, columns, dtype)
-    return Trace(name, (rows, columns), dtype, *(Phase.of(steps, 8 * rows * (i == 0)) for i, steps in enumerate(phases)))
+    return Trace(
+        name, (rows, columns), dtype, *(Phase.of(steps, 8 * rows * (i == 0)) for i, steps in enumerate(phases))
+    )
 
 
 def cross_entropy(record, rows, classes, dtype, *_):
@@ -80,7 +89,10 @@ def linear_cross_entropy(record, size, dtype, *_):
         return Trace("linear_cross_entropy", size, dtype, Phase.of(forward, scratch), backward)
     at_a_time, steps = record.library.logit_classes(rows, classes, item), []
     for count in parts(classes, at_a_time):
-        steps += [Product(rows, count, features, item, item), *row_phases(record, "cross_entropy", rows, count, dtype)[1]]
+        steps += [
+            Product(rows, count, features, item, item),
+            *row_phases(record, "cross_entropy", rows, count, dtype)[1],
+        ]
         steps += [Product(rows, features, count, item, item), *accumulate(record, rows * features, dtype)]
         steps += [Product(count, features, rows, item, item)]
     backward = Phase.of(steps, rows * at_a_time * item + rows * features * (item + 4))
@@ -98,11 +110,20 @@ def linear_z_loss(record, size, dtype, *_):
     item, chunk = dtype.itemsize, max(features, 2**20 // features)
     forward: list[Step] = [Torch("mean row", 2 * item * classes * features, 2 * (classes // chunk))]
     for count in parts(classes, chunk):
-        forward += [Torch("less the mean", 2 * item * count * features), Product(features, features, count, item, 2 * item)]
+        forward += [
+            Torch("less the mean", 2 * item * count * features),
+            Product(features, features, count, item, 2 * item),
+        ]
     forward += [Product(rows, features, features, item, item), Torch("of rows", 8 * item * rows * features, 12)]
-    backward: list[Step] = [Product(rows, features, features, item, item), Product(features, features, rows, item, item)]
+    backward: list[Step] = [
+        Product(rows, features, features, item, item),
+        Product(features, features, rows, item, item),
+    ]
     for count in parts(classes, chunk):
-        backward += [Torch("less the mean", 2 * item * count * features), Product(count, features, features, item, item)]
+        backward += [
+            Torch("less the mean", 2 * item * count * features),
+            Product(count, features, features, item, item),
+        ]
     backward += [Torch("of rows", 8 * item * rows * features, 12)]
     return Trace("linear_z_loss", size, dtype, Phase.of(forward), Phase.of(backward))
 
@@ -168,7 +189,7 @@ def attention(record, size, dtype, *_, causal=False):
     call.features = call.values = features
     for name in ("q", "k", "v", "out", "grad_q", "grad_k", "grad_v"):
         setattr(call, name, TokenCall(SOMEWHERE, heads * tokens * features, tokens * features, features))
-    sums = Sizes(batch=batch * heads, rows=tokens, columns=features, width=features, item=dtype.itemsize, gradient=causal)
+    sums = Sizes(batch=batch * heads, rows=tokens, columns=features, width=features, item=dtype.itemsize, causal=causal)
     shares = (tokens + 31) // 32 if causal else min(16, (tokens + 31) // 32)
     sizes, tensor = sums._replace(steps=shares), batch * heads * tokens * features * dtype.itemsize
     state = 4 * batch * heads * features * (features + 2)
@@ -212,7 +233,11 @@ def small_sinkhorn(record, shape, iterations):
     call.column_stride, call.max_iter = 1, iterations
     sizes = Sizes(batch=batch, rows=rows, columns=columns, steps=iterations)
     cells, forward = 4 * sizes.cells, [Torch("zeros", 8 * batch * (rows + columns), 2), *solve(record, call, sizes)]
-    forward += [Torch("value and error", 12 * cells, 25), Torch("plan", 10 * cells, 8), Torch("weighted sum", 4 * cells, 2)]
+    forward += [
+        Torch("value and error", 12 * cells, 25),
+        Torch("plan", 10 * cells, 8),
+        Torch("weighted sum", 4 * cells, 2),
+    ]
     backward = [Torch("weighted sum", 2 * cells, 2), Torch("plan", 8 * cells, 12)]
     backward += record("transport_unrolled", byref(call), sizes=sizes)
     return Trace("sinkhorn", shape, FLOAT, Phase.of(forward), Phase.of(backward, record.scratch))
@@ -316,7 +341,3 @@ def traces(record: Recorder) -> list[Trace]:
         ratios = [{"ratio": ratio} for ratio in cases.RATIOS] if make is wta_crs_linear else [{}]
         found += [make(record, *size, **ratio) for size in cases.SIZES["cuda"] for ratio in ratios]
     return found + [make(record, *size) for make, sizes in MORE.items() for size in sizes]
-
-
-def is_kernel(step: Step, pattern: str) -> bool:
-    return isinstance(step, Launch) and re.match(pattern, step.kernel) is not None
