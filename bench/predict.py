@@ -10,22 +10,15 @@ None of this is measured. Errors of 40 % are to be expected; what is three times
 
 from __future__ import annotations
 
-import sys
 from math import ceil
-from pathlib import Path
 from typing import NamedTuple
+
+import recorded
+import traced
 
 from devices import GPUS, LATENCY, LAUNCH, LONE, MOST_ISSUED, PACE, Gpu
 from kernels import KERNELS, kernel_of, sizes_of
 from predicted import FOLDER, save, table
-
-ROOT = Path(__file__).resolve().parent.parent
-EMULATOR = ROOT / "tests" / "gpu" / "cuda_emulator"
-if str(EMULATOR) not in sys.path:
-    sys.path.append(str(EMULATOR))
-
-import recorded  # noqa: E402
-import traced  # noqa: E402
 
 TILE = 128  # rows and columns of a product's block: the rest of one is work, too
 

@@ -4,13 +4,11 @@ import emulated
 import pytest
 import torch
 from bench_modules import bench_modules
+from recorded import Launch, Phase, Product, Recorder, Sizes, short
 
 pytestmark = pytest.mark.skipif(emulated.COMPILER is None, reason="needs g++ (or CXX) to build the emulator")
 
-bench_modules("kernels")
-import launch_trace  # noqa: E402
-import traced  # noqa: E402
-from recorded import Launch, Phase, Product, Recorder, Sizes, short  # noqa: E402
+kernels, launch_trace, run, traced = bench_modules("kernels", "launch_trace", "run", "traced")
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +48,6 @@ def test_faults_are_found():
 
 def test_every_case_is_traced(found):
     """Every size of bench/cases, by the key of its results, and every kernel in it is known to the predictions."""
-    run, kernels = bench_modules("run", "kernels")
     keys = {(trace.case, trace.shape, trace.dtype) for trace in found}
     modules = bench_modules(*(f"cases.{op}" for op in run.OPERATORS))
     cases = [(case.op, case.shape, case.dtype) for module in modules for case in module.cases("cuda")]

@@ -6,13 +6,13 @@ import emulated
 import pytest
 import torch
 from bench_modules import bench_modules
+from recorded import Launch, Phase, Product, Sizes, Torch
 
 pytestmark = pytest.mark.skipif(emulated.COMPILER is None, reason="needs g++ (or CXX) to build the emulator")
 
-devices, kernels, predict, predicted, results, report = bench_modules(
-    "devices", "kernels", "predict", "predicted", "results", "report"
+devices, kernels, predict, predicted, report, results, run = bench_modules(
+    "devices", "kernels", "predict", "predicted", "report", "results", "run"
 )
-from recorded import Launch, Phase, Product, Sizes, Torch  # noqa: E402
 
 H100 = devices.GPUS["H100"]
 SM = H100.multiprocessors
@@ -98,7 +98,6 @@ def test_a_phase_says_what_takes_most():
 @pytest.fixture(scope="module")
 def bounds():
     """The bytes and operations of every case of bench/cases."""
-    run, *_ = bench_modules("run")
     modules = bench_modules(*(f"cases.{op}" for op in run.OPERATORS))
     cases = [case for module in modules for case in module.cases("cuda")]
     keys = [(case.op, case.shape, case.dtype_name) for case in cases]

@@ -2,21 +2,15 @@
 
 import sys
 from math import ceil
-from pathlib import Path
 from re import match
 from typing import NamedTuple
 
 import emulated
-
-BENCH = Path(__file__).resolve().parents[3] / "bench"
-if str(BENCH) not in sys.path:
-    sys.path.append(str(BENCH))
-
-from devices import GPUS  # noqa: E402
-from kernels import kernel_of  # noqa: E402
-from predict import resident  # noqa: E402
-from recorded import Launch, Phase, Product, Recorder, Step  # noqa: E402
-from traced import Trace, traces  # noqa: E402
+from devices import GPUS
+from kernels import kernel_of
+from predict import resident
+from recorded import Launch, Phase, Product, Recorder, Step
+from traced import Trace, traces
 
 H100 = GPUS["H100"]
 MOST_SHARED = 227 << 10  # bytes that a block may ask for
@@ -54,7 +48,7 @@ def launches_of(trace: Trace) -> list[Launch]:
     return [step for step in steps if isinstance(step, Launch)]
 
 
-def is_allowed(trace: Trace, launch: Launch, allowed: list[Idle]) -> Idle | None:
+def exception_of(trace: Trace, launch: Launch, allowed: list[Idle]) -> Idle | None:
     return next((a for a in allowed if match(a.case, trace.label) and match(a.kernel, launch.kernel)), None)
 
 
@@ -68,7 +62,7 @@ def faults(found: list[Trace], allowed: list[Idle] = ALLOWED) -> list[str]:
                 wrong.append(f"{what} asks for {launch.shared} bytes of shared memory, more than {MOST_SHARED}")
             if idle(launch) <= MOST_IDLE:
                 continue
-            reason = is_allowed(trace, launch, allowed)
+            reason = exception_of(trace, launch, allowed)
             used.add(reason)
             if reason is None:
                 wrong.append(f"{what} has {launch.blocks} blocks: {idle(launch):.0%} of the multiprocessors are idle")
@@ -129,7 +123,7 @@ def exceptions(found: list[Trace]) -> str:
             launch.blocks
             for trace in found
             for launch in launches_of(trace)
-            if idle(launch) > MOST_IDLE and is_allowed(trace, launch, ALLOWED) == allowed
+            if idle(launch) > MOST_IDLE and exception_of(trace, launch, ALLOWED) == allowed
         ]
         blocks = " to ".join(str(n) for n in sorted({min(few, default=0), max(few, default=0)}))
         lines.append(f"{blocks:>8} blocks: {allowed.kernel}: {allowed.reason}")
