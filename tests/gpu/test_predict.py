@@ -151,10 +151,12 @@ def test_predicted_and_measured_stand_side_by_side():
 
 
 def test_the_report_names_both():
-    content = {"environment": {"device": "NVIDIA H200"}, "results": [measurement()], "absent": {}, "ceilings": {}}
+    environment = results.environment("cpu") | {"device": "NVIDIA H200"}
+    content = {"environment": environment, "results": [measurement(phase="forward")], "absent": {}, "ceilings": {}}
     card = report.predicted_card(content)
     assert "Predicted and measured" in card and "predicted ms" in card and "measured ms" in card
     assert "<td>4.20</td>" in card
+    assert card in report.operator_section("cross_entropy", content, {})
     assert report.predicted_card(content | {"environment": {"device": "Test CPU"}}) == ""
 
 

@@ -321,7 +321,7 @@ def wta_crs_linear(record, dtype, rows, width, layers, *_, ratio):
 
 MORE = {  # beside the sizes of bench/cases
     cross_entropy: [(16, 128256, BFLOAT)],
-    multi_similarity_loss: [((65536, 512), BFLOAT)],
+    multi_similarity_loss: [((65536, 512), BFLOAT), ((65536, 512), FLOAT)],
     siglip_loss: [((65536, 768), BFLOAT)],
     mala_causal: [((8, 16, 4096, 64), BFLOAT)],
     simplex_topk: [(65536, 256, 8)],
