@@ -30,7 +30,8 @@ def launch(blocks: int, shared: int = 0) -> Launch:
 
 
 def test_no_launch_leaves_most_of_a_gpu_idle(found):
-    assert launch_trace.faults(found) == []
+    wrong = launch_trace.faults(found)
+    assert not wrong, "\n".join(wrong)
 
 
 def test_faults_are_found():

@@ -114,7 +114,8 @@ def test_no_prediction_is_faster_than_its_bytes_and_products(traces, bounds, gpu
     flops = {key: {"both": 0} if key[0] == SAMPLED else of for key, of in flops.items()}
     found = predict.predictions(devices.GPUS[gpu], traces)
     assert len(found) == 3 * len(traces)
-    assert predict.too_fast(found, devices.GPUS[gpu], traffic, flops) == []
+    wrong = predict.too_fast(found, devices.GPUS[gpu], traffic, flops)
+    assert not wrong, "\n".join(wrong)
 
 
 def test_a_formula_that_forgets_bytes_is_found(traces, bounds):
@@ -129,8 +130,7 @@ def test_a_formula_that_forgets_bytes_is_found(traces, bounds):
 
 @pytest.mark.parametrize("gpu", devices.GPUS)
 def test_committed_predictions_are_those_of_the_code(traces, gpu):
-    """Else: make predict."""
-    assert predicted.load(gpu) == predict.predictions(devices.GPUS[gpu], traces)
+    assert predicted.load(gpu) == predict.predictions(devices.GPUS[gpu], traces), "make predict"
 
 
 def measurement(**changes) -> dict:

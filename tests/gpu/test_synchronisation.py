@@ -122,7 +122,7 @@ def test_python_waits_nowhere_else():
             used.add(key)
             if key is None:
                 wrong.append(f"pysrc/{name}:{line}, {function}: {what}")
-    assert wrong == []
+    assert not wrong, "\n".join(wrong)
     assert set(ALLOWED) - used == set()
 
 
