@@ -13,8 +13,8 @@ NATIVE_SOURCES := $(wildcard tests/native/* csrc/common/*)
 PY_FILES := setup.py pysrc triton_kernels tests bench
 
 .DELETE_ON_ERROR:
-.PHONY: help venv build native lint format test test-cpu test-triton aot sanitize race bench headlines bench-compare \
-	readme inplace gpu gpu-build gpu-smoke gpu-test-cuda gpu-bench gpu-test-triton gpu-sanitize gpu-profile \
+.PHONY: help venv build native lint format test test-cpu test-triton aot sanitize race trace predict bench headlines \
+	bench-compare readme inplace gpu gpu-build gpu-smoke gpu-test-cuda gpu-bench gpu-test-triton gpu-sanitize gpu-profile \
 	check-cuda wheel check-wheel clean
 
 help: ## list the targets
@@ -111,6 +111,13 @@ $(RACE)/%.o: % Makefile
 	@$(CXX) $(RACE_FLAGS) -MMD -MP -x c++ -c $< -o $@
 
 -include $(RACE_OBJECTS:.o=.d)
+
+trace predict: export PYTHONPATH = bench:tests/gpu/cuda_emulator
+trace: venv ## what every operator launches on a GPU at benchmark sizes, recorded here: grids, shared memory, idle share
+	@$(PY) tests/gpu/cuda_emulator/launch_trace.py
+
+predict: venv ## predicted times of these launches on A100, H100, H200 and B200, into bench/results/predicted
+	@$(PY) bench/predict.py
 
 bench: build ## benchmarks on this machine, and the language model trained both ways
 	@$(PY) bench/run.py
