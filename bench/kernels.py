@@ -25,6 +25,7 @@ class Work(NamedTuple):
     flop: float
     bytes: float  # of the GPU's memory, read and written
     rounds: float  # accesses of one thread that wait for each other
+    tensor: float = 0.0  # FLOP on the tensor cores, in tf32
 
 
 class Kernel(NamedTuple):
@@ -61,6 +62,12 @@ def by_products(s: SimpleNamespace, times: int, instructions: float, flop: float
     return each(times * s.cells, instructions * s.width, 1.2, flop * s.width, bytes=points)
 
 
+def by_split_products(s: SimpleNamespace, instructions: float) -> Work:
+    """The same on the tensor cores, floats as three products of tf32."""
+    work = by_products(s, 1, instructions, 0)
+    return work._replace(tensor=3 * 2 * s.width * s.cells)
+
+
 def scan(s: SimpleNamespace, instructions: float, rounds: float) -> Work:
     """Over the costs, until the search has ended."""
     return each(s.searched * s.cells, instructions, bytes=s.searched * s.read, rounds=s.searched * rounds)
@@ -73,6 +80,7 @@ KERNELS = {
     "row_statistics_kernel<.*RowMoments": Kernel(56, lambda s: each(s.cells, 6, 0, 4, bytes=s.read)),  # assumed
     "row_gradient_kernel<.*PlainSoftmax": Kernel(64, lambda s: each(s.cells, 8.8, 1, 4, bytes=2 * s.read)),
     "row_gradient_kernel<.*Affine": Kernel(64, lambda s: each(s.cells, 7, 0, 3, bytes=2 * s.read)),  # assumed
+    "merge_parts_kernel": Kernel(32, lambda s: each(s.threads, 100, 6, bytes=32 * s.threads, rounds=8)),  # assumed
     "row_reduction_kernel": Kernel(32, lambda s: each(s.rows, 10, 0, 2, bytes=8 * s.rows, rounds=s.rows / 2048 + 8)),
     "accumulate_kernel": Kernel(32, lambda s: each(s.rows, 12, 0, 1, bytes=(8 + s.item) * s.rows)),  # assumed
     # pairs of vectors
@@ -88,6 +96,8 @@ KERNELS = {
     # transport: a pair is an element
     "half_step_kernel<MatrixCost": Kernel(56, lambda s: each(s.cells, 75, 1.2, 4, bytes=s.read)),
     "half_step_kernel<SquaredEuclidean": Kernel(75, lambda s: by_products(s, 1, 2.7, 2)),
+    "product_half_step_kernel": Kernel(115, lambda s: by_split_products(s, 0.49)),
+    "apply_kernel<SquaredEuclidean, 80": Kernel(128, lambda s: by_products(s, ceil((s.width + 1) / 80), 4, 4)),
     "apply_kernel<SquaredEuclidean": Kernel(128, lambda s: by_products(s, ceil((s.width + 1) / 64), 4, 4)),
     "squares_kernel": Kernel(32, lambda s: each(s.threads / 32, 6 * s.width, bytes=s.width * s.threads / 8)),  # assumed
     "plan_kernel": Kernel(40, lambda s: each(s.cells, 40, 1, 4, bytes=2 * s.read)),  # assumed

@@ -50,6 +50,7 @@ def of_launch(gpu: Gpu, launch: recorded.Launch, kernels=KERNELS) -> Taken:
     limits = {
         "memory": of.bytes / drawn,
         "float32": of.flop * share / (gpu.float32 / gpu.multiprocessors),
+        "tensor cores": of.tensor * share / (gpu.tf32 / gpu.multiprocessors),
         "special functions": of.special * share / (gpu.special * gpu.clock),
         "instructions": of.instructions / 32 * share / (issued * gpu.clock),
         "latency": of.rounds * ceil(most / held) * LATENCY / gpu.clock,

@@ -3,6 +3,7 @@
 #include "linear_cross_entropy/chunks.h"
 #include "pairwise/chunks.h"
 #include "pairwise/pairwise.h"
+#include "rows/rows.h"
 
 namespace {
 
@@ -27,6 +28,8 @@ extern "C" const char* row_reduction(int64_t rows) {
 extern "C" int64_t pair_rows(int64_t rows, int64_t columns) {
   return tilewise::pair_rows_at_a_time(rows, columns, sizeof(float), 0, kOnGpu);
 }
+
+extern "C" int64_t row_parts(int64_t rows, int64_t columns) { return tilewise::row_parts(rows, columns); }
 
 extern "C" int64_t logit_rows(int64_t rows, int64_t classes, int64_t item_bytes) {
   return tilewise::logits_at_a_time(rows, classes * item_bytes, tilewise::kMinRows, 0, kOnGpu);

@@ -52,6 +52,7 @@ def row_call(rows: int, columns: int, dtype: torch.dtype) -> Call:
 
 def row_phases(record: Recorder, name: str, rows: int, columns: int, dtype: torch.dtype) -> list[list[Launch]]:
     call, sizes = row_call(rows, columns, dtype), Sizes(rows=rows, columns=columns, item=dtype.itemsize)
+    call.parts, call.part_memory = record.library.row_parts(rows, columns), SOMEWHERE
     return [record(f"{name}_{phase}", byref(call), sizes=sizes) for phase in ("forward", "backward")]
 
 
