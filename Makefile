@@ -13,8 +13,8 @@ NATIVE_SOURCES := $(wildcard tests/native/* csrc/common/*)
 PY_FILES := setup.py pysrc triton_kernels tests bench
 
 .DELETE_ON_ERROR:
-.PHONY: help venv build native lint format test test-cpu test-triton aot sanitize race trace predict bench headlines \
-	bench-compare readme inplace gpu gpu-build gpu-smoke gpu-test-cuda gpu-bench gpu-test-triton gpu-sanitize gpu-profile \
+.PHONY: help venv build native lint format test test-cpu test-triton aot sanitize race resources trace predict bench \
+	headlines bench-compare readme inplace gpu gpu-build gpu-smoke gpu-test-cuda gpu-bench gpu-test-triton gpu-sanitize gpu-profile \
 	check-cuda wheel check-wheel clean
 
 help: ## list the targets
@@ -95,6 +95,9 @@ sanitize: venv ## the contract and the fuzzer on a CPU library with AddressSanit
 		-k "not 50257 and not 20011 and not memory and not compile and not squares_beyond" tests
 	@$(SANITIZED_PY) -W ignore tests/fuzz.py --memory 0 --sweep
 	@$(SANITIZED_PY) -W ignore tests/fuzz.py --memory 0 --calls $(FUZZ_CALLS)
+
+resources: build ## what the CUDA library's machine code says: instructions of hot loops, registers, warps that fit
+	@$(PY) tests/gpu/resources.py $(if $(WRITE),--write)
 
 RACE := build/race
 RACE_FLAGS := -std=c++20 -O1 -g -fsanitize=thread -Wno-unknown-pragmas -Wno-pragmas -Icsrc -Itests/gpu/cuda_emulator
