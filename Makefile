@@ -14,8 +14,8 @@ PY_FILES := setup.py pysrc triton_kernels tests bench
 
 .DELETE_ON_ERROR:
 .PHONY: help venv build native lint format test test-cpu test-triton aot sanitize race resources trace predict bench \
-	headlines bench-compare readme inplace gpu gpu-build gpu-smoke gpu-test-cuda gpu-bench gpu-test-triton gpu-sanitize gpu-profile \
-	check-cuda wheel check-wheel clean
+	headlines bench-compare readme inplace gpu gpu-build gpu-smoke gpu-test-cuda gpu-bench gpu-test-triton \
+	gpu-sanitize gpu-profile check-cuda wheel check-wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)

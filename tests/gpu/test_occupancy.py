@@ -3,9 +3,12 @@ planned, and every launch fits every GPU. Reads the library; needs no GPU."""
 
 from fnmatch import fnmatchcase
 
+import emulated
 import launches
 import pytest
+import recorded
 import sass
+from bench_modules import bench_modules
 from occupancy import (
     KIB,
     LEAST_SHARED,
@@ -62,6 +65,21 @@ def test_every_launch_has_enough_shared_memory(arch):
 def test_no_size_needs_more_shared_memory():
     assert max(map(launches.query_gradient_bytes, range(launches.MALA_FEATURES + 1))) <= LEAST_SHARED
     assert launches.query_gradient_bytes(608) > launches.query_gradient_bytes(640)  # W is formed twice from here on
+
+
+@pytest.mark.skipif(emulated.COMPILER is None, reason="needs g++ (or CXX) to build the emulator")
+def test_launches_are_those_of_csrc():
+    """Every launch of the benchmarks, as the emulator records them; of short rows blocks are smaller."""
+    [traced] = bench_modules("traced")
+    for trace in traced.traces(recorded.Recorder(emulated.build())):
+        for step in [*trace.forward.steps, *trace.backward.steps]:
+            if isinstance(step, recorded.Launch):
+                name = step.kernel.replace("> >", ">>")
+                of_name = [launch for launch, _ in launches.CASES if fnmatchcase(name, launch.kernel)]
+                shapes = {(32 * launch.warps, launch.shared_bytes) for launch in of_name}
+                smaller = step.threads < max(threads for threads, _ in shapes)
+                assert smaller or (step.threads, step.shared) in shapes, f"{trace.label}: {name}, {step.shared} bytes"
+                assert step.shared <= LEAST_SHARED, f"{trace.label}: {name}"
 
 
 def test_resident_blocks():
