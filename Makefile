@@ -97,7 +97,7 @@ sanitize: venv ## the contract and the fuzzer on a CPU library with AddressSanit
 	@$(SANITIZED_PY) -W ignore tests/fuzz.py --memory 0 --calls $(FUZZ_CALLS)
 
 resources: build ## what the CUDA library's machine code says: instructions of hot loops, registers, warps that fit
-	@$(PY) tests/gpu/resources.py $(if $(WRITE),--write)
+	@$(PY) tests/gpu/resources.py $(if $(WRITE),--write) $(KERNEL)
 
 RACE := build/race
 RACE_FLAGS := -std=c++20 -O1 -g -fsanitize=thread -Wno-unknown-pragmas -Wno-pragmas -Icsrc -Itests/gpu/cuda_emulator

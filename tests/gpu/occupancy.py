@@ -61,7 +61,9 @@ class Usage:
 
 @functools.cache
 def usages(arch: str) -> dict[str, Usage]:
-    """Of the kernels of the CUDA library, by readable names."""
+    """Of the kernels of the CUDA library, by readable names; none where it is not built for `arch`."""
+    if not sass.is_built(arch):
+        return {}
     command = sass.cuobjdump("-res-usage", str(loading.library_path("tilewise_cuda")))
     report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     own = "".join(part for part in report.split("Fatbin elf code") if f"arch = sm_{arch}\n" in part)

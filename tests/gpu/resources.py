@@ -1,7 +1,10 @@
 """Prints what the machine code of the CUDA library says of its kernels: `make resources`. With --write, which is
-`make resources WRITE=1`, the figures of its loops become the budgets of sass_budgets.txt."""
+`make resources WRITE=1`, the figures of its loops become the budgets of sass_budgets.txt. With a part of a kernel's
+name, `make resources KERNEL=half_step`, it prints the loops of such kernels, to write a budget from."""
 
 import sys
+from collections import Counter
+from fnmatch import fnmatchcase
 
 import launches
 import occupancy
@@ -41,6 +44,29 @@ def print_loops() -> None:
             print(f"{pattern:60} {line}")
 
 
+def print_uncovered() -> None:
+    patterns = {pattern for budget in sass_budgets.budgets() for pattern in budget.limits}
+    names = sorted(sass.kernels(ARCHITECTURES[-1]))
+    without = [name for name in names if not any(fnmatchcase(name, pattern) for pattern in patterns)]
+    print("\nWithout a budget:", *without, sep="\n")
+
+
+def print_kernel(part: str) -> None:
+    for arch in filter(sass.is_built, ARCHITECTURES):
+        for name, code in sass.kernels(arch).items():
+            if part not in name:
+                continue
+            print(f"\nsm_{arch} {name}: {len(code)} instructions")
+            for loop in sass.loops_of(code):
+                figures = sass.figures_of(loop.shortest)
+                kinds = Counter(sass.kind_of(instruction.opcode).partition(".")[0] for instruction in loop.own)
+                mixed = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(8))
+                print(
+                    f"{'  ' * loop.depth}  at {loop.first:#x} {figures.instructions} to {len(loop.own)} instructions; "
+                    f"{sass.memory_of(loop.own) or 'no global memory'}, {figures.in_flight} in flight; {mixed}"
+                )
+
+
 def write() -> None:
     blocks = TABLE.read_text().split("\n\n")
     for i, block in enumerate(blocks):
@@ -50,7 +76,11 @@ def write() -> None:
 
         def line(match, budget=budget):
             found = [worst(budget, match[4], arch) for arch in ARCHITECTURES]
-            return "".join(f"{measured.instructions if measured else 0:8.2f}" for measured in found) + f"  {match[4]}"
+            figures = [
+                one.instructions if one else float(before)
+                for one, before in zip(found, match.groups()[:3], strict=True)
+            ]
+            return "".join(f"{figure:8.2f}" for figure in figures) + f"  {match[4]}"
 
         blocks[i] = LIMITS.sub(line, block)
     TABLE.write_text("\n\n".join(blocks))
@@ -59,7 +89,12 @@ def write() -> None:
 if __name__ == "__main__":
     if reason := sass.missing():
         sys.exit(reason)
-    if "--write" in sys.argv:
+    options, parts = ([a for a in sys.argv[1:] if a.startswith("--") == is_option] for is_option in (True, False))
+    if "--write" in options:
         write()
-    print_occupancy()
-    print_loops()
+    for part in parts:
+        print_kernel(part)
+    if not parts:
+        print_occupancy()
+        print_loops()
+        print_uncovered()

@@ -109,7 +109,9 @@ def library_hash() -> str:
 
 @functools.cache
 def kernels(arch: str) -> dict[str, list[Instruction]]:
-    """Of the built CUDA library, by readable names."""
+    """Of the built CUDA library, by readable names; none where it is not built for `arch`."""
+    if not is_built(arch):
+        return {}
     kept = CACHE / library_hash() / f"sm_{arch}.txt"
     if not kept.exists():
         for old in CACHE.glob("*"):
