@@ -15,7 +15,7 @@ constexpr int kGroups = 4, kKept = 2 * kGroups;  // at a time, and of rows that 
 
 // In shared memory a lane's operands of a product are a quad. Those of lane (g, k) are at 10 k + g: points that are
 // written, and lanes that read, side by side meet in no bank.
-constexpr int kOperands = 4 * 40;  // numbers of one product's operands
+constexpr int kOperands = 4 * 38;  // numbers of one product
 __device__ __forceinline__ int operands_at(int g, int k) { return 4 * (10 * k + g); }
 
 // Eight features of a point; 0 where there are none.

@@ -79,7 +79,7 @@ SINKHORN = [
     case("half_step_kernel<MatrixCost>", BLOCK, (64 * (PITCH + 2) + 8) * 4, (32, 32, 40, 32)),
     case("half_step_kernel<SquaredEuclidean>", BLOCK, (64 * (PITCH + 2) + 8) * 4, (32, 24, 16, 16)),
     case("half_step_kernel<Euclidean>", BLOCK, (64 * (PITCH + 2) + 8) * 4, (24, 32, 16, 16)),
-    case("product_half_step_kernel", (128, 1), (64 * 160 + 2 * 64 + 4) * 4, (12, 16, 16, 8)),
+    case("product_half_step_kernel", (128, 1), (64 * 152 + 2 * 64 + 4) * 4, (16, 16, 16, 8)),
     case("apply_kernel<*, 16>", BLOCK, apply_bytes(16), (16, 16, 16, 16)),
     case("apply_kernel<*, 64>", BLOCK, apply_bytes(64), (16, 16, 16, 8)),
     case("apply_kernel<*, 80>", BLOCK, apply_bytes(80), (16, 16, 16, 8)),
