@@ -13,9 +13,9 @@ NATIVE_SOURCES := $(wildcard tests/native/* csrc/common/*)
 PY_FILES := setup.py pysrc triton_kernels tests bench
 
 .DELETE_ON_ERROR:
-.PHONY: help venv build native lint format test test-cpu test-triton aot sanitize race bench headlines bench-compare \
-	readme inplace gpu gpu-build gpu-smoke gpu-test-cuda gpu-bench gpu-test-triton gpu-sanitize gpu-profile \
-	check-cuda wheel check-wheel clean
+.PHONY: help venv build native lint format test test-cpu test-triton aot sanitize race resources trace predict bench \
+	headlines bench-compare readme inplace gpu gpu-build gpu-smoke gpu-test-cuda gpu-bench gpu-test-triton \
+	gpu-sanitize gpu-profile check-cuda wheel check-wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -96,6 +96,9 @@ sanitize: venv ## the contract and the fuzzer on a CPU library with AddressSanit
 	@$(SANITIZED_PY) -W ignore tests/fuzz.py --memory 0 --sweep
 	@$(SANITIZED_PY) -W ignore tests/fuzz.py --memory 0 --calls $(FUZZ_CALLS)
 
+resources: build ## what the CUDA library's machine code says: instructions of hot loops, registers, warps that fit
+	@$(PY) tests/gpu/resources.py $(if $(WRITE),--write) $(KERNEL)
+
 RACE := build/race
 RACE_FLAGS := -std=c++20 -O1 -g -fsanitize=thread -Wno-unknown-pragmas -Wno-pragmas -Icsrc -Itests/gpu/cuda_emulator
 RACE_OBJECTS := $(patsubst %,$(RACE)/%.o,$(wildcard csrc/*/*_cuda.cu tests/gpu/cuda_emulator/*.cpp tests/gpu/race/*.cpp))
@@ -111,6 +114,13 @@ $(RACE)/%.o: % Makefile
 	@$(CXX) $(RACE_FLAGS) -MMD -MP -x c++ -c $< -o $@
 
 -include $(RACE_OBJECTS:.o=.d)
+
+trace predict: export PYTHONPATH = bench:tests/gpu/cuda_emulator
+trace: venv ## what every operator launches on a GPU at benchmark sizes, recorded here: grids, shared memory, idle share
+	@$(PY) tests/gpu/cuda_emulator/launch_trace.py
+
+predict: venv ## predicted times of these launches on A100, H100, H200 and B200, into bench/results/predicted
+	@$(PY) bench/predict.py
 
 bench: build ## benchmarks on this machine, and the language model trained both ways
 	@$(PY) bench/run.py

@@ -24,6 +24,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import predicted
+
 ROOT = Path(__file__).resolve().parent.parent
 IN_PLACE = ROOT / "build" / "inplace"
 BUILD = "gpu-build"
@@ -234,7 +236,7 @@ def main(wanted: list[str]) -> int:
             print(lines[-1], flush=True)
             good = good and outcome.state != "failed" and (outcome.state != "overran" or step.may_overrun)
         if stage == "gpu-bench":
-            print(bench_table(out / f"{stage}.log"), flush=True)
+            print(bench_table(out / f"{stage}.log"), predicted.side_by_side(name, predicted.measured(out)), flush=True)
     print("\n".join(["", f"{name}, results in {out}", *lines]))
     return 0 if good else 1
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import figures
 import plots
+import predicted
 import results
 from case import TRANSPORT, family, forms_products
 from plots import Bar, number, shape_text, size
@@ -28,6 +29,7 @@ RATES = {
     "Whiskers": "quartiles.",
     "GB/s": "one traffic for all contenders, that of the case; transport counts a pass over its pairs each iteration.",
     "GFLOP/s": "one count of operations for all: the matrix products of an exact implementation.",
+    "Predicted": "by bench/predict.py from what every launch takes and the GPU's data sheet; not measured.",
 }
 
 
@@ -126,6 +128,17 @@ def own_facts(content: dict, shared: dict[str, str]) -> str:
     return f'<p class="soft">{escape(facts)}.</p>' if facts else ""
 
 
+def predicted_card(content: dict) -> str:
+    """Predicted beside measured times; empty where nothing is both."""
+    both = predicted.beside(content["environment"]["device"], content["results"])
+    body = [
+        [predicted.label(row), row["phase"], number(ms), number(row["median_ms"]), f"{row['median_ms'] / ms:.2f}"]
+        for row, ms in both
+    ]
+    head = ["", "phase", "predicted ms", "measured ms", "measured / predicted"]
+    return f'<div class="card"><h4>Predicted and measured</h4>{plots.table(head, body)}</div>' if body else ""
+
+
 def operator_section(op: str, content: dict, shared: dict[str, str]) -> str:
     forward: dict[tuple, dict[str, dict]] = {}
     for row in content["results"]:
@@ -137,7 +150,7 @@ def operator_section(op: str, content: dict, shared: dict[str, str]) -> str:
     ]
     absent = "; ".join(f"{name}: {reason}" for name, reason in content["absent"].items())
     note = f'<p class="soft">Not measured: {escape(absent)}.</p>' if absent else ""
-    return f"<h3>{op}</h3>{own_facts(content, shared)}{''.join(cards)}{note}"
+    return f"<h3>{op}</h3>{own_facts(content, shared)}{''.join(cards)}{predicted_card(content)}{note}"
 
 
 def training_section(training: dict) -> str:

@@ -197,7 +197,7 @@ def sinkhorn_apply_kernel(
         if BLOCK_V == 1:
             out += tl.sum(weights * tl.trans(tile_values), 1)[:, None]
         else:
-            out = tl.dot(weights, tile_values, out, input_precision="ieee")
+            out = tl.dot(weights, tile_values, out, input_precision="tf32x3")
     tl.store(out_ptr + rows[:, None] * V + v[None, :], out, mask=(i < N)[:, None] & (v < V)[None, :])
 
 

@@ -23,22 +23,23 @@ __device__ __forceinline__ void multiply_tf32(float (&d)[4], const float (&a)[4]
 #endif
 }
 
-// Floats as sums of two numbers of tf32, to about their last bit.
-template <int kCount>
+// A float as the sum of two numbers of tf32, to about its last bit.
 struct Split {
-  float high[kCount], low[kCount];
+  float high = 0.0f, low = 0.0f;
 
-  __device__ __forceinline__ void set(int i, float x) {
-    high[i] = bits_to_float((float_to_bits(x) + 0x1000u) & 0xffffe000u);
-    low[i] = x - high[i];
-  }
+  Split() = default;
+  __device__ __forceinline__ explicit Split(float x)
+      : high(bits_to_float((float_to_bits(x) + 0x1000u) & 0xffffe000u)), low(x - high) {}
 };
 
 // d += a b as of floats, in three products, the small ones first: 2^-22 of each term is left out.
-__device__ __forceinline__ void multiply_split(float (&d)[4], const Split<4>& a, const Split<2>& b) {
-  multiply_tf32(d, a.high, b.low);
-  multiply_tf32(d, a.low, b.high);
-  multiply_tf32(d, a.high, b.high);
+__device__ __forceinline__ void multiply_split(float (&d)[4], const Split (&a)[4], const float (&b_high)[2],
+                                               const float (&b_low)[2]) {
+  const float a_high[4] = {a[0].high, a[1].high, a[2].high, a[3].high};
+  const float a_low[4] = {a[0].low, a[1].low, a[2].low, a[3].low};
+  multiply_tf32(d, a_high, b_low);
+  multiply_tf32(d, a_low, b_high);
+  multiply_tf32(d, a_high, b_high);
 }
 
 }  // namespace tilewise

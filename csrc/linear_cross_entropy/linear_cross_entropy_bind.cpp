@@ -13,19 +13,12 @@
 #include "common/gemm.h"
 #include "common/operator.h"
 #include "cross_entropy/cross_entropy_bind.h"
+#include "linear_cross_entropy/chunks.h"
 
 namespace tilewise {
 namespace {
 
 constexpr const char* kOp = "linear_cross_entropy";
-
-// Logits held at a time: 1/22 of them, within bounds below which products lose speed and above which they gain none.
-// Sizes alone decide, so that the same call gives the same bits whatever memory happens to be free.
-constexpr int64_t kMinBytes = int64_t{kOnGpu ? 128 : 16} << 20;
-constexpr int64_t kMaxBytes = int64_t{kOnGpu ? 512 : 128} << 20;
-constexpr int64_t kShare = 22;
-constexpr int64_t kMinRows = 64;
-constexpr int64_t kMinClasses = 256;
 
 struct Layer {
   const Tensor& input;   // (N, d)
@@ -61,15 +54,9 @@ Layer checked_layer(const Tensor& input, const Tensor& weight, const std::option
   return {input, weight, bias, logits, chunk_bytes};
 }
 
-// How many of `count` lines of `length` logits are formed at a time, in parts of about equal size.
 int64_t lines_at_a_time(const Layer& layer, int64_t count, int64_t length, int64_t min_lines) {
-  if (count == 0) return 0;
-  const int64_t line = std::max<int64_t>(1, length * layer.input.element_size());
-  int64_t bytes = layer.chunk_bytes;
-  if (bytes == 0) bytes = std::clamp(count * line / kShare, kMinBytes, kMaxBytes);
-  const int64_t lines = std::clamp(bytes / line, std::min(min_lines, count), count);
-  const int64_t parts = (count + lines - 1) / lines;
-  return (count + parts - 1) / parts;
+  const int64_t line_bytes = length * layer.input.element_size();
+  return logits_at_a_time(count, line_bytes, min_lines, layer.chunk_bytes, kOnGpu);
 }
 
 // Blocks [begin, begin + n) of [0, count), n = size but for the last.

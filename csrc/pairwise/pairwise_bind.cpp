@@ -9,6 +9,7 @@
 
 #include "common/gemm.h"
 #include "common/operator.h"
+#include "pairwise/chunks.h"
 #include "pairwise/programs.h"
 #include "rows/rows_bind.h"
 
@@ -16,15 +17,6 @@ namespace tilewise {
 namespace {
 
 constexpr const char* kOp = "pairwise_loss";
-
-// Similarities held at a time. On the CPU they stay in the cache between the product and the programs; a GPU wants
-// large products. Sizes alone decide, so that the same call gives the same bits whatever memory is free.
-#if defined(TILEWISE_CUDA)
-constexpr int64_t kChunkBytes = int64_t{128} << 20;
-#else
-constexpr int64_t kChunkBytes = int64_t{4} << 20;
-#endif
-constexpr int64_t kLeastRows = 96;
 
 struct Problem {
   const Tensor& x;
@@ -93,14 +85,8 @@ void check(const Problem& problem) {
 }
 
 int64_t rows_at_a_time(const Problem& problem) {
-  const int64_t n = problem.x.size(0);
-  const int64_t row =
-      std::max<int64_t>(1, problem.y.size(0)) * (statistics_type(problem.x) == ScalarType::Double ? 8 : 4);
-  const int64_t least = problem.chunk_bytes == 0 ? kLeastRows : 1;
-  const int64_t bytes = problem.chunk_bytes == 0 ? kChunkBytes : problem.chunk_bytes;
-  const int64_t most = std::min(std::max(bytes / row, least), std::max<int64_t>(1, n));
-  const int64_t parts = std::max<int64_t>(1, (n + most - 1) / most);
-  return (n + parts - 1) / parts;
+  const int64_t item_bytes = statistics_type(problem.x) == ScalarType::Double ? 8 : 4;
+  return pair_rows_at_a_time(problem.x.size(0), problem.y.size(0), item_bytes, problem.chunk_bytes, kOnGpu);
 }
 
 template <typename T>

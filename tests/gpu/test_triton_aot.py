@@ -31,7 +31,7 @@ STACK_LIMIT = {
     "mala_query_gradient_kernel": 96,
     "mala_key_gradient_kernel": 96,
     "mala_sum_kernel": 16,
-    "sinkhorn_apply_kernel": 48,
+    "sinkhorn_apply_kernel": 56,
     "sinkhorn_half_step_kernel": 8,
     "cross_entropy_forward_kernel": 16,
     "spherical_family_forward_kernel": 8,

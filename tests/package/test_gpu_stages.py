@@ -237,6 +237,20 @@ def test_table_of_the_benchmarks(tmp_path):
     assert gpu.bench_table(log) == "\ncase   contender\nfirst  1.0\n"
 
 
+def test_benchmarks_stand_beside_their_predictions(machine, capsys):
+    """The stage prints both by their names; of a GPU without predictions nothing."""
+    row = {"case": "z_loss", "shape": [8192, 32000], "dtype": "float32", "contender": "tilewise cuda", "phase": "both"}
+    (machine / "out").mkdir()
+    (machine / "out" / "z_loss.json").write_text(json.dumps({"results": [row | {"median_ms": 2.5}]}))
+    assert gpu.main(["gpu-bench"]) == 0
+    assert "predicted ms" not in capsys.readouterr().out
+    (machine / "bin" / "nvidia-smi").write_text("#!/bin/sh\necho NVIDIA H100 80GB HBM3, 9.0\n")
+    assert gpu.main(["gpu-bench"]) == 0
+    head, line, *_ = capsys.readouterr().out.partition("case ")[2].splitlines()
+    assert head.split() == ["phase", "predicted", "ms", "measured", "ms", "ratio"]
+    assert line.split()[:4] == ["z_loss", "8192x32000", "float32", "both"] and line.split()[5] == "2.5"
+
+
 def test_stages_fit_their_minutes_and_are_targets(tmp_path):
     table = gpu.grouped(table_of(tmp_path))
     assert max(sum(step.seconds for step in chosen) for chosen in table.values()) <= 490

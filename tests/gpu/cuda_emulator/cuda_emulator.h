@@ -20,6 +20,7 @@
 #include <vector>
 
 #include "ordering.h"
+#include "recording.h"
 
 #define __global__
 #define __device__
@@ -359,6 +360,13 @@ const char* launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
                    const Arguments&... arguments) {
   using namespace emulator;
   if (grid.x == 0) return nullptr;  // nothing to do
+  if (recording.on) {
+    recording.launches.push_back({.kernel = reinterpret_cast<void*>(kernel),
+                                  .grid = {grid.x, grid.y, grid.z},
+                                  .block = {block.x, block.y, block.z},
+                                  .shared_bytes = shared_bytes});
+    return nullptr;
+  }
   release(&machine.begin);
   {
     const Unwatched unwatched;

@@ -5,12 +5,11 @@
 #include "cross_entropy/cross_entropy.h"
 #include "mala/mala_launch.h"
 #include "pairwise/programs.h"
+#include "recording.h"
 #include "simplex_topk/simplex_topk.h"
 #include "sinkhorn/sinkhorn_launch.h"
 #include "sparse_ot/sparse_ot_launch.h"
 #include "z_loss/z_loss.h"
-
-#include <vector>
 
 namespace {
 
@@ -32,7 +31,7 @@ float penalty_of(double rho) { return rho > 0 ? static_cast<float>(rho) : tilewi
 // Calls f with launches over poisoned scratch memory.
 template <typename Launches, typename Function>
 const char* with_launches(int64_t bytes, Function f) {
-  std::vector<float> scratch(static_cast<size_t>(bytes / 4), tilewise::quiet_nan<float>());
+  emulator::Scratch scratch(bytes, tilewise::quiet_nan<float>());
   Launches launches(scratch.data(), nullptr);
   return f(launches);
 }
@@ -193,7 +192,7 @@ extern "C" const char* attention(const AttentionCall& call) {
   op.q_bounds = call.q_bounds;
   op.k_bounds = call.k_bounds;
   const bool backward = call.grad_out.data != nullptr;
-  std::vector<float> scratch(static_cast<size_t>(tilewise::MalaLaunches::scratch_floats(op, backward)), 1e30f);
+  emulator::Scratch scratch(4 * tilewise::MalaLaunches::scratch_floats(op, backward), 1e30f);
   tilewise::MalaLaunches launches(op, scratch.data(), nullptr);
   if (!backward) return launches.forward({call.start_s, call.start_z, call.start_u}, {call.s, call.z, call.u});
   if (op.causal) return launches.backward({call.start_s, call.start_z, call.start_u});

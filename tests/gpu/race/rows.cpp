@@ -64,7 +64,7 @@ void give_details(Memory& memory, Call& call, int64_t option) {
 void give_parts(Memory& memory, Call& call) {
   if (call.columns < 9000) return;
   call.parts = 3;
-  call.part_memory = memory.output(call.rows * call.parts * tilewise::kPartBytes / 4);
+  call.part_memory = memory.scratch(call.rows * call.parts * tilewise::kPartBytes / 4);
 }
 
 }  // namespace

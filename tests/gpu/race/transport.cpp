@@ -11,9 +11,10 @@ struct Size {
   int64_t batch, rows, columns, features = 40;
 };
 constexpr std::array kSizes = {
-    Size{0, 3, 4},   Size{1, 1, 1},      Size{3, 3, 4},    Size{5, 8, 5},       Size{2, 9, 17},
-    Size{2, 40, 60}, Size{1, 64, 64},    Size{0, 70, 90},  Size{2, 70, 130},    Size{1, 65, 1},
-    Size{1, 70, 3},  Size{1, 65, 66, 0}, Size{2, 3, 4, 0}, Size{1, 34, 520, 1}, Size{300, 4, 4, 2},
+    Size{0, 3, 4},       Size{1, 1, 1},      Size{3, 3, 4},    Size{5, 8, 5},       Size{2, 9, 17},
+    Size{2, 40, 60},     Size{1, 64, 64},    Size{0, 70, 90},  Size{2, 70, 130},    Size{1, 65, 1},
+    Size{1, 70, 3},      Size{1, 65, 66, 0}, Size{2, 3, 4, 0}, Size{2, 70, 130, 3}, Size{1, 65, 66, 70},
+    Size{1, 34, 520, 1}, Size{300, 4, 4, 2},
 };
 constexpr int64_t kCosts = 3;
 

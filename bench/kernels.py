@@ -1,0 +1,144 @@
+"""What a launch of each kernel takes, a line for each: registers of a thread, then its work.
+
+Instructions, special functions and FLOP are those of one element: of the main loop's machine code for sm_90, or, where
+it says "assumed", counted from the source. Numbers that depend on data stand below, as assumptions.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from math import ceil
+from types import SimpleNamespace
+from typing import NamedTuple
+
+CUT_PASSES = 30  # of sparse_cut_kernel over its column: levels, then Newton's steps
+TOPK_PASSES = 14  # of simplex_topk_kernel over its row
+EVALUATIONS = 130  # of sparse_ot until its tolerance; the launches after them return at once
+
+
+class Work(NamedTuple):
+    """Of a whole launch; an instruction is one of a thread."""
+
+    instructions: float
+    special: float
+    flop: float
+    bytes: float  # of the GPU's memory, read and written
+    rounds: float  # accesses of one thread that wait for each other
+    tensor: float = 0.0  # FLOP on the tensor cores, in tf32
+
+
+class Kernel(NamedTuple):
+    registers: int
+    work: Callable[[SimpleNamespace], Work]  # of the launch's sizes, and what sizes_of() adds
+
+
+def each(elements: float, instructions: float, special=0.0, flop=0.0, *, bytes: float, rounds=0.0) -> Work:
+    """What every element takes, then what the launch does."""
+    return Work(instructions * elements, special * elements, flop * elements, bytes, rounds)
+
+
+def alone(rounds: float, bytes: float = 0.0) -> Work:
+    """A block for a problem, that does little but wait for what it reads."""
+    return Work(0.0, 0.0, 0.0, bytes, rounds)
+
+
+def folds(s: SimpleNamespace, walks: int, instructions: float, special: float, gradient: tuple[float, float]) -> Work:
+    """Walks over float32 similarities; with a gradient one more, of so many instructions and special functions."""
+    more, functions = gradient if s.gradient else (0.0, 0.0)
+    moved = 4 * walks + (4 + s.item if s.gradient else 0)
+    return each(s.cells, instructions + more, special + functions, 8, bytes=moved * s.cells)
+
+
+def attention(s: SimpleNamespace, instructions: float, tensors: int, flop: float) -> Work:
+    """Of tensors like q. Causal: half as much again for pairs within a chunk, and the sums of every chunk."""
+    moved = tensors * s.item * s.cells + s.causal * 4 * s.batch * s.steps * s.width**2
+    return each(s.cells, instructions * (1.5 if s.causal else 1), 1, flop * s.width, bytes=moved)
+
+
+def by_products(s: SimpleNamespace, times: int, instructions: float, flop: float) -> Work:
+    """Costs formed from products of points: numbers for each feature of a pair, all pairs so many times."""
+    points = s.item * s.marginals * s.width
+    return each(times * s.cells, instructions * s.width, 1.2, flop * s.width, bytes=points)
+
+
+def by_split_products(s: SimpleNamespace, instructions: float) -> Work:
+    """The same on the tensor cores, floats as three products of tf32."""
+    work = by_products(s, 1, instructions, 0)
+    return work._replace(tensor=3 * 2 * s.width * s.cells)
+
+
+def scan(s: SimpleNamespace, instructions: float, rounds: float) -> Work:
+    """Over the costs, until the search has ended."""
+    return each(s.searched * s.cells, instructions, bytes=s.searched * s.read, rounds=s.searched * rounds)
+
+
+# The first pattern that the name of a kernel begins with counts.
+KERNELS = {
+    # rows of logits
+    "row_statistics_kernel<.*PlainSoftmax": Kernel(56, lambda s: each(s.cells, 7.4, 1.13, 4, bytes=s.read)),
+    "row_statistics_kernel<.*RowMoments": Kernel(56, lambda s: each(s.cells, 6, 0, 4, bytes=s.read)),  # assumed
+    "row_gradient_kernel<.*PlainSoftmax": Kernel(64, lambda s: each(s.cells, 8.8, 1, 4, bytes=2 * s.read)),
+    "row_gradient_kernel<.*Affine": Kernel(64, lambda s: each(s.cells, 7, 0, 3, bytes=2 * s.read)),  # assumed
+    "merge_parts_kernel": Kernel(32, lambda s: each(s.threads, 100, 6, bytes=32 * s.threads, rounds=8)),  # assumed
+    "row_reduction_kernel": Kernel(32, lambda s: each(s.rows, 10, 0, 2, bytes=8 * s.rows, rounds=s.rows / 2048 + 8)),
+    "accumulate_kernel": Kernel(32, lambda s: each(s.rows, 12, 0, 1, bytes=(8 + s.item) * s.rows)),  # assumed
+    # pairs of vectors
+    "pairwise_kernel<.*MultiSimilarity": Kernel(47, lambda s: folds(s, 2, 99, 2, (60, 1))),
+    "pairwise_kernel<.*Softmax": Kernel(47, lambda s: folds(s, 2, 99, 1, (60, 1))),  # assumed
+    "pairwise_kernel<.*Sigmoid": Kernel(39, lambda s: folds(s, 1, 69, 2, (63, 2))),
+    # attention: a token's feature is an element
+    "mala_sums_kernel": Kernel(60, lambda s: attention(s, 350, 2, 2)),  # assumed
+    "mala_scan_kernel": Kernel(32, lambda s: each(s.parts, 3, bytes=4 * (1 + s.causal) * s.parts)),
+    "mala_forward_kernel": Kernel(64, lambda s: attention(s, 412, 2, 2)),
+    "mala_query_gradient_kernel": Kernel(122, lambda s: attention(s, 825, 3, 4)),  # assumed
+    "mala_key_gradient_kernel": Kernel(122, lambda s: attention(s, 825, 4, 4)),  # assumed
+    # transport: a pair is an element
+    "half_step_kernel<MatrixCost": Kernel(56, lambda s: each(s.cells, 75, 1.2, 4, bytes=s.read)),
+    "half_step_kernel<SquaredEuclidean": Kernel(75, lambda s: by_products(s, 1, 2.7, 2)),
+    "product_half_step_kernel": Kernel(115, lambda s: by_split_products(s, 0.49)),
+    "apply_kernel<SquaredEuclidean, 80": Kernel(128, lambda s: by_products(s, ceil((s.width + 1) / 80), 4, 4)),
+    "apply_kernel<SquaredEuclidean": Kernel(128, lambda s: by_products(s, ceil((s.width + 1) / 64), 4, 4)),
+    "squares_kernel": Kernel(32, lambda s: each(s.threads / 32, 6 * s.width, bytes=s.width * s.threads / 8)),  # assumed
+    "plan_kernel": Kernel(40, lambda s: each(s.cells, 40, 1, 4, bytes=2 * s.read)),  # assumed
+    "prepare_kernel": Kernel(32, lambda s: alone(2 * s.lines + 16, 8 * s.marginals)),
+    "finish_kernel": Kernel(40, lambda s: each(s.threads, 530, bytes=16 * s.marginals, rounds=4 * s.lines + 16)),
+    "small_kernel": Kernel(40, lambda s: each(s.threads * s.steps, 298, 10, bytes=4 * s.cells + 8 * s.marginals)),
+    "unrolled_kernel": Kernel(64, lambda s: each(s.threads * s.steps, 900, 30, bytes=8 * s.history)),  # assumed
+    # sparse transport
+    "sparse_cut_kernel": Kernel(48, lambda s: scan(s, 30 * CUT_PASSES, CUT_PASSES * s.turns)),
+    "sparse_rows_kernel": Kernel(31, lambda s: scan(s, 30, s.columns / 32)),
+    "sparse_lists_kernel": Kernel(40, lambda s: each(s.cells, 40, bytes=s.read, rounds=s.turns)),  # assumed
+    "sparse_(begin|accept)_kernel": Kernel(32, lambda s: alone(2 * s.lines)),
+    "sparse_step_kernel": Kernel(64, lambda s: alone(s.searched * (45 * s.lines + 180))),
+    "sparse_finish_kernel": Kernel(40, lambda s: alone(8 * s.lines + 40)),
+    "simplex_topk_kernel": Kernel(40, lambda s: each(s.cells, 34 * TOPK_PASSES, bytes=2 * s.read)),
+    "simplex_topk_backward_kernel": Kernel(32, lambda s: each(s.cells, 14, bytes=3 * s.read)),  # assumed
+    # sampled products
+    "wta_crs_norms_kernel": Kernel(37, lambda s: each(s.cells, 6, 0, 2, bytes=s.read)),  # assumed
+    "wta_crs_gather_kernel": Kernel(46, lambda s: each(s.taken, 6, bytes=2 * s.item * s.taken)),  # assumed
+    "wta_crs_sample_kernel": Kernel(60, lambda s: each(s.rows, 400, bytes=8 * s.rows, rounds=s.rows / 30)),  # assumed
+}  # fmt: skip
+
+
+def sizes_of(launch) -> SimpleNamespace:
+    """The sizes of a recorded launch and what kernels make of them."""
+    s = launch.sizes
+    threads, marginals = launch.blocks * launch.threads, s.batch * (s.rows + s.columns)
+    return SimpleNamespace(
+        **s._asdict(),
+        cells=s.cells,
+        read=s.item * s.cells,  # bytes of the matrix, once
+        threads=threads,
+        marginals=marginals,
+        history=s.steps * marginals,  # potentials of all iterations
+        parts=s.steps * threads,  # of sums, one for each thread and step
+        taken=s.k * s.columns,  # elements of the rows that are drawn
+        turns=ceil(s.rows / launch.block[0]),  # of a team over a column
+        lines=ceil((s.rows + s.columns) / launch.threads),  # of a block over the numbers of a problem
+        searched=min(1.0, EVALUATIONS / s.steps),  # the share of a search's launches that do something
+    )
+
+
+def kernel_of(launch, kernels: dict[str, Kernel] = KERNELS) -> Kernel | None:
+    return next((kernel for pattern, kernel in kernels.items() if re.match(pattern, launch.kernel)), None)

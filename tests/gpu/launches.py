@@ -1,0 +1,131 @@
+"""Shapes in which the kernels of the CUDA library are launched, as csrc computes them, with the warps that a
+multiprocessor is to hold of each. A launch that was recorded has the same four numbers."""
+
+from typing import NamedTuple
+
+from occupancy import LEAST_SHARED, Launch
+
+TEAM_BYTES = 32 * 8  # a number of each warp (csrc/common/team.cuh)
+MALA_TILE = 32 * 32 * 4  # (csrc/mala/mala_tiles.cuh)
+MALA_FEATURES = 1024  # at most (csrc/mala/mala_bind.h)
+PITCH = 64 + 4  # of a tile of pairs (csrc/sinkhorn/pairs.cuh)
+
+WARP, BLOCK = (32, 8), (256, 1)  # a warp for each of 8 rows, a block for one
+
+
+class Case(NamedTuple):
+    launch: Launch
+    warps: tuple[int, int, int, int]  # at least: on sm_80, on sm_90, on sm_100, on each of sm_86, 89 and 120
+
+
+def case(kernel: str, block: tuple[int, int], shared_bytes: int, warps: tuple[int, int, int, int]) -> Case:
+    return Case(Launch(kernel, (1024, 1), block, shared_bytes), warps)
+
+
+def query_gradient_bytes(features: int) -> int:
+    def needed(tiles: int) -> int:
+        return (5 + tiles) * MALA_TILE + 5 * 32 * 4
+
+    kept = needed(-(-features // 32))
+    return kept if kept <= LEAST_SHARED else needed(1)
+
+
+def apply_bytes(values: int) -> int:
+    return 64 * (2 * PITCH + values + 2) * 4
+
+
+def small_block(size: int) -> tuple[int, int]:
+    return (128 if size < 32 else 32, 1)
+
+
+def small_bytes(size: int, matrices: int, more: int = 0) -> int:
+    problems = small_block(size)[0] // min(size, 32)
+    return problems * (matrices * size * (size + 1) + 2 * size + more) * 4
+
+
+ROWS = [
+    case("row_statistics_kernel<*, PlainSoftmax, *", BLOCK, 8 * 32, (32, 32, 32, 32)),
+    case("row_statistics_kernel<*, PlainSoftmax, *", WARP, 32, (32, 32, 32, 32)),
+    case("row_statistics_kernel<*, RowMoments, *", BLOCK, 8 * 16, (32, 32, 32, 32)),
+    case("row_statistics_kernel<*, FullSoftmax<void>, *", BLOCK, 8 * 32, (24, 24, 24, 24)),
+    case("row_statistics_kernel<*, FullSoftmax<[!v]*", BLOCK, 8 * 32, (16, 16, 16, 16)),
+    case("merge_parts_kernel<*", WARP, 0, (64, 64, 64, 48)),
+    case("row_reduction_kernel", (512, 1), TEAM_BYTES, (64, 64, 64, 48)),
+    case("row_gradient_kernel<*, PlainSoftmaxGradient, *", BLOCK, 0, (32, 32, 32, 32)),
+    case("row_gradient_kernel<*, AffineGradient, *", BLOCK, 0, (32, 32, 32, 32)),
+    case("row_gradient_kernel<*, FullSoftmaxGradient<void>, *", BLOCK, 0, (24, 24, 32, 24)),
+    case("row_gradient_kernel<*, FullSoftmaxGradient<[!v]*", BLOCK, 0, (16, 16, 16, 16)),
+    case("accumulate_kernel<*", BLOCK, 0, (64, 64, 64, 48)),
+    case("pairwise_kernel<*, Sigmoid>", BLOCK, 2 * 8 * 16, (48, 48, 40, 40)),
+    case("pairwise_kernel<*, Softmax>", BLOCK, 2 * 8 * 16, (48, 40, 32, 32)),
+    case("pairwise_kernel<*, MultiSimilarity>", BLOCK, 2 * 8 * 16, (40, 40, 40, 40)),
+    case("pairwise_kernel<*", BLOCK, 2 * 8 * 16, (40, 40, 32, 32)),
+]
+
+MALA = [
+    case("mala_sums_kernel<*", BLOCK, 4 * MALA_TILE + 3 * 32 * 4, (32, 32, 48, 32)),
+    case("mala_forward_kernel<*", BLOCK, 7 * MALA_TILE + 32 * 4, (16, 32, 32, 16)),
+    case("mala_query_gradient_kernel<*", BLOCK, query_gradient_bytes(64), (16, 16, 16, 16)),
+    case("mala_query_gradient_kernel<*", BLOCK, query_gradient_bytes(128), (16, 16, 16, 16)),
+    case(
+        "mala_query_gradient_kernel<*", BLOCK, max(map(query_gradient_bytes, range(MALA_FEATURES + 1))), (8, 16, 16, 8)
+    ),
+    case("mala_key_gradient_kernel<*", BLOCK, 8 * MALA_TILE + 3 * 32 * 4, (16, 16, 16, 16)),
+    case("mala_scan_kernel", BLOCK, 0, (64, 64, 64, 48)),
+    case("mala_group_sum_kernel<*", BLOCK, 0, (64, 64, 64, 48)),
+]
+
+SINKHORN = [
+    case("half_step_kernel<MatrixCost>", BLOCK, (64 * (PITCH + 2) + 8) * 4, (32, 32, 40, 32)),
+    case("half_step_kernel<SquaredEuclidean>", BLOCK, (64 * (PITCH + 2) + 8) * 4, (32, 24, 16, 16)),
+    case("half_step_kernel<Euclidean>", BLOCK, (64 * (PITCH + 2) + 8) * 4, (24, 32, 16, 16)),
+    case("product_half_step_kernel", (128, 1), (64 * 152 + 2 * 64 + 4) * 4, (16, 16, 16, 8)),
+    case("apply_kernel<*, 16>", BLOCK, apply_bytes(16), (16, 16, 16, 16)),
+    case("apply_kernel<*, 64>", BLOCK, apply_bytes(64), (16, 16, 16, 8)),
+    case("apply_kernel<*, 80>", BLOCK, apply_bytes(80), (16, 16, 16, 8)),
+    case("plan_kernel", BLOCK, 64 * PITCH * 4, (40, 40, 40, 40)),
+    case("squares_kernel", WARP, 0, (64, 64, 64, 48)),
+    case("prepare_kernel", BLOCK, 8 * 8, (48, 48, 48, 48)),
+    case("decide_kernel", BLOCK, 8 * 4, (64, 64, 48, 48)),
+    case("finish_kernel", BLOCK, 8 * 8, (40, 40, 40, 40)),
+    *(
+        case(f"small_kernel<{size}>", small_block(size), small_bytes(size, 1), warps)
+        for size, warps in {
+            4: (36, 32, 32, 32),
+            8: (36, 32, 36, 36),
+            16: (32, 36, 36, 32),
+            32: (28, 32, 32, 16),
+            64: (8, 12, 12, 5),
+        }.items()
+    ),
+    *(
+        case(f"unrolled_kernel<{size}>", small_block(size), small_bytes(size, 3, 2 * size), warps)
+        for size, warps in {
+            4: (36, 32, 40, 36),
+            8: (32, 32, 32, 24),
+            16: (20, 28, 28, 12),
+            32: (11, 16, 16, 7),
+            64: (3, 4, 4, 1),
+        }.items()
+    ),
+]
+
+SPARSE = [
+    case("sparse_cut_kernel", BLOCK, TEAM_BYTES, (48, 40, 32, 32)),
+    case("sparse_rows_kernel", WARP, 8 * 32 * 4, (64, 64, 64, 48)),
+    case("sparse_lists_kernel", WARP, TEAM_BYTES, (40, 40, 40, 40)),
+    case("sparse_begin_kernel", BLOCK, TEAM_BYTES, (64, 64, 64, 48)),
+    case("sparse_step_kernel", BLOCK, TEAM_BYTES, (32, 24, 16, 16)),
+    case("sparse_accept_kernel", BLOCK, TEAM_BYTES, (64, 64, 64, 48)),
+    case("sparse_finish_kernel", BLOCK, TEAM_BYTES, (64, 64, 48, 48)),
+    case("simplex_topk_kernel", WARP, TEAM_BYTES, (64, 48, 32, 32)),
+    case("simplex_topk_backward_kernel", WARP, TEAM_BYTES, (64, 64, 64, 48)),
+]
+
+SAMPLING = [
+    case("wta_crs_norms_kernel<*", BLOCK, TEAM_BYTES, (48, 48, 48, 48)),
+    case("wta_crs_gather_kernel<*", BLOCK, 0, (64, 64, 64, 48)),
+    case("wta_crs_sample_kernel", (1024, 1), TEAM_BYTES, (32, 32, 32, 32)),
+]
+
+CASES = [*ROWS, *MALA, *SINKHORN, *SPARSE, *SAMPLING]

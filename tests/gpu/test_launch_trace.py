@@ -1,0 +1,120 @@
+"""Launches at benchmark sizes fill a GPU and fit in it: recorded on the emulator, run by nobody."""
+
+import emulated
+import pytest
+import torch
+from bench_modules import bench_modules
+from recorded import Launch, Phase, Product, Recorder, Sizes, short
+
+pytestmark = pytest.mark.skipif(emulated.COMPILER is None, reason="needs g++ (or CXX) to build the emulator")
+
+kernels, launch_trace, run, traced = bench_modules("kernels", "launch_trace", "run", "traced")
+
+
+@pytest.fixture(scope="module")
+def record():
+    return Recorder(emulated.build())
+
+
+@pytest.fixture(scope="module")
+def found(record):
+    return traced.traces(record)
+
+
+def trace_of(*launches: Launch) -> traced.Trace:
+    return traced.Trace("case", (1,), torch.float32, Phase.of(launches), Phase.of([]))
+
+
+def launch(blocks: int, shared: int = 0) -> Launch:
+    return Launch("some_kernel<float>", (blocks, 1, 1), (256, 1, 1), shared, Sizes())
+
+
+def test_no_launch_leaves_most_of_a_gpu_idle(found):
+    wrong = launch_trace.faults(found)
+    assert not wrong, "\n".join(wrong)
+
+
+def test_faults_are_found():
+    """Too few blocks, too much shared memory, and an exception that nothing needs."""
+    good = trace_of(launch(66), launch(133, 227 << 10))
+    assert launch_trace.faults([good], []) == []
+    [few] = launch_trace.faults([trace_of(launch(8))], [])
+    assert few == "case 1 float32: some_kernel<float> has 8 blocks: 94% of the multiprocessors are idle"
+    [large] = launch_trace.faults([trace_of(launch(200, 228 << 10))], [])
+    assert "asks for 233472 bytes of shared memory, more than 232448" in large
+    allowed = launch_trace.Idle("case", "some_kernel", "a test")
+    assert launch_trace.faults([trace_of(launch(8))], [allowed]) == []
+    assert launch_trace.faults([good], [allowed]) == ["no launch needs the exception of some_kernel in case"]
+
+
+def test_every_case_is_traced(found):
+    """Every size of bench/cases, by the key of its results, and every kernel in it is known to the predictions."""
+    keys = {(trace.case, trace.shape, trace.dtype) for trace in found}
+    modules = bench_modules(*(f"cases.{op}" for op in run.OPERATORS))
+    cases = [(case.op, case.shape, case.dtype) for module in modules for case in module.cases("cuda")]
+    assert len(cases) > 20
+    assert set(cases) <= keys
+    unknown = {
+        step.kernel for trace in found for step in launch_trace.launches_of(trace) if not kernels.kernel_of(step)
+    }
+    assert unknown == set()
+
+
+def test_chunks_are_those_of_the_bindings(record):
+    """As csrc/pairwise/chunks.h and csrc/linear_cross_entropy/chunks.h have them: 128 MiB of float32 similarities; a
+    22nd of the logits, from 128 to 512 MiB, in blocks of one size."""
+    library = record.library
+    assert library.pair_rows(65536, 65536) == 512
+    assert library.pair_rows(100, 65536) == 100
+    assert library.pair_rows(65537, 65536) == 509  # 129 chunks, none of which is a rest of one row
+    assert library.logit_rows(8192, 256000, 2) == 357
+    assert library.logit_classes(8192, 256000, 2) == 11131
+    assert library.logit_rows(64, 1000, 4) == 64
+    products = [s for s in traced.siglip_loss(record, (65536, 768), torch.bfloat16).forward.steps if type(s) is Product]
+    assert products == [Product(512, 65536, 768, 2, 4)]
+
+
+def test_a_recording_is_what_runs(record):
+    """The launches of a small call, and that the same call runs when nothing is recorded."""
+    torch.manual_seed(0)
+    logits, target = torch.randn(9, 33), torch.randint(33, (9,))
+    call = traced.row_call(9, 33, torch.float32)
+    call.logits = call.gradient = emulated.Matrix.of(logits)
+    call.target, call.ignore_index = target.data_ptr(), -100
+    outputs = {name: torch.full((27,), torch.nan) for name in ("loss_rows", "share_rows", "row_state", "loss", "total")}
+    for name, tensor in outputs.items():
+        setattr(call, name, tensor.data_ptr())
+    statistics, reduction = record("cross_entropy_forward", emulated.ctypes.byref(call), sizes=Sizes())
+    assert statistics.grid == (2, 1, 1) and statistics.block == (32, 8, 1)
+    assert reduction[:4] == ("row_reduction_kernel", (1, 1, 1), (512, 1, 1), 256)
+    assert outputs["loss"].isnan().all()
+    emulated.checked(record.library.cross_entropy_forward(emulated.ctypes.byref(call)))
+    torch.testing.assert_close(outputs["loss"][0], torch.nn.functional.cross_entropy(logits, target))
+
+
+def test_scratch_memory_is_counted(record):
+    """S, Z and U of 128 chunks of 32 tokens, and of 16 shares."""
+    state = 4 * 8 * 16 * (64 * 64 + 2 * 64)
+    size = (8, 16, 4096, 64)
+    assert traced.mala_causal(record, size, torch.bfloat16).forward.scratch == 128 * state
+    assert traced.attention(record, size, torch.bfloat16).forward.scratch == 16 * state
+
+
+@pytest.mark.parametrize(
+    ("symbol", "name"),
+    [
+        ("void tilewise::(anonymous namespace)::a_kernel<tilewise::Cost>(int)", "a_kernel<Cost>"),
+        ("tilewise::(anonymous namespace)::plan_kernel(tilewise::SinkhornApply<float>)", "plan_kernel"),
+        ("void tilewise::a_kernel<F<float>, 4>(tilewise::F<float>) [clone .isra.0]", "a_kernel<F<float>, 4>"),
+    ],
+)  # fmt: skip
+def test_names_of_kernels(symbol, name):
+    assert short(symbol) == name
+
+
+def test_the_table_shows_every_case(found):
+    text = launch_trace.table(found)
+    assert all(trace.label in text for trace in found)
+    line = next(line for line in text.splitlines() if "sparse_lists_kernel" in line and line.endswith("94%"))
+    assert line.split()[:5] == ["1", "sparse_lists_kernel", "8", "32x8", "256"]
+    assert "8 blocks: sparse_lists_kernel" in launch_trace.exceptions(found)
