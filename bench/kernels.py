@@ -68,6 +68,11 @@ def by_split_products(s: SimpleNamespace, instructions: float) -> Work:
     return work._replace(tensor=3 * 2 * s.width * s.cells)
 
 
+def small(s: SimpleNamespace, instructions: float, special: float) -> Work:
+    """Every iteration of problems in the threads that have them; the pass after the last is one of these."""
+    return each(s.threads * (s.steps + 1), instructions, special, bytes=4 * s.cells + 8 * s.marginals)
+
+
 def scan(s: SimpleNamespace, instructions: float, rounds: float) -> Work:
     """Over the costs, until the search has ended."""
     return each(s.searched * s.cells, instructions, bytes=s.searched * s.read, rounds=s.searched * rounds)
@@ -94,7 +99,8 @@ KERNELS = {
     "mala_query_gradient_kernel": Kernel(122, lambda s: attention(s, 825, 3, 4)),  # assumed
     "mala_key_gradient_kernel": Kernel(122, lambda s: attention(s, 825, 4, 4)),  # assumed
     # transport: a pair is an element
-    "half_step_kernel<MatrixCost": Kernel(56, lambda s: each(s.cells, 75, 1.2, 4, bytes=s.read)),
+    "matrix_half_step_kernel<false": Kernel(64, lambda s: each(s.cells, 8.1, 1.25, 4, bytes=s.read)),
+    "matrix_half_step_kernel<true": Kernel(64, lambda s: each(s.cells, 10.9, 1.25, 4, bytes=s.read)),
     "half_step_kernel<SquaredEuclidean": Kernel(75, lambda s: by_products(s, 1, 2.7, 2)),
     "product_half_step_kernel": Kernel(115, lambda s: by_split_products(s, 0.49)),
     "apply_kernel<SquaredEuclidean, 80": Kernel(128, lambda s: by_products(s, ceil((s.width + 1) / 80), 4, 4)),
@@ -103,8 +109,11 @@ KERNELS = {
     "plan_kernel": Kernel(40, lambda s: each(s.cells, 40, 1, 4, bytes=2 * s.read)),  # assumed
     "prepare_kernel": Kernel(32, lambda s: alone(2 * s.lines + 16, 8 * s.marginals)),
     "finish_kernel": Kernel(40, lambda s: each(s.threads, 530, bytes=16 * s.marginals, rounds=4 * s.lines + 16)),
-    "small_kernel": Kernel(40, lambda s: each(s.threads * s.steps, 298, 10, bytes=4 * s.cells + 8 * s.marginals)),
-    "unrolled_kernel": Kernel(64, lambda s: each(s.threads * s.steps, 900, 30, bytes=8 * s.history)),  # assumed
+    "small_kernel<Single": Kernel(96, lambda s: small(s, 345, 44)),
+    "small_kernel": Kernel(64, lambda s: small(s, 200, 19)),  # of 8 x 8 pairs
+    "unrolled_kernel<Single": Kernel(128, lambda s: each(s.threads * s.steps, 900, 80, bytes=8 * s.history)),
+    "unrolled_kernel": Kernel(72, lambda s: each(s.threads * s.steps, 520, 36, bytes=8 * s.history)),  # of 8 x 8 pairs
+    "small_(plan|apply)_kernel": Kernel(40, lambda s: each(s.cells, 180, 6, bytes=2 * s.read)),
     # sparse transport
     "sparse_cut_kernel": Kernel(48, lambda s: scan(s, 30 * CUT_PASSES, CUT_PASSES * s.turns)),
     "sparse_rows_kernel": Kernel(31, lambda s: scan(s, 30, s.columns / 32)),

@@ -205,9 +205,9 @@ __global__ void __launch_bounds__(kThreads, kByQuads ? 4 : 3)
 template <bool kAcross, bool kByQuads>
 const char* launch_half_step(const SinkhornHalfStep& step, void* stream) {
   constexpr int kSums = kAcross ? kWarps * MatrixParts::kAcrossRows : MatrixParts::kAlongRows;
-  const size_t bytes = kSums * sizeof(RowSum) + (kWarps + static_cast<size_t>(step.parts.columns)) * sizeof(float);
+  constexpr size_t kBytes = kSums * sizeof(RowSum) + (kWarps + MatrixParts::kMostColumns) * sizeof(float);
   return launch(matrix_half_step_kernel<kAcross, kByQuads>,
-                flat_grid(step.pairs.batch * step.parts.strips * step.parts.parts), dim3(kThreads), bytes, stream,
+                flat_grid(step.pairs.batch * step.parts.strips * step.parts.parts), dim3(kThreads), kBytes, stream,
                 step);
 }
 
@@ -219,7 +219,7 @@ const char* sinkhorn_matrix_half_step_cuda(const SinkhornHalfStep& step, void* s
   const int64_t step_of_lines = across ? pairs.column_stride : pairs.row_stride;
   const bool by_quads = (across ? pairs.row_stride : pairs.column_stride) == 1 && step_of_lines % 4 == 0 &&
                         (across ? pairs.rows : pairs.columns) % 4 == 0 && pairs.batch_stride % 4 == 0 &&
-                        is_vector_aligned(pairs.matrix);
+                        reinterpret_cast<uintptr_t>(pairs.matrix) % 16 == 0;
   if (across)
     return by_quads ? launch_half_step<true, true>(step, stream) : launch_half_step<true, false>(step, stream);
   return by_quads ? launch_half_step<false, true>(step, stream) : launch_half_step<false, false>(step, stream);

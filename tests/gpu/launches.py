@@ -38,9 +38,9 @@ def small_block(size: int) -> tuple[int, int]:
     return (128 if size < 32 else 32, 1)
 
 
-def small_bytes(size: int, matrices: int, more: int = 0) -> int:
+def small_bytes(size: int, matrices: int) -> int:
     problems = small_block(size)[0] // min(size, 32)
-    return problems * (matrices * size * (size + 1) + 2 * size + more) * 4
+    return problems * (matrices * size * (size + 1) + 2 * size) * 4
 
 
 ROWS = [
@@ -76,7 +76,10 @@ MALA = [
 ]
 
 SINKHORN = [
-    case("half_step_kernel<MatrixCost>", BLOCK, (64 * (PITCH + 2) + 8) * 4, (32, 32, 40, 32)),
+    case("matrix_half_step_kernel<false, true>", BLOCK, 32 * 8 + (8 + 2048) * 4, (32, 32, 32, 32)),
+    case("matrix_half_step_kernel<true, true>", BLOCK, 8 * 128 * 8 + (8 + 2048) * 4, (32, 32, 32, 32)),
+    case("matrix_half_step_kernel<false, false>", BLOCK, 32 * 8 + (8 + 2048) * 4, (24, 24, 24, 24)),
+    case("matrix_half_step_kernel<true, false>", BLOCK, 8 * 128 * 8 + (8 + 2048) * 4, (24, 24, 24, 24)),
     case("half_step_kernel<SquaredEuclidean>", BLOCK, (64 * (PITCH + 2) + 8) * 4, (32, 24, 16, 16)),
     case("half_step_kernel<Euclidean>", BLOCK, (64 * (PITCH + 2) + 8) * 4, (24, 32, 16, 16)),
     case("product_half_step_kernel", (128, 1), (64 * 152 + 2 * 64 + 4) * 4, (16, 16, 16, 8)),
@@ -88,22 +91,24 @@ SINKHORN = [
     case("prepare_kernel", BLOCK, 8 * 8, (48, 48, 48, 48)),
     case("decide_kernel", BLOCK, 8 * 4, (64, 64, 48, 48)),
     case("finish_kernel", BLOCK, 8 * 8, (40, 40, 40, 40)),
+    case("small_plan_kernel", BLOCK, 0, (64, 64, 64, 48)),
+    case("small_apply_kernel<*", BLOCK, 32 * 33 * 4, (40, 40, 40, 40)),
+    case("small_kernel<Single<4>>", (128, 1), 0, (20, 20, 20, 20)),
+    case("unrolled_kernel<Single<4>>", (128, 1), 0, (16, 16, 12, 12)),
     *(
-        case(f"small_kernel<{size}>", small_block(size), small_bytes(size, 1), warps)
+        case(f"small_kernel<Group<{size}, false>>", small_block(size), small_bytes(size, 1), warps)
         for size, warps in {
-            4: (36, 32, 32, 32),
-            8: (36, 32, 36, 36),
-            16: (32, 36, 36, 32),
-            32: (28, 32, 32, 16),
-            64: (8, 12, 12, 5),
+            8: (36, 36, 36, 36),
+            16: (36, 32, 36, 32),
+            32: (28, 28, 28, 16),
+            64: (9, 12, 12, 5),
         }.items()
     ),
     *(
-        case(f"unrolled_kernel<{size}>", small_block(size), small_bytes(size, 3, 2 * size), warps)
+        case(f"unrolled_kernel<Group<{size}, true>>", small_block(size), small_bytes(size, 3), warps)
         for size, warps in {
-            4: (36, 32, 40, 36),
-            8: (32, 32, 32, 24),
-            16: (20, 28, 28, 12),
+            8: (28, 28, 28, 24),
+            16: (20, 20, 20, 12),
             32: (11, 16, 16, 7),
             64: (3, 4, 4, 1),
         }.items()
