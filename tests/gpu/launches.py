@@ -79,7 +79,7 @@ SINKHORN = [
     case("matrix_half_step_kernel<false, true>", BLOCK, 32 * 8 + (8 + 2048) * 4, (32, 32, 32, 32)),
     case("matrix_half_step_kernel<true, true>", BLOCK, 8 * 128 * 8 + (8 + 2048) * 4, (32, 32, 32, 32)),
     case("matrix_half_step_kernel<false, false>", BLOCK, 32 * 8 + (8 + 2048) * 4, (24, 24, 24, 24)),
-    case("matrix_half_step_kernel<true, false>", BLOCK, 8 * 128 * 8 + (8 + 2048) * 4, (24, 24, 24, 24)),
+    case("matrix_half_step_kernel<true, false>", BLOCK, 8 * 128 * 8 + (8 + 2048) * 4, (32, 32, 24, 24)),
     case("half_step_kernel<SquaredEuclidean>", BLOCK, (64 * (PITCH + 2) + 8) * 4, (32, 24, 16, 16)),
     case("half_step_kernel<Euclidean>", BLOCK, (64 * (PITCH + 2) + 8) * 4, (24, 32, 16, 16)),
     case("product_half_step_kernel", (128, 1), (64 * 152 + 2 * 64 + 4) * 4, (16, 16, 16, 8)),
@@ -90,9 +90,9 @@ SINKHORN = [
     case("squares_kernel", WARP, 0, (64, 64, 64, 48)),
     case("prepare_kernel", BLOCK, 8 * 8, (48, 48, 48, 48)),
     case("decide_kernel", BLOCK, 8 * 4, (64, 64, 48, 48)),
-    case("finish_kernel", BLOCK, 8 * 8, (40, 40, 40, 40)),
+    case("finish_kernel", BLOCK, 8 * 8, (40, 40, 32, 32)),
     case("small_plan_kernel", BLOCK, 0, (64, 64, 64, 48)),
-    case("small_apply_kernel<*", BLOCK, 32 * 33 * 4, (40, 40, 40, 40)),
+    case("small_apply_kernel<*", BLOCK, 32 * 33 * 4, (48, 48, 32, 32)),
     case("small_kernel<Single<4>>", (128, 1), 0, (20, 20, 20, 20)),
     case("unrolled_kernel<Single<4>>", (128, 1), 0, (16, 16, 12, 12)),
     *(
@@ -109,7 +109,7 @@ SINKHORN = [
         for size, warps in {
             8: (28, 28, 28, 24),
             16: (20, 20, 20, 12),
-            32: (11, 16, 16, 7),
+            32: (12, 16, 16, 7),
             64: (3, 4, 4, 1),
         }.items()
     ),
