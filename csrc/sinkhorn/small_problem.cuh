@@ -295,6 +295,7 @@ class Group : public Place<(K < kWarp ? K : kWarp), (K < kWarp ? 1 : K / kWarp)>
   __device__ __forceinline__ void share(const Line& offsets) const {
     __syncwarp();
     this->each_line([&](int u, int i) { offsets_[i] = offsets.value[u]; });
+    __syncwarp();
   }
   __device__ __forceinline__ void share(const Line& offsets, const Line& marginal) const {
     __syncwarp();
@@ -302,13 +303,14 @@ class Group : public Place<(K < kWarp ? K : kWarp), (K < kWarp ? 1 : K / kWarp)>
     share(offsets);
   }
 
-  // Of lines `next` apart, with pairs `step` apart. One line after the other: two at once would take twice the
-  // registers.
+  // Of a line whose pairs are `step` apart. Without gradients one line after the other: two at once take registers that
+  // more problems can have.
   __device__ __forceinline__ void scores(const float* costs, int step, float factor, float (&score)[K]) const {
-    __syncwarp();
+    if constexpr (Base::kLines > 1 && !kGradients) __syncwarp();
 #pragma unroll
     for (int k = 0; k < K; ++k) score[k] = fmaf(factor, costs[k * step], offsets_[k]);
   }
+  // Of lines `next` apart.
   __device__ __forceinline__ Line sums(int step, int next, const Line& offsets, float factor) const {
     share(offsets);
     Line result;
@@ -328,11 +330,8 @@ class Group : public Place<(K < kWarp ? K : kWarp), (K < kWarp ? 1 : K / kWarp)>
       scores(costs_ + i * next, step, factor, score);
       pull(score, marginals_, upstream.value[u]);
 #pragma unroll
-      for (int k = 0; k < K; ++k) {
-        const int at = i * next + k * step;
-        last[at] = score[k];
-        gradients[at] = fmaf(marginals_[k], score[k], gradients[at]);
-      }
+      for (int k = 0; k < K; ++k) last[i * next + k * step] = score[k];
+      add_to(gradients + i * next, step, score);
     });
     __syncwarp();
     Line across;
@@ -341,6 +340,18 @@ class Group : public Place<(K < kWarp ? K : kWarp), (K < kWarp ? 1 : K / kWarp)>
       for (int k = 0; k < K; ++k) across.value[u] += last[i * step + k * next];
     });
     return across;
+  }
+
+  // By eights, which are read before one is written.
+  __device__ __forceinline__ void add_to(float* gradients, int step, const float (&terms)[K]) const {
+#pragma unroll
+    for (int first = 0; first < K; first += 8) {
+      float sum[8];
+#pragma unroll
+      for (int k = 0; k < 8; ++k) sum[k] = fmaf(marginals_[first + k], terms[first + k], gradients[(first + k) * step]);
+#pragma unroll
+      for (int k = 0; k < 8; ++k) gradients[(first + k) * step] = sum[k];
+    }
   }
 
   float *offsets_, *marginals_, *costs_;
