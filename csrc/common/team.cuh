@@ -23,6 +23,31 @@ struct Plus {
   }
 };
 
+// A warp alone, of which a block may hold several.
+class Warp {
+ public:
+  __device__ __forceinline__ unsigned rank() const { return threadIdx.x % kWarp; }
+  __device__ __forceinline__ unsigned size() const { return kWarp; }
+  __device__ __forceinline__ bool first() const { return rank() == 0; }
+  __device__ __forceinline__ void wait() const { __syncwarp(); }
+
+  template <typename T, typename Combine>
+  __device__ __forceinline__ T all(T value, const Combine& combine) const {
+    return over_lanes<kWarp>(value, combine);
+  }
+
+  template <typename T>
+  __device__ __forceinline__ T all_sum(T value) const {
+    return all(value, Plus{});
+  }
+
+  template <int kCount>
+  __device__ __forceinline__ void all_sums(uint32_t (&counts)[kCount]) const {
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) counts[j] = __reduce_add_sync(0xffffffffu, counts[j]);
+  }
+};
+
 class Team {
  public:
   static constexpr int kMostWarps = 32;
@@ -36,6 +61,7 @@ class Team {
 
   template <typename Function>
   __device__ __forceinline__ void each(int64_t n, const Function& f) const {
+#pragma unroll 4
     for (int64_t i = rank(); i < n; i += size()) f(i);
     wait();
   }
@@ -57,6 +83,42 @@ class Team {
   template <typename T>
   __device__ __forceinline__ T all_sum(T value) const {
     return all(value, Plus{});
+  }
+
+  // Of kCount numbers at once; of four there is room for 16 warps.
+  template <int kCount>
+  __device__ __forceinline__ void all_sums(uint32_t (&counts)[kCount]) const {
+    const Warp warp;
+    warp.all_sums(counts);
+    if (blockDim.x == kWarp) return;
+    uint32_t* of_warps = static_cast<uint32_t*>(shared_);
+    if (warp.first()) {
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) of_warps[threadIdx.x / kWarp * kCount + j] = counts[j];
+    }
+    __syncthreads();
+    const bool has_one = warp.rank() < blockDim.x / kWarp;
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) counts[j] = has_one ? of_warps[warp.rank() * kCount + j] : 0u;
+    warp.all_sums(counts);
+    __syncthreads();
+  }
+
+  // Of a number that is the same for the lanes of a warp, the sum over the warps before; `total` becomes that of all.
+  __device__ __forceinline__ uint32_t warps_before(uint32_t value, uint32_t& total) const {
+    total = value;
+    if (blockDim.x == kWarp) return 0;
+    uint32_t* of_warps = static_cast<uint32_t*>(shared_);
+    if (threadIdx.x % kWarp == 0) of_warps[threadIdx.x / kWarp] = value;
+    __syncthreads();
+    uint32_t before = 0;
+    total = 0;
+    for (unsigned warp = 0; warp < blockDim.x / kWarp; ++warp) {
+      if (warp == threadIdx.x / kWarp) before = total;
+      total += of_warps[warp];
+    }
+    __syncthreads();
+    return before;
   }
 
   // The sum over the threads before this one; `total` becomes that of all.
@@ -83,6 +145,7 @@ class Team {
   template <typename Function>
   __device__ __forceinline__ double sum(int64_t n, const Function& f) const {
     double total = 0.0;
+#pragma unroll 4
     for (int64_t i = rank(); i < n; i += size()) total += f(i);
     return all_sum(total);
   }

@@ -312,6 +312,11 @@ T __shfl_up_sync(unsigned mask, T value, int lanes) {
   return emulator::shuffle(mask, value, lane >= lanes ? lane - lanes : lane);
 }
 
+template <typename T>
+T __shfl_sync(unsigned mask, T value, int lane) {
+  return emulator::shuffle(mask, value, lane % emulator::kWarp);
+}
+
 inline void __syncwarp() {
   using namespace emulator;
   ordered(machine.block->warp_barriers[machine.current / kWarp], &Fiber::warp_barriers,
@@ -329,6 +334,13 @@ inline unsigned __ballot_sync(unsigned mask, bool value) {
   for (int lanes = emulator::kWarp / 2; lanes > 0; lanes /= 2) bits |= __shfl_xor_sync(mask, bits, lanes);
   return bits;
 }
+
+inline uint32_t __reduce_add_sync(unsigned mask, uint32_t value) {
+  for (int lanes = emulator::kWarp / 2; lanes > 0; lanes /= 2) value += __shfl_xor_sync(mask, value, lanes);
+  return value;
+}
+
+inline int __popc(unsigned bits) { return std::popcount(bits); }
 
 inline uint4 __ldg(const uint4* address) { return emulator::load(address); }
 inline uint4 __ldcs(const uint4* address) { return emulator::load(address); }

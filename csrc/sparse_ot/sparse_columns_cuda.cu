@@ -1,0 +1,242 @@
+// An evaluation of sparse_ot on CUDA: the cut of a column is found by a warp that holds it in registers, or by a block
+// with what matters of it in shared memory; 8 warps sum 32 rows.
+#include "simplex_topk/gather.cuh"
+#include "sparse_ot/sparse_ot_launch.h"
+
+namespace tilewise {
+namespace {
+
+constexpr int kRows = kWarp;         // of a block that sums rows
+constexpr int kParts = 8;            // its warps, each with every eighth column
+constexpr int kGatherThreads = 256;  // of a part, each with one batch of loads
+constexpr int64_t kSample = 8192;    // scores that a guess is from
+constexpr int64_t kRuns = kSample / kWarp;
+static_assert(kPart == kGatherThreads * kAtOnce);
+
+__device__ __forceinline__ Scores scores_of(const SparseColumns<float>& call, int64_t problem, int64_t column) {
+  return {call.alpha + problem * call.alpha_stride, call.costs + (problem * call.columns + column) * call.rows};
+}
+
+__device__ __forceinline__ Cut cut_of(const SparseCut& cut) {
+  return {cut.level, cut.equal, cut.top, cut.below, cut.last, 0};
+}
+
+__device__ __forceinline__ Target target_of(const SparseColumns<float>& call, float level) {
+  return {static_cast<Count>(call.k), call.gamma * level, call.dual, -level};
+}
+
+// A level that more than k scores, but not many more, are above, as far as a sample of the column tells: runs of 32.
+__global__ void __launch_bounds__(kLongThreads) sparse_guess_kernel(const __grid_constant__ SparseSearch search) {
+  const SparseColumns<float>& call = search.call.columns;
+  const int64_t at = flat_block(), problem = at / call.columns;
+  if (problem >= call.batch) return;
+  const Team team(dynamic_shared());
+  const Scores scores = scores_of(call, problem, at % call.columns);
+  float* room = room_of(dynamic_shared());
+  team.each(kSample, [&](int64_t i) { room[i] = scores(call.rows * (i / kWarp) / kRuns + i % kWarp); });
+  const InMemory sample{team, {room, nullptr}, kSample};
+  const int64_t twice = 2 * call.k, middle = (call.k + kRoom) / 2;
+  const Count rank = static_cast<Count>((twice < middle ? twice : middle) * kSample / call.rows + 8);
+  Bracket bracket = bracket_of(team, sample, range_of(team, sample), -infinity<float>());
+  narrow(team, sample, rank, rank + rank / 4, bracket);
+  if (team.first()) search.cuts[at].hint = bracket.low;
+}
+
+// What is above the hint, or NaN.
+__global__ void __launch_bounds__(kGatherThreads) sparse_gather_kernel(const __grid_constant__ SparseSearch search) {
+  const SparseColumns<float>& call = search.call.columns;
+  const int64_t columns = call.batch * call.columns, parts = parts_of(call);
+  const int64_t at = flat_block() % columns, part = flat_block() / columns, problem = at / call.columns;
+  if (part >= parts || ended(search, problem)) return;
+  const float hint = search.cuts[at].hint;
+  float* gathered = search.gathered + (at * parts + part) * kPart;
+  const int64_t begin = part * kPart, end = begin + kPart < call.rows ? begin + kPart : call.rows;
+  const Team team(dynamic_shared());
+  const Count count = gather(
+      team, scores_of(call, problem, at % call.columns), begin, end, [=](float s, int64_t) { return !(s <= hint); },
+      [=](Count place, float s, int64_t) { gathered[place] = s; });
+  if (team.first()) search.counts[at * parts + part] = count;
+}
+
+// What a column's parts have gathered, to `room` in order: how many, or 0 where that is not all that matters.
+__device__ __forceinline__ Count joined(const Team& team, const SparseSearch& search, int64_t at, const Target& target,
+                                        float* room) {
+  if (search.gathered == nullptr) return 0;
+  const unsigned lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  const int64_t parts = parts_of(search.call.columns);
+  const uint32_t* counts = search.counts + at * parts;
+  const float* gathered = search.gathered + at * parts * kPart;
+  Count count = 0;
+  for (int64_t base = 0; base < parts; base += kWarp) {
+    const Count of_lane = base + lane < parts ? counts[base + lane] : 0;
+    for (unsigned part = 0; part < kWarp; ++part) {
+      const Count here = __shfl_sync(0xffffffffu, of_lane, part);
+      if (part % warps == warp && count + here <= kRoom) {
+        const float* from = gathered + (base + part) * kPart;
+#pragma unroll 4
+        for (Count i = lane; i < here; i += kWarp) room[count + i] = from[i];
+      }
+      count += here;
+    }
+  }
+  team.wait();
+  if (count == 0 || count > kRoom) return 0;
+  if (count >= target.k) return count;
+  const float top = range_of(team, InMemory{team, {room, nullptr}, count}).top;
+  return search.cuts[at].hint <= lowest(target, top) ? count : 0;
+}
+
+template <typename Team, typename Source>
+__device__ __forceinline__ void put_cut(const Team& team, const Source& source, const SparseSearch& search, int64_t at,
+                                        float level, const Cut& cut) {
+  const SparseColumns<float>& call = search.call.columns;
+  float squares = 0.0f, mass = 0.0f;
+  const auto add = [&](float s, float times) {
+    const float above = s - cut.top - cut.below;
+    const float entry = above > 0.0f ? above / call.gamma : 0.0f;
+    squares += times * entry * entry;
+    mass += times * entry;
+  };
+  source.pass([&](float s) {
+    if (s > cut.level) add(s, 1.0f);
+  });
+  squares = team.all_sum(squares);
+  mass = team.all_sum(mass);
+  add(cut.equal, static_cast<float>(cut.quota));  // not NaN
+  team.wait();                                    // the level of all threads and beta may be the same number
+  if (!team.first()) return;
+  const float hint = cut.level - fmaxf(cut.top - cut.level, 0.0f) / 16.0f;
+  search.cuts[at] = {cut.level, cut.equal, cut.top, cut.below, cut.last, squares, mass, hint};
+  call.beta[at] = call.dual && cut.top == cut.top ? level : -(cut.top + cut.below);
+}
+
+template <int kCount>
+__global__ void __launch_bounds__(256) sparse_cut_kernel(const __grid_constant__ SparseSearch search) {
+  const SparseColumns<float>& call = search.call.columns;
+  const int64_t at = flat_block() * blockDim.y + threadIdx.y;
+  const int64_t problem = at / call.columns, column = at % call.columns;
+  if (problem >= call.batch || ended(search, problem)) return;
+  const float level = call.level[problem * call.level_stride + column];
+  const Scores scores = scores_of(call, problem, column);
+  const InRegisters<kCount> held(scores, call.rows);
+  const Cut cut = find_cut(Warp(), held, target_of(call, level), scores, call.rows);
+  put_cut(Warp(), held, search, at, level, cut);
+}
+
+__global__ void __launch_bounds__(kLongThreads) sparse_long_cut_kernel(const __grid_constant__ SparseSearch search) {
+  const SparseColumns<float>& call = search.call.columns;
+  const int64_t at = flat_block(), problem = at / call.columns, column = at % call.columns;
+  if (problem >= call.batch || ended(search, problem)) return;
+  const Team team(dynamic_shared());
+  const float level = call.level[problem * call.level_stride + column];
+  const Scores scores = scores_of(call, problem, column);
+  const Target target = target_of(call, level);
+  float* room = room_of(dynamic_shared());
+  const Count count = joined(team, search, at, target, room);
+  const InMemory source =
+      count > 0 ? InMemory{team, {room, nullptr}, count} : staged(team, scores, call.rows, target, room);
+  put_cut(team, source, search, at, level, find_cut(team, source, target, scores, call.rows));
+}
+
+// With a step of Adam, where one is taken: only the block that sums a row reads its alpha.
+__global__ void __launch_bounds__(kRows* kParts) sparse_rows_kernel(const __grid_constant__ SparseSearch search) {
+  const SparseColumns<float>& call = search.call.columns;
+  const int64_t tiles = (call.rows + kRows - 1) / kRows;
+  const int64_t problem = flat_block() / tiles, row = flat_block() % tiles * kRows + threadIdx.x;
+  if (problem >= call.batch || ended(search, problem)) return;
+  float* parts = static_cast<float*>(dynamic_shared());
+  float sum = 0.0f;
+  if (row < call.rows) {
+    const float alpha = call.alpha[problem * call.alpha_stride + row];
+    const float* costs = call.costs + problem * call.columns * call.rows + row;
+    const SparseCut* cuts = search.cuts + problem * call.columns;
+#pragma unroll 8
+    for (int64_t j = threadIdx.y; j < call.columns; j += kParts)
+      sum += cut_of(cuts[j]).mass(alpha - costs[j * call.rows], row);
+  }
+  parts[threadIdx.y * kRows + threadIdx.x] = sum;
+  __syncthreads();
+  if (threadIdx.y != 0 || row >= call.rows) return;
+  for (int part = 1; part < kParts; ++part) sum += parts[part * kRows + threadIdx.x];
+  sum /= call.gamma;
+  call.row_sums[problem * call.row_stride + row] = sum;
+  if (search.first_left == 0.0f) return;
+  float* moments = search.vectors + problem * 2 * call.rows + row;
+  const int64_t at = problem * call.rows + row;
+  search.call.alpha[at] -= adam_step(sum - search.call.a[at], moments[0], moments[call.rows], search.first_left,
+                                     search.second_left, search.call.rate);
+}
+
+// The entries of a column in the order of their rows, and its margin.
+__global__ void __launch_bounds__(kLongThreads) sparse_lists_kernel(const __grid_constant__ SparseSearch search) {
+  const SparseColumns<float>& call = search.call.columns;
+  const int64_t at = flat_block() * blockDim.y + threadIdx.y;
+  const int64_t problem = at / call.columns;
+  if (problem >= call.batch) return;
+  const Team team(dynamic_shared());
+  const Cut cut = cut_of(search.cuts[at]);
+  float* values = call.values + at * call.k;
+  int64_t* indices = call.indices + at * call.k;
+  Count kept[] = {0};
+  float last = infinity<float>(), following = -infinity<float>();
+  const auto looks = [&](float s, int64_t i) {
+    const bool keeps = cut.keeps(s, i);
+    last = fminf(last, keeps ? s : infinity<float>());
+    following = fmaxf(following, keeps ? -infinity<float>() : s);
+    kept[0] += keeps;
+    return cut.mass(s, i) / call.gamma > 0.0f;
+  };
+  const auto takes = [&](Count place, float s, int64_t i) {
+    values[place] = cut.mass(s, i) / call.gamma;
+    indices[place] = i;
+  };
+  const Count count = gather(team, scores_of(call, problem, at % call.columns), 0, call.rows, looks, takes);
+  for (int64_t i = count + team.rank(); i < call.k; i += team.size()) values[i] = 0.0f, indices[i] = 0;
+  if (call.margin == nullptr) return;
+  last = team.all(last, [](float a, float b) { return fminf(a, b); });
+  following = team.all(following, [](float a, float b) { return fmaxf(a, b); });
+  team.all_sums(kept);
+  if (team.first())
+    call.margin[at] = kept[0] == call.k && following > cut.top + cut.below ? last - following : infinity<float>();
+}
+
+const char* launch_columns(void (*kernel)(SparseSearch), const SparseSearch& search, dim3 block, size_t shared,
+                           void* stream) {
+  const SparseColumns<float>& call = search.call.columns;
+  return launch(kernel, flat_grid(team_blocks(call.batch * call.columns, block)), block, shared, stream, search);
+}
+
+}  // namespace
+
+const char* sparse_guess_cuda(const SparseSearch& search, void* stream) {
+  return launch_columns(sparse_guess_kernel, search, dim3(kLongThreads), long_bytes(kSample), stream);
+}
+
+const char* sparse_gather_cuda(const SparseSearch& search, void* stream) {
+  const SparseColumns<float>& call = search.call.columns;
+  return launch(sparse_gather_kernel, flat_grid(call.batch * call.columns * parts_of(call)), dim3(kGatherThreads),
+                kTeamBytes, stream, search);
+}
+
+const char* sparse_cut_cuda(const SparseSearch& search, void* stream) {
+  const int64_t rows = search.call.columns.rows;
+  if (rows > kMostInRegisters)
+    return launch_columns(sparse_long_cut_kernel, search, dim3(kLongThreads), long_bytes(rows), stream);
+  return with_registers(
+      rows, [&](auto count) { return launch_columns(sparse_cut_kernel<count>, search, dim3(kWarp, 8), 0, stream); });
+}
+
+const char* sparse_rows_cuda(const SparseSearch& search, void* stream) {
+  const SparseColumns<float>& call = search.call.columns;
+  const int64_t blocks = call.batch * ((call.rows + kRows - 1) / kRows);
+  return launch(sparse_rows_kernel, flat_grid(blocks), dim3(kRows, kParts), kRows * kParts * sizeof(float), stream,
+                search);
+}
+
+const char* sparse_lists_cuda(const SparseSearch& search, void* stream) {
+  const bool is_long = search.call.columns.rows > kMostInRegisters;
+  const dim3 block = is_long ? dim3(kLongThreads) : dim3(kWarp, 8);
+  return launch_columns(sparse_lists_kernel, search, block, kTeamBytes, stream);
+}
+
+}  // namespace tilewise
