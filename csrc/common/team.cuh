@@ -111,14 +111,14 @@ class Team {
     uint32_t* of_warps = static_cast<uint32_t*>(shared_);
     if (threadIdx.x % kWarp == 0) of_warps[threadIdx.x / kWarp] = value;
     __syncthreads();
-    uint32_t before = 0;
-    total = 0;
-    for (unsigned warp = 0; warp < blockDim.x / kWarp; ++warp) {
-      if (warp == threadIdx.x / kWarp) before = total;
-      total += of_warps[warp];
-    }
+    const Warp warp;
+    const unsigned before = threadIdx.x / kWarp;
+    const uint32_t of_lane = warp.rank() < blockDim.x / kWarp ? of_warps[warp.rank()] : 0u;
+    uint32_t sums[] = {of_lane, warp.rank() < before ? of_lane : 0u};
+    warp.all_sums(sums);
     __syncthreads();
-    return before;
+    total = sums[0];
+    return sums[1];
   }
 
   // The sum over the threads before this one; `total` becomes that of all.

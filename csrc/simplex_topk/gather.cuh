@@ -6,7 +6,7 @@
 namespace tilewise {
 
 constexpr int kLongThreads = 512;
-constexpr int kAtOnce = 8;  // loads of a thread that are under way
+constexpr int kAtOnce = 16;  // loads of a thread that are under way
 
 inline size_t long_bytes(int64_t size) {
   return kTeamBytes + static_cast<size_t>(size < kRoom ? size : kRoom) * sizeof(float);
@@ -23,15 +23,15 @@ __device__ __forceinline__ Count gather(const Team& team, const Scores& scores, 
   Count taken = 0;
   for (int64_t base = begin; base < end; base += kAtOnce * team.size()) {
     const int64_t first = base + warp * (kAtOnce * kWarp) + lane;
+    const int left = static_cast<int>(end - first < kAtOnce * kWarp ? end - first : kAtOnce * kWarp);
     float s[kAtOnce];
 #pragma unroll
-    for (int j = 0; j < kAtOnce; ++j) s[j] = first + j * kWarp < end ? scores(first + j * kWarp) : 0.0f;
+    for (int j = 0; j < kAtOnce; ++j) s[j] = j * kWarp < left ? scores(first + j * kWarp) : 0.0f;
     unsigned wanted[kAtOnce];
     Count of_warp = 0, of_all;
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) {
-      const int64_t i = first + j * kWarp;
-      wanted[j] = __ballot_sync(0xffffffffu, i < end && wants(s[j], i));
+      wanted[j] = __ballot_sync(0xffffffffu, j * kWarp < left && wants(s[j], first + j * kWarp));
       of_warp += __popc(wanted[j]);
     }
     Count place = taken + team.warps_before(of_warp, of_all);

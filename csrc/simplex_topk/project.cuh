@@ -84,7 +84,9 @@ struct Cut {
   int64_t last;
   Count quota;
 
-  __device__ __forceinline__ bool keeps(float s, int64_t i) const { return s > level || (s == equal && i <= last); }
+  __device__ __forceinline__ bool keeps(float s, int64_t i) const {  // without a branch
+    return (s > level) | ((s == equal) & (i <= last));
+  }
   __device__ __forceinline__ float mass(float s, int64_t i) const {
     const float above = s - top - below;
     return keeps(s, i) && above > 0.0f ? above : 0.0f;
@@ -173,6 +175,7 @@ __device__ __forceinline__ int64_t index_of(const Team& team, const Scores& scor
   while (first < last) {
     const int64_t middle = (first + last) / 2;
     Count count[] = {0};
+#pragma unroll 1
     for (int64_t i = first + team.rank(); i <= middle; i += team.size()) count[0] += scores(i) == equal;
     team.all_sums(count);
     if (count[0] >= quota) {

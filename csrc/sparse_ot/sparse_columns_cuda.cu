@@ -8,7 +8,8 @@ namespace {
 
 constexpr int kRows = kWarp;         // of a block that sums rows
 constexpr int kParts = 8;            // its warps, each with every eighth column
-constexpr int kGatherThreads = 256;  // of a part, each with one batch of loads
+constexpr int kGatherThreads = 128;  // of a part, each with one batch of loads
+constexpr int64_t kMostY = 65535;    // blocks along y
 constexpr int64_t kSample = 8192;    // scores that a guess is from
 constexpr int64_t kRuns = kSample / kWarp;
 static_assert(kPart == kGatherThreads * kAtOnce);
@@ -18,11 +19,17 @@ __device__ __forceinline__ Scores scores_of(const SparseColumns<float>& call, in
 }
 
 __device__ __forceinline__ Cut cut_of(const SparseCut& cut) {
-  return {cut.level, cut.equal, cut.top, cut.below, cut.last, 0};
+  const SparseCut::Levels levels = cut.levels;
+  return {levels.level, levels.equal, levels.top, levels.below, cut.last, 0};
 }
 
 __device__ __forceinline__ Target target_of(const SparseColumns<float>& call, float level) {
   return {static_cast<Count>(call.k), call.gamma * level, call.dual, -level};
+}
+
+template <int kOfLane>
+TILEWISE_FN int64_t tiles_of(const SparseColumns<float>& call) {
+  return (call.rows + kRows * kOfLane - 1) / (kRows * kOfLane);
 }
 
 // A level that more than k scores, but not many more, are above, as far as a sample of the column tells: runs of 32.
@@ -42,20 +49,22 @@ __global__ void __launch_bounds__(kLongThreads) sparse_guess_kernel(const __grid
   if (team.first()) search.cuts[at].hint = bracket.low;
 }
 
-// What is above the hint, or NaN.
+// What is above the hint, or NaN. Long as columns are, their number is one of 32 bits.
 __global__ void __launch_bounds__(kGatherThreads) sparse_gather_kernel(const __grid_constant__ SparseSearch search) {
   const SparseColumns<float>& call = search.call.columns;
-  const int64_t columns = call.batch * call.columns, parts = parts_of(call);
-  const int64_t at = flat_block() % columns, part = flat_block() / columns, problem = at / call.columns;
-  if (part >= parts || ended(search, problem)) return;
+  const int64_t at = blockIdx.x, problem = at / call.columns, parts = parts_of(call);
+  if (ended(search, problem)) return;
   const float hint = search.cuts[at].hint;
-  float* gathered = search.gathered + (at * parts + part) * kPart;
-  const int64_t begin = part * kPart, end = begin + kPart < call.rows ? begin + kPart : call.rows;
+  const Scores scores = scores_of(call, problem, at % call.columns);
   const Team team(dynamic_shared());
-  const Count count = gather(
-      team, scores_of(call, problem, at % call.columns), begin, end, [=](float s, int64_t) { return !(s <= hint); },
-      [=](Count place, float s, int64_t) { gathered[place] = s; });
-  if (team.first()) search.counts[at * parts + part] = count;
+  for (int64_t part = blockIdx.y; part < parts; part += gridDim.y) {
+    float* gathered = search.gathered + (at * parts + part) * kPart;
+    const int64_t begin = part * kPart, end = begin + kPart < call.rows ? begin + kPart : call.rows;
+    const Count count = gather(
+        team, scores, begin, end, [=](float s, int64_t) { return !(s <= hint); },
+        [=](Count place, float s, int64_t) { gathered[place] = s; });
+    if (team.first()) search.counts[at * parts + part] = count;
+  }
 }
 
 // What a column's parts have gathered, to `room` in order: how many, or 0 where that is not all that matters.
@@ -106,7 +115,7 @@ __device__ __forceinline__ void put_cut(const Team& team, const Source& source, 
   team.wait();                                    // the level of all threads and beta may be the same number
   if (!team.first()) return;
   const float hint = cut.level - fmaxf(cut.top - cut.level, 0.0f) / 16.0f;
-  search.cuts[at] = {cut.level, cut.equal, cut.top, cut.below, cut.last, squares, mass, hint};
+  search.cuts[at] = {{cut.level, cut.equal, cut.top, cut.below}, cut.last, squares, mass, hint};
   call.beta[at] = call.dual && cut.top == cut.top ? level : -(cut.top + cut.below);
 }
 
@@ -123,7 +132,7 @@ __global__ void __launch_bounds__(256) sparse_cut_kernel(const __grid_constant__
   put_cut(Warp(), held, search, at, level, cut);
 }
 
-__global__ void __launch_bounds__(kLongThreads) sparse_long_cut_kernel(const __grid_constant__ SparseSearch search) {
+__global__ void __launch_bounds__(kLongThreads, 1) sparse_long_cut_kernel(const __grid_constant__ SparseSearch search) {
   const SparseColumns<float>& call = search.call.columns;
   const int64_t at = flat_block(), problem = at / call.columns, column = at % call.columns;
   if (problem >= call.batch || ended(search, problem)) return;
@@ -138,32 +147,44 @@ __global__ void __launch_bounds__(kLongThreads) sparse_long_cut_kernel(const __g
   put_cut(team, source, search, at, level, find_cut(team, source, target, scores, call.rows));
 }
 
-// With a step of Adam, where one is taken: only the block that sums a row reads its alpha.
+// Lane x has rows x, x + kRows, .. of a tile. With a step of Adam, where one is taken: only the block that sums a row
+// reads its alpha.
+template <int kOfLane>
 __global__ void __launch_bounds__(kRows* kParts) sparse_rows_kernel(const __grid_constant__ SparseSearch search) {
   const SparseColumns<float>& call = search.call.columns;
-  const int64_t tiles = (call.rows + kRows - 1) / kRows;
-  const int64_t problem = flat_block() / tiles, row = flat_block() % tiles * kRows + threadIdx.x;
+  const int64_t tiles = tiles_of<kOfLane>(call), tile = flat_block() % tiles, problem = flat_block() / tiles;
   if (problem >= call.batch || ended(search, problem)) return;
-  float* parts = static_cast<float*>(dynamic_shared());
-  float sum = 0.0f;
-  if (row < call.rows) {
-    const float alpha = call.alpha[problem * call.alpha_stride + row];
-    const float* costs = call.costs + problem * call.columns * call.rows + row;
-    const SparseCut* cuts = search.cuts + problem * call.columns;
-#pragma unroll 8
-    for (int64_t j = threadIdx.y; j < call.columns; j += kParts)
-      sum += cut_of(cuts[j]).mass(alpha - costs[j * call.rows], row);
+  const int64_t first = tile * kRows * kOfLane + threadIdx.x;
+  const float* costs = call.costs + problem * call.columns * call.rows + first;
+  const SparseCut* cuts = search.cuts + problem * call.columns;
+  float alpha[kOfLane], sum[kOfLane] = {};
+#pragma unroll
+  for (int r = 0; r < kOfLane; ++r)
+    alpha[r] = first + r * kRows < call.rows ? call.alpha[problem * call.alpha_stride + first + r * kRows] : 0.0f;
+#pragma unroll 2
+  for (int64_t j = threadIdx.y; j < call.columns; j += kParts) {
+    const Cut cut = cut_of(cuts[j]);
+#pragma unroll
+    for (int r = 0; r < kOfLane; ++r) {
+      const int64_t row = first + r * kRows;
+      if (row < call.rows) sum[r] += cut.mass(alpha[r] - costs[j * call.rows + r * kRows], row);
+    }
   }
-  parts[threadIdx.y * kRows + threadIdx.x] = sum;
+  float* parts = static_cast<float*>(dynamic_shared());  // (kParts, kOfLane, kRows)
+#pragma unroll
+  for (int r = 0; r < kOfLane; ++r) parts[(threadIdx.y * kOfLane + r) * kRows + threadIdx.x] = sum[r];
   __syncthreads();
-  if (threadIdx.y != 0 || row >= call.rows) return;
-  for (int part = 1; part < kParts; ++part) sum += parts[part * kRows + threadIdx.x];
-  sum /= call.gamma;
-  call.row_sums[problem * call.row_stride + row] = sum;
+  const int64_t row = first + threadIdx.y * kRows;
+  if (threadIdx.y >= kOfLane || row >= call.rows) return;
+  float total = 0.0f;
+#pragma unroll
+  for (int part = 0; part < kParts; ++part) total += parts[(part * kOfLane + threadIdx.y) * kRows + threadIdx.x];
+  total /= call.gamma;
+  call.row_sums[problem * call.row_stride + row] = total;
   if (search.first_left == 0.0f) return;
   float* moments = search.vectors + problem * 2 * call.rows + row;
   const int64_t at = problem * call.rows + row;
-  search.call.alpha[at] -= adam_step(sum - search.call.a[at], moments[0], moments[call.rows], search.first_left,
+  search.call.alpha[at] -= adam_step(total - search.call.a[at], moments[0], moments[call.rows], search.first_left,
                                      search.second_left, search.call.rate);
 }
 
@@ -214,8 +235,9 @@ const char* sparse_guess_cuda(const SparseSearch& search, void* stream) {
 
 const char* sparse_gather_cuda(const SparseSearch& search, void* stream) {
   const SparseColumns<float>& call = search.call.columns;
-  return launch(sparse_gather_kernel, flat_grid(call.batch * call.columns * parts_of(call)), dim3(kGatherThreads),
-                kTeamBytes, stream, search);
+  const int64_t columns = call.batch * call.columns, parts = parts_of(call);
+  const dim3 grid(static_cast<unsigned>(columns), static_cast<unsigned>(parts < kMostY ? parts : kMostY));
+  return launch(sparse_gather_kernel, grid, dim3(kGatherThreads), kTeamBytes, stream, search);
 }
 
 const char* sparse_cut_cuda(const SparseSearch& search, void* stream) {
@@ -228,9 +250,13 @@ const char* sparse_cut_cuda(const SparseSearch& search, void* stream) {
 
 const char* sparse_rows_cuda(const SparseSearch& search, void* stream) {
   const SparseColumns<float>& call = search.call.columns;
-  const int64_t blocks = call.batch * ((call.rows + kRows - 1) / kRows);
-  return launch(sparse_rows_kernel, flat_grid(blocks), dim3(kRows, kParts), kRows * kParts * sizeof(float), stream,
-                search);
+  constexpr int64_t kMany = 32768;  // rows, which keep all multiprocessors busy by fours
+  const auto launch_rows = [&](void (*kernel)(SparseSearch), int of_lane, int64_t tiles) {
+    const size_t shared = kRows * kParts * of_lane * sizeof(float);
+    return launch(kernel, flat_grid(call.batch * tiles), dim3(kRows, kParts), shared, stream, search);
+  };
+  return call.batch * call.rows < kMany ? launch_rows(sparse_rows_kernel<1>, 1, tiles_of<1>(call))
+                                        : launch_rows(sparse_rows_kernel<4>, 4, tiles_of<4>(call));
 }
 
 const char* sparse_lists_cuda(const SparseSearch& search, void* stream) {

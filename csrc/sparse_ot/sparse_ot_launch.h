@@ -12,12 +12,15 @@
 
 namespace tilewise {
 
-// Of one column: its cut (simplex_topk/project.cuh) and the sums over its entries.
+// Of one column: its cut (simplex_topk/project.cuh) and the sums over its entries. What every row reads is one vector.
 struct SparseCut {
-  float level;
-  float equal;
-  float top;
-  float below;
+  struct alignas(16) Levels {
+    float level;
+    float equal;
+    float top;
+    float below;
+  };
+  Levels levels;
   int64_t last;
   double squares;
   double mass;

@@ -11,8 +11,9 @@ struct Size {
   int64_t batch, rows, columns, k;
 };
 constexpr std::array kSizes = {
-    Size{0, 20, 7, 3},   Size{1, 1, 1, 1},    Size{2, 20, 7, 10},
-    Size{2, 70, 33, 35}, Size{1, 40, 33, 40}, Size{2, 1100, 2, 600},
+    Size{0, 20, 7, 3},        Size{1, 1, 1, 1},      Size{2, 20, 7, 10},     Size{2, 70, 33, 35},
+    Size{1, 40, 33, 40},      Size{2, 1100, 2, 600}, Size{1, 26000, 2, 900},  // gathered
+    Size{1, 26000, 1, 13000},
 };
 constexpr int64_t kMethods = 3, kDual = 1;
 
@@ -37,7 +38,8 @@ SparseCall sparse_call(Memory& memory, const Size& size, int64_t method) {
 }  // namespace
 
 void simplex_topk_calls() {
-  for (const auto& [rows, columns] : {std::pair<int64_t, int64_t>{0, 40}, {1, 1}, {9, 40}, {9, 200}, {2, 1500}}) {
+  for (const auto& [rows, columns] :
+       {std::pair<int64_t, int64_t>{0, 40}, {1, 1}, {9, 40}, {9, 200}, {2, 1500}, {1, 26000}}) {
     Memory memory;
     const int64_t k = std::min<int64_t>(columns, 5);
     const float* x = memory.numbers(rows * columns);
