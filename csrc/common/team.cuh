@@ -41,10 +41,22 @@ class Warp {
     return all(value, Plus{});
   }
 
+  // Of kCount numbers at once.
   template <int kCount>
   __device__ __forceinline__ void all_sums(uint32_t (&counts)[kCount]) const {
 #pragma unroll
     for (int j = 0; j < kCount; ++j) counts[j] = __reduce_add_sync(0xffffffffu, counts[j]);
+  }
+
+  template <int kCount>
+  __device__ __forceinline__ void all_largest(uint32_t (&numbers)[kCount]) const {
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) numbers[j] = __reduce_max_sync(0xffffffffu, numbers[j]);
+  }
+
+  __device__ __forceinline__ void all_sum(float& sum, uint32_t& count) const {
+    sum = all_sum(sum);
+    count = __reduce_add_sync(0xffffffffu, count);
   }
 };
 
@@ -88,19 +100,25 @@ class Team {
   // Of kCount numbers at once; of four there is room for 16 warps.
   template <int kCount>
   __device__ __forceinline__ void all_sums(uint32_t (&counts)[kCount]) const {
-    const Warp warp;
-    warp.all_sums(counts);
+    over_warps(counts, [](uint32_t(&of_lanes)[kCount]) { Warp().all_sums(of_lanes); });
+  }
+
+  template <int kCount>
+  __device__ __forceinline__ void all_largest(uint32_t (&numbers)[kCount]) const {
+    over_warps(numbers, [](uint32_t(&of_lanes)[kCount]) { Warp().all_largest(of_lanes); });
+  }
+
+  __device__ __forceinline__ void all_sum(float& sum, uint32_t& count) const {
+    Warp().all_sum(sum, count);
     if (blockDim.x == kWarp) return;
-    uint32_t* of_warps = static_cast<uint32_t*>(shared_);
-    if (warp.first()) {
-#pragma unroll
-      for (int j = 0; j < kCount; ++j) of_warps[threadIdx.x / kWarp * kCount + j] = counts[j];
-    }
+    const unsigned warps = blockDim.x / kWarp;
+    float* sums = static_cast<float*>(shared_);
+    uint32_t* counts = static_cast<uint32_t*>(shared_) + warps;
+    if (threadIdx.x % kWarp == 0) sums[threadIdx.x / kWarp] = sum, counts[threadIdx.x / kWarp] = count;
     __syncthreads();
-    const bool has_one = warp.rank() < blockDim.x / kWarp;
-#pragma unroll
-    for (int j = 0; j < kCount; ++j) counts[j] = has_one ? of_warps[warp.rank() * kCount + j] : 0u;
-    warp.all_sums(counts);
+    sum = sums[0];
+    for (unsigned warp = 1; warp < warps; ++warp) sum += sums[warp];
+    count = __reduce_add_sync(0xffffffffu, threadIdx.x % kWarp < warps ? counts[threadIdx.x % kWarp] : 0u);
     __syncthreads();
   }
 
@@ -111,11 +129,10 @@ class Team {
     uint32_t* of_warps = static_cast<uint32_t*>(shared_);
     if (threadIdx.x % kWarp == 0) of_warps[threadIdx.x / kWarp] = value;
     __syncthreads();
-    const Warp warp;
-    const unsigned before = threadIdx.x / kWarp;
-    const uint32_t of_lane = warp.rank() < blockDim.x / kWarp ? of_warps[warp.rank()] : 0u;
-    uint32_t sums[] = {of_lane, warp.rank() < before ? of_lane : 0u};
-    warp.all_sums(sums);
+    const unsigned lane = threadIdx.x % kWarp;
+    const uint32_t of_lane = lane < blockDim.x / kWarp ? of_warps[lane] : 0u;
+    uint32_t sums[] = {of_lane, lane < threadIdx.x / kWarp ? of_lane : 0u};
+    Warp().all_sums(sums);
     __syncthreads();
     total = sums[0];
     return sums[1];
@@ -160,6 +177,24 @@ class Team {
   }
 
  private:
+  // Numbers of the threads to one of all: `of_lanes` does so in a warp, where 0 changes nothing.
+  template <int kCount, typename OfLanes>
+  __device__ __forceinline__ void over_warps(uint32_t (&numbers)[kCount], const OfLanes& of_lanes) const {
+    of_lanes(numbers);
+    if (blockDim.x == kWarp) return;
+    uint32_t* of_warps = static_cast<uint32_t*>(shared_);
+    const unsigned lane = threadIdx.x % kWarp;
+    if (lane == 0) {
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) of_warps[threadIdx.x / kWarp * kCount + j] = numbers[j];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) numbers[j] = lane < blockDim.x / kWarp ? of_warps[lane * kCount + j] : 0u;
+    of_lanes(numbers);
+    __syncthreads();
+  }
+
   void* shared_;
 };
 

@@ -6,6 +6,7 @@
 //   pass(f)     f(s) for every score that this thread has; s may be -inf where it has none
 #pragma once
 
+#include "common/dtype.h"
 #include "common/team.cuh"
 #include "simplex_topk/simplex_topk.h"
 
@@ -98,6 +99,16 @@ struct Range {
   float bottom;  // the least that is not -inf
 };
 
+// Unsigned numbers of the same order, and back. The largest of all is a NaN.
+__device__ __forceinline__ uint32_t order_of(float x) {
+  const uint32_t bits = float_to_bits(x);
+  return bits ^ (bits >> 31 != 0 ? 0xffffffffu : 0x80000000u);
+}
+
+__device__ __forceinline__ float of_order(uint32_t order) {
+  return bits_to_float(order ^ (order >> 31 != 0 ? 0x80000000u : 0xffffffffu));
+}
+
 template <typename Team, typename Source>
 __device__ __forceinline__ Range range_of(const Team& team, const Source& source) {
   float top = -infinity<float>(), bottom = infinity<float>();
@@ -107,12 +118,10 @@ __device__ __forceinline__ Range range_of(const Team& team, const Source& source
     bottom = fminf(bottom, s > -infinity<float>() ? s : infinity<float>());
     wrong = wrong || s != s;
   });
-  Count wrongs[] = {wrong};
-  team.all_sums(wrongs);
-  top = team.all(top, [](float a, float b) { return fmaxf(a, b); });
-  bottom = team.all(bottom, [](float a, float b) { return fminf(a, b); });
-  const bool usable = wrongs[0] == 0 && top < infinity<float>() && top > -infinity<float>();
-  return {usable ? top : quiet_nan<float>(), bottom};
+  uint32_t ends[] = {wrong ? 0xffffffffu : order_of(top), ~order_of(bottom)};
+  team.all_largest(ends);
+  top = of_order(ends[0]);
+  return {top < infinity<float>() && top > -infinity<float>() ? top : quiet_nan<float>(), of_order(~ends[1])};
 }
 
 // The k-th largest is in (low, high]: `inside` are above low, `above` < k above high. Fewer than k inside: all count.
@@ -198,20 +207,19 @@ __device__ __forceinline__ float threshold(const Team& team, const Source& sourc
   float below = -infinity<float>();
   for (Count active = 0;;) {
     float sum = 0.0f;
-    Count count[] = {0};
+    Count count = 0;
     source.pass([&](float s) {
       if (!(s > cut.level && s - cut.top > below)) return;
       sum += (s - cut.top) * part;
-      ++count[0];
+      ++count;
     });
-    sum = team.all_sum(sum);
-    team.all_sums(count);
+    team.all_sum(sum, count);
     if (of_equal > below) {  // not NaN
       sum += of_equal * (static_cast<float>(cut.quota) * part);
-      count[0] += cut.quota;
+      count += cut.quota;
     }
-    if (count[0] == 0 || (active > 0 && count[0] >= active)) return below;
-    active = count[0];
+    if (count == 0 || (active > 0 && count >= active)) return below;
+    active = count;
     below = (sum - target.total * part) / (static_cast<float>(active) * part);
   }
 }

@@ -8,7 +8,7 @@ namespace {
 
 constexpr int kRows = kWarp;         // of a block that sums rows
 constexpr int kParts = 8;            // its warps, each with every eighth column
-constexpr int kGatherThreads = 128;  // of a part, each with one batch of loads
+constexpr int kGatherThreads = 256;  // of a part, each with one batch of loads
 constexpr int64_t kMostY = 65535;    // blocks along y
 constexpr int64_t kSample = 8192;    // scores that a guess is from
 constexpr int64_t kRuns = kSample / kWarp;

@@ -27,7 +27,7 @@ struct SparseCut {
   float hint;
 };
 
-constexpr int64_t kPart = 2048;  // rows of a column that a block gathers
+constexpr int64_t kPart = 4096;  // rows of a column that a block gathers
 
 template <typename T>
 TILEWISE_FN bool is_gathered(const SparseColumns<T>& call) {

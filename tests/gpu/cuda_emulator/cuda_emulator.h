@@ -339,6 +339,11 @@ inline uint32_t __reduce_add_sync(unsigned mask, uint32_t value) {
   return emulator::over_lanes(mask, value, [](uint32_t sum, uint32_t of_lane, int) { return sum + of_lane; });
 }
 
+inline uint32_t __reduce_max_sync(unsigned mask, uint32_t value) {
+  return emulator::over_lanes(mask, value,
+                              [](uint32_t most, uint32_t of_lane, int) { return std::max(most, of_lane); });
+}
+
 inline unsigned __ballot_sync(unsigned mask, bool value) {
   return emulator::over_lanes(mask, value, [](uint32_t bits, uint32_t bit, int lane) { return bits | bit << lane; });
 }
