@@ -1,6 +1,6 @@
 // The k largest scores of a row, and the threshold at which they sum to a total, by a team of threads (CUDA). Both are
 // found by passes over the scores, which count and sum and never sort. Scores lie in registers of a warp where a row is
-// short, else in memory, shared or not (gather.cuh); either source has
+// short, else in shared memory or in memory (long_rows.cuh); a source has
 //
 //   kLevels     that are counted in one pass: one is the fewest instructions, several the fewest passes
 //   pass(f)     f(s) for every score that this thread has; s may be -inf where it has none
@@ -16,25 +16,18 @@ using Count = uint32_t;  // of the scores of a row: it has fewer than 2^32
 
 constexpr int64_t kMostInRegisters = 1024;  // scores of a row
 
-// x - minus, or x.
-struct Scores {
+// Scores are those of a row, or differences of two.
+struct Row {
+  const float* x;
+
+  __device__ __forceinline__ float operator()(int64_t i) const { return x[i]; }
+};
+
+struct Difference {
   const float* x;
   const float* minus;
 
-  __device__ __forceinline__ float operator()(int64_t i) const { return minus == nullptr ? x[i] : x[i] - minus[i]; }
-};
-
-struct InMemory {
-  static constexpr int kLevels = 4;
-  Team team;
-  Scores scores;
-  int64_t size;
-
-  template <typename Function>
-  __device__ __forceinline__ void pass(const Function& f) const {
-#pragma unroll 8
-    for (int64_t i = team.rank(); i < size; i += team.size()) f(scores(i));
-  }
+  __device__ __forceinline__ float operator()(int64_t i) const { return x[i] - minus[i]; }
 };
 
 // Score index(j) of a row is number j of this lane.
@@ -43,6 +36,7 @@ struct InRegisters {
   static constexpr int kLevels = 1;
   float own[kCount];
 
+  template <typename Scores>
   __device__ __forceinline__ InRegisters(const Scores& scores, int64_t size) {
 #pragma unroll
     for (int j = 0; j < kCount; ++j) own[j] = index(j) < size ? scores(index(j)) : -infinity<float>();
@@ -177,7 +171,7 @@ __device__ __forceinline__ void narrow(const Team& team, const Source& source, C
 }
 
 // The index of the `quota`-th score that is `equal`.
-template <typename Team>
+template <typename Team, typename Scores>
 __device__ __forceinline__ int64_t index_of(const Team& team, const Scores& scores, int64_t size, float equal,
                                             Count quota) {
   int64_t first = 0, last = size - 1;
@@ -225,7 +219,7 @@ __device__ __forceinline__ float threshold(const Team& team, const Source& sourc
 }
 
 // The source has the scores of a row in memory, or all that matter of them: the k largest, or all above lowest().
-template <typename Team, typename Source>
+template <typename Team, typename Source, typename Scores>
 __device__ __forceinline__ Cut find_cut(const Team& team, const Source& source, const Target& target,
                                         const Scores& scores, int64_t size) {
   const Range range = range_of(team, source);

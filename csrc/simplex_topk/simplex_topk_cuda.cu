@@ -1,5 +1,5 @@
 // simplex_topk on CUDA: a warp for each row, which it holds in registers, or a block where rows are long.
-#include "simplex_topk/gather.cuh"
+#include "simplex_topk/long_rows.cuh"
 
 namespace tilewise {
 namespace {
@@ -16,7 +16,7 @@ template <int kCount>
 __global__ void __launch_bounds__(256) simplex_topk_kernel(const __grid_constant__ SimplexTopk<float> call) {
   const int64_t row = flat_block() * blockDim.y + threadIdx.y;
   if (row >= call.rows) return;
-  const Scores scores{call.x + row * call.columns, nullptr};
+  const Row scores{call.x + row * call.columns};
   const InRegisters<kCount> held(scores, call.columns);
   const Cut cut = find_cut(Warp(), held, target_of(call), scores, call.columns);
   float* out = call.out + row * call.columns;
@@ -27,17 +27,19 @@ __global__ void __launch_bounds__(256) simplex_topk_kernel(const __grid_constant
   }
 }
 
-__global__ void __launch_bounds__(kLongThreads)
+__global__ void __launch_bounds__(kLongThreads, 2)
     simplex_topk_long_kernel(const __grid_constant__ SimplexTopk<float> call) {
   const int64_t row = flat_block();
   if (row >= call.rows) return;
   const Team team(dynamic_shared());
-  const Scores scores{call.x + row * call.columns, nullptr};
-  const InMemory source = staged(team, scores, call.columns, target_of(call), room_of(dynamic_shared()));
-  const Cut cut = find_cut(team, source, target_of(call), scores, call.columns);
+  const Row scores{call.x + row * call.columns};
+  const Target target = target_of(call);
+  float* room = room_of(dynamic_shared());
   float* out = call.out + row * call.columns;
-#pragma unroll 4
-  for (int64_t i = team.rank(); i < call.columns; i += team.size()) out[i] = entry(cut, scores(i), i);
+  const Count count = take_in(team, scores, call.columns, target, room);
+  with_cut(team, scores, call.columns, target, room, count, [&](const auto&, const Cut& cut) {
+    team.each(call.columns, [&](int64_t i) { out[i] = entry(cut, scores(i), i); });
+  });
 }
 
 // Of a lane whose numbers are kWarp apart.
@@ -45,8 +47,8 @@ template <int kCount>
 __global__ void __launch_bounds__(256) simplex_topk_backward_kernel(const __grid_constant__ SimplexTopk<float> call) {
   const int64_t row = flat_block() * blockDim.y + threadIdx.y;
   if (row >= call.rows) return;
-  const InRegisters<kCount> p({call.x + row * call.columns, nullptr}, call.columns);
-  const InRegisters<kCount> grad({call.grad + row * call.columns, nullptr}, call.columns);
+  const InRegisters<kCount> p(Row{call.x + row * call.columns}, call.columns);
+  const InRegisters<kCount> grad(Row{call.grad + row * call.columns}, call.columns);
   float sum = 0.0f, count = 0.0f;
 #pragma unroll
   for (int j = 0; j < kCount; ++j) {

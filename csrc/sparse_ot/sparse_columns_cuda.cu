@@ -1,6 +1,6 @@
 // An evaluation of sparse_ot on CUDA: the cut of a column is found by a warp that holds it in registers, or by a block
 // with what matters of it in shared memory; 8 warps sum 32 rows.
-#include "simplex_topk/gather.cuh"
+#include "simplex_topk/long_rows.cuh"
 #include "sparse_ot/sparse_ot_launch.h"
 
 namespace tilewise {
@@ -8,13 +8,15 @@ namespace {
 
 constexpr int kRows = kWarp;         // of a block that sums rows
 constexpr int kParts = 8;            // its warps, each with every eighth column
-constexpr int kGatherThreads = 256;  // of a part, each with one batch of loads
+constexpr int kGatherThreads = 256;  // of a part
+constexpr int kLoads = 16;           // of each of them
 constexpr int64_t kMostY = 65535;    // blocks along y
-constexpr int64_t kSample = 8192;    // scores that a guess is from
+constexpr int kSample = 8192;        // scores that a guess is from
 constexpr int64_t kRuns = kSample / kWarp;
-static_assert(kPart == kGatherThreads * kAtOnce);
+static_assert(kSample % kStep == 0 && kSample <= kRoom);
+static_assert(kPart == kGatherThreads * kLoads);
 
-__device__ __forceinline__ Scores scores_of(const SparseColumns<float>& call, int64_t problem, int64_t column) {
+__device__ __forceinline__ Difference scores_of(const SparseColumns<float>& call, int64_t problem, int64_t column) {
   return {call.alpha + problem * call.alpha_stride, call.costs + (problem * call.columns + column) * call.rows};
 }
 
@@ -38,10 +40,10 @@ __global__ void __launch_bounds__(kLongThreads) sparse_guess_kernel(const __grid
   const int64_t at = flat_block(), problem = at / call.columns;
   if (problem >= call.batch) return;
   const Team team(dynamic_shared());
-  const Scores scores = scores_of(call, problem, at % call.columns);
+  const Difference scores = scores_of(call, problem, at % call.columns);
   float* room = room_of(dynamic_shared());
   team.each(kSample, [&](int64_t i) { room[i] = scores(call.rows * (i / kWarp) / kRuns + i % kWarp); });
-  const InMemory sample{team, {room, nullptr}, kSample};
+  const InShared sample{room, kSample};
   const int64_t twice = 2 * call.k, middle = (call.k + kRoom) / 2;
   const Count rank = static_cast<Count>((twice < middle ? twice : middle) * kSample / call.rows + 8);
   Bracket bracket = bracket_of(team, sample, range_of(team, sample), -infinity<float>());
@@ -55,12 +57,12 @@ __global__ void __launch_bounds__(kGatherThreads) sparse_gather_kernel(const __g
   const int64_t at = blockIdx.x, problem = at / call.columns, parts = parts_of(call);
   if (ended(search, problem)) return;
   const float hint = search.cuts[at].hint;
-  const Scores scores = scores_of(call, problem, at % call.columns);
+  const Difference scores = scores_of(call, problem, at % call.columns);
   const Team team(dynamic_shared());
   for (int64_t part = blockIdx.y; part < parts; part += gridDim.y) {
     float* gathered = search.gathered + (at * parts + part) * kPart;
     const int64_t begin = part * kPart, end = begin + kPart < call.rows ? begin + kPart : call.rows;
-    const Count count = gather(
+    const Count count = gather<kLoads>(
         team, scores, begin, end, [=](float s, int64_t) { return !(s <= hint); },
         [=](Count place, float s, int64_t) { gathered[place] = s; });
     if (team.first()) search.counts[at * parts + part] = count;
@@ -88,10 +90,9 @@ __device__ __forceinline__ Count joined(const Team& team, const SparseSearch& se
       count += here;
     }
   }
-  team.wait();
   if (count == 0 || count > kRoom) return 0;
   if (count >= target.k) return count;
-  const float top = range_of(team, InMemory{team, {room, nullptr}, count}).top;
+  const float top = range_of(team, filled(room, count)).top;
   return search.cuts[at].hint <= lowest(target, top) ? count : 0;
 }
 
@@ -126,25 +127,25 @@ __global__ void __launch_bounds__(256) sparse_cut_kernel(const __grid_constant__
   const int64_t problem = at / call.columns, column = at % call.columns;
   if (problem >= call.batch || ended(search, problem)) return;
   const float level = call.level[problem * call.level_stride + column];
-  const Scores scores = scores_of(call, problem, column);
+  const Difference scores = scores_of(call, problem, column);
   const InRegisters<kCount> held(scores, call.rows);
   const Cut cut = find_cut(Warp(), held, target_of(call, level), scores, call.rows);
   put_cut(Warp(), held, search, at, level, cut);
 }
 
-__global__ void __launch_bounds__(kLongThreads, 1) sparse_long_cut_kernel(const __grid_constant__ SparseSearch search) {
+__global__ void __launch_bounds__(kLongThreads, 2) sparse_long_cut_kernel(const __grid_constant__ SparseSearch search) {
   const SparseColumns<float>& call = search.call.columns;
   const int64_t at = flat_block(), problem = at / call.columns, column = at % call.columns;
   if (problem >= call.batch || ended(search, problem)) return;
   const Team team(dynamic_shared());
   const float level = call.level[problem * call.level_stride + column];
-  const Scores scores = scores_of(call, problem, column);
+  const Difference scores = scores_of(call, problem, column);
   const Target target = target_of(call, level);
   float* room = room_of(dynamic_shared());
-  const Count count = joined(team, search, at, target, room);
-  const InMemory source =
-      count > 0 ? InMemory{team, {room, nullptr}, count} : staged(team, scores, call.rows, target, room);
-  put_cut(team, source, search, at, level, find_cut(team, source, target, scores, call.rows));
+  Count count = joined(team, search, at, target, room);
+  if (count == 0) count = take_in(team, scores, call.rows, target, room);
+  with_cut(team, scores, call.rows, target, room, count,
+           [&](const auto& source, const Cut& cut) { put_cut(team, source, search, at, level, cut); });
 }
 
 // Lane x has rows x, x + kRows, .. of a tile. With a step of Adam, where one is taken: only the block that sums a row
@@ -211,7 +212,7 @@ __global__ void __launch_bounds__(kLongThreads) sparse_lists_kernel(const __grid
     values[place] = cut.mass(s, i) / call.gamma;
     indices[place] = i;
   };
-  const Count count = gather(team, scores_of(call, problem, at % call.columns), 0, call.rows, looks, takes);
+  const Count count = gather<8>(team, scores_of(call, problem, at % call.columns), 0, call.rows, looks, takes);
   for (int64_t i = count + team.rank(); i < call.k; i += team.size()) values[i] = 0.0f, indices[i] = 0;
   if (call.margin == nullptr) return;
   last = team.all(last, [](float a, float b) { return fminf(a, b); });
