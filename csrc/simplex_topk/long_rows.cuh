@@ -6,8 +6,8 @@
 
 namespace tilewise {
 
-constexpr int kLongThreads = 512;
-constexpr int64_t kStep = 4 * kLongThreads;  // scores that a block takes at a time
+constexpr int kLongThreads = 256;
+constexpr int64_t kStep = 8 * kLongThreads;  // scores that a block takes at a time
 static_assert(kRoom % kStep == 0);
 
 __host__ __device__ __forceinline__ int64_t whole_steps(int64_t size) { return (size + kStep - 1) / kStep * kStep; }
@@ -33,6 +33,22 @@ struct InShared {
   }
 };
 
+// take(i, load(i)) for i = first, first + kStride, .. < end; eight loads are under way.
+template <int kStride, typename Load, typename Take>
+__device__ __forceinline__ void each_loaded(int64_t first, int64_t end, const Load& load, const Take& take) {
+  constexpr int kAtOnce = 8, kMost = kAtOnce * kStride;
+  for (; first < end; first += kMost) {
+    const int left = static_cast<int>(end - first < kMost ? end - first : kMost);
+    float s[kAtOnce];
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) s[j] = j * kStride < left ? load(first + j * kStride) : 0.0f;
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      if (j * kStride < left) take(first + j * kStride, s[j]);
+    }
+  }
+}
+
 template <typename Scores>
 struct InMemory {
   static constexpr int kLevels = 4;
@@ -41,17 +57,7 @@ struct InMemory {
 
   template <typename Function>
   __device__ __forceinline__ void pass(const Function& f) const {
-    constexpr int kAtOnce = 8;  // loads of a thread that are under way
-    constexpr int kMost = kAtOnce * kLongThreads;
-    for (int64_t first = threadIdx.x; first < size; first += kMost) {
-      const int left = static_cast<int>(size - first < kMost ? size - first : kMost);
-      float s[kAtOnce];
-#pragma unroll
-      for (int j = 0; j < kAtOnce; ++j)
-        s[j] = j * kLongThreads < left ? scores(first + j * kLongThreads) : -infinity<float>();
-#pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) f(s[j]);
-    }
+    each_loaded<kLongThreads>(threadIdx.x, size, scores, [&](int64_t, float s) { f(s); });
   }
 };
 
@@ -90,6 +96,7 @@ __device__ __forceinline__ Count gather(const Team& team, const Scores& scores, 
 // The first `count` numbers of the room as a source; all threads have written them.
 __device__ __forceinline__ InShared filled(float* room, int64_t count) {
   const int size = static_cast<int>(whole_steps(count));
+#pragma unroll 1
   for (int64_t i = count + threadIdx.x; i < size; i += kLongThreads) room[i] = -infinity<float>();
   __syncthreads();
   return {room, size};
@@ -100,7 +107,7 @@ template <typename Scores>
 __device__ __forceinline__ Count take_in(const Team& team, const Scores& scores, int64_t size, const Target& target,
                                          float* room) {
   if (size <= kRoom) {
-    team.each(size, [&](int64_t i) { room[i] = scores(i); });
+    each_loaded<kLongThreads>(threadIdx.x, size, scores, [=](int64_t i, float s) { room[i] = s; });
     return static_cast<Count>(size);
   }
   if (target.k > kRoom) return 0;

@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(256) simplex_topk_kernel(const __grid_constant
   }
 }
 
-__global__ void __launch_bounds__(kLongThreads, 2)
+__global__ void __launch_bounds__(kLongThreads)
     simplex_topk_long_kernel(const __grid_constant__ SimplexTopk<float> call) {
   const int64_t row = flat_block();
   if (row >= call.rows) return;
@@ -38,7 +38,8 @@ __global__ void __launch_bounds__(kLongThreads, 2)
   float* out = call.out + row * call.columns;
   const Count count = take_in(team, scores, call.columns, target, room);
   with_cut(team, scores, call.columns, target, room, count, [&](const auto&, const Cut& cut) {
-    team.each(call.columns, [&](int64_t i) { out[i] = entry(cut, scores(i), i); });
+    each_loaded<kLongThreads>(threadIdx.x, call.columns, scores,
+                              [&](int64_t i, float s) { out[i] = entry(cut, s, i); });
   });
 }
 

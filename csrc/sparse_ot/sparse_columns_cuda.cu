@@ -6,15 +6,15 @@
 namespace tilewise {
 namespace {
 
-constexpr int kRows = kWarp;         // of a block that sums rows
-constexpr int kParts = 8;            // its warps, each with every eighth column
-constexpr int kGatherThreads = 256;  // of a part
-constexpr int kLoads = 16;           // of each of them
-constexpr int64_t kMostY = 65535;    // blocks along y
-constexpr int kSample = 8192;        // scores that a guess is from
+constexpr int kRows = kWarp;        // of a block that sums rows
+constexpr int kParts = 8;           // its warps, each with every eighth column
+constexpr int kLoads = 16;          // of a thread, of a part
+constexpr int kListThreads = 1024;  // of a long column
+constexpr int64_t kMostY = 65535;   // blocks along y
+constexpr int kSample = 4096;       // scores that a guess is from
 constexpr int64_t kRuns = kSample / kWarp;
 static_assert(kSample % kStep == 0 && kSample <= kRoom);
-static_assert(kPart == kGatherThreads * kLoads);
+static_assert(kPart == kLongThreads * kLoads);
 
 __device__ __forceinline__ Difference scores_of(const SparseColumns<float>& call, int64_t problem, int64_t column) {
   return {call.alpha + problem * call.alpha_stride, call.costs + (problem * call.columns + column) * call.rows};
@@ -42,7 +42,10 @@ __global__ void __launch_bounds__(kLongThreads) sparse_guess_kernel(const __grid
   const Team team(dynamic_shared());
   const Difference scores = scores_of(call, problem, at % call.columns);
   float* room = room_of(dynamic_shared());
-  team.each(kSample, [&](int64_t i) { room[i] = scores(call.rows * (i / kWarp) / kRuns + i % kWarp); });
+  const auto place = [&](int64_t i) { return call.rows * (i / kWarp) / kRuns + i % kWarp; };
+  each_loaded<kLongThreads>(
+      threadIdx.x, kSample, [&](int64_t i) { return scores(place(i)); }, [=](int64_t i, float s) { room[i] = s; });
+  team.wait();
   const InShared sample{room, kSample};
   const int64_t twice = 2 * call.k, middle = (call.k + kRoom) / 2;
   const Count rank = static_cast<Count>((twice < middle ? twice : middle) * kSample / call.rows + 8);
@@ -52,7 +55,7 @@ __global__ void __launch_bounds__(kLongThreads) sparse_guess_kernel(const __grid
 }
 
 // What is above the hint, or NaN. Long as columns are, their number is one of 32 bits.
-__global__ void __launch_bounds__(kGatherThreads) sparse_gather_kernel(const __grid_constant__ SparseSearch search) {
+__global__ void __launch_bounds__(kLongThreads) sparse_gather_kernel(const __grid_constant__ SparseSearch search) {
   const SparseColumns<float>& call = search.call.columns;
   const int64_t at = blockIdx.x, problem = at / call.columns, parts = parts_of(call);
   if (ended(search, problem)) return;
@@ -73,19 +76,17 @@ __global__ void __launch_bounds__(kGatherThreads) sparse_gather_kernel(const __g
 __device__ __forceinline__ Count joined(const Team& team, const SparseSearch& search, int64_t at, const Target& target,
                                         float* room) {
   if (search.gathered == nullptr) return 0;
-  const unsigned lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int64_t parts = parts_of(search.call.columns);
-  const uint32_t* counts = search.counts + at * parts;
-  const float* gathered = search.gathered + at * parts * kPart;
   Count count = 0;
   for (int64_t base = 0; base < parts; base += kWarp) {
-    const Count of_lane = base + lane < parts ? counts[base + lane] : 0;
-    for (unsigned part = 0; part < kWarp; ++part) {
+    const Count of_lane = base + lane < parts ? search.counts[at * parts + base + lane] : 0;
+    for (int part = 0; part < kWarp; ++part) {
       const Count here = __shfl_sync(0xffffffffu, of_lane, part);
-      if (part % warps == warp && count + here <= kRoom) {
-        const float* from = gathered + (base + part) * kPart;
-#pragma unroll 4
-        for (Count i = lane; i < here; i += kWarp) room[count + i] = from[i];
+      if (part % (kLongThreads / kWarp) == warp && count + here <= kRoom) {
+        const Row gathered{search.gathered + (at * parts + base + part) * kPart};
+        float* to = room + count;
+        each_loaded<kWarp>(lane, here, gathered, [=](int64_t i, float s) { to[i] = s; });
       }
       count += here;
     }
@@ -133,7 +134,7 @@ __global__ void __launch_bounds__(256) sparse_cut_kernel(const __grid_constant__
   put_cut(Warp(), held, search, at, level, cut);
 }
 
-__global__ void __launch_bounds__(kLongThreads, 2) sparse_long_cut_kernel(const __grid_constant__ SparseSearch search) {
+__global__ void __launch_bounds__(kLongThreads) sparse_long_cut_kernel(const __grid_constant__ SparseSearch search) {
   const SparseColumns<float>& call = search.call.columns;
   const int64_t at = flat_block(), problem = at / call.columns, column = at % call.columns;
   if (problem >= call.batch || ended(search, problem)) return;
@@ -190,7 +191,7 @@ __global__ void __launch_bounds__(kRows* kParts) sparse_rows_kernel(const __grid
 }
 
 // The entries of a column in the order of their rows, and its margin.
-__global__ void __launch_bounds__(kLongThreads) sparse_lists_kernel(const __grid_constant__ SparseSearch search) {
+__global__ void __launch_bounds__(kListThreads) sparse_lists_kernel(const __grid_constant__ SparseSearch search) {
   const SparseColumns<float>& call = search.call.columns;
   const int64_t at = flat_block() * blockDim.y + threadIdx.y;
   const int64_t problem = at / call.columns;
@@ -238,7 +239,7 @@ const char* sparse_gather_cuda(const SparseSearch& search, void* stream) {
   const SparseColumns<float>& call = search.call.columns;
   const int64_t columns = call.batch * call.columns, parts = parts_of(call);
   const dim3 grid(static_cast<unsigned>(columns), static_cast<unsigned>(parts < kMostY ? parts : kMostY));
-  return launch(sparse_gather_kernel, grid, dim3(kGatherThreads), kTeamBytes, stream, search);
+  return launch(sparse_gather_kernel, grid, dim3(kLongThreads), kTeamBytes, stream, search);
 }
 
 const char* sparse_cut_cuda(const SparseSearch& search, void* stream) {
@@ -262,7 +263,7 @@ const char* sparse_rows_cuda(const SparseSearch& search, void* stream) {
 
 const char* sparse_lists_cuda(const SparseSearch& search, void* stream) {
   const bool is_long = search.call.columns.rows > kMostInRegisters;
-  const dim3 block = is_long ? dim3(kLongThreads) : dim3(kWarp, 8);
+  const dim3 block = is_long ? dim3(kListThreads) : dim3(kWarp, 8);
   return launch_columns(sparse_lists_kernel, search, block, kTeamBytes, stream);
 }
 

@@ -16,7 +16,7 @@ constexpr std::array kSizes = {
     Size{1, 40, 33, 40}, Size{2, 1100, 2, 600}, Size{1, 26000, 2, 900}, Size{1, 26000, 1, 13000},
 };
 constexpr int64_t kLong = 2000;  // rows, which take a while
-constexpr int64_t kMethods = 3, kDual = 1;
+constexpr int64_t kMethods = 3, kDual = 1, kAdam = 2;
 
 std::string named(const Size& size, int64_t method) {
   return std::to_string(size.batch) + " x " + std::to_string(size.rows) + " x " + std::to_string(size.columns) +
@@ -56,7 +56,7 @@ void simplex_topk_calls() {
 
 void sparse_ot_calls() {
   for (const Size& size : kSizes) {
-    for (int64_t method = 0; method < kMethods; ++method) {
+    for (int64_t method = size.rows > kLong ? kAdam : 0; method < kMethods; ++method) {
       Memory memory;
       SparseCall problem = sparse_call(memory, size, method);
       problem.a = memory.shares(size.batch, size.rows);
