@@ -8,9 +8,8 @@ __device__ __forceinline__ Target target_of(const SimplexTopk<float>& call) {
   return {static_cast<Count>(call.k), call.scale, false, 0.0f};
 }
 
-__device__ __forceinline__ float entry(const Cut& cut, float s, int64_t i) {
-  return cut.top == cut.top ? cut.mass(s, i) : quiet_nan<float>();
-}
+// What every entry of p gets beside its mass: NaN where there is no p.
+__device__ __forceinline__ float beside(const Cut& cut) { return cut.top == cut.top ? 0.0f : quiet_nan<float>(); }
 
 template <int kCount>
 __global__ void __launch_bounds__(256) simplex_topk_kernel(const __grid_constant__ SimplexTopk<float> call) {
@@ -23,7 +22,7 @@ __global__ void __launch_bounds__(256) simplex_topk_kernel(const __grid_constant
 #pragma unroll
   for (int j = 0; j < kCount; ++j) {
     const int64_t i = held.index(j);
-    if (i < call.columns) out[i] = entry(cut, held.own[j], i);
+    if (i < call.columns) out[i] = cut.mass(held.own[j], i) + beside(cut);
   }
 }
 
@@ -39,7 +38,7 @@ __global__ void __launch_bounds__(kLongThreads)
   const Count count = take_in(team, scores, call.columns, target, room);
   with_cut(team, scores, call.columns, target, room, count, [&](const auto&, const Cut& cut) {
     each_loaded<kLongThreads>(threadIdx.x, call.columns, scores,
-                              [&](int64_t i, float s) { out[i] = entry(cut, s, i); });
+                              [&](int64_t i, float s) { out[i] = cut.mass(s, i) + beside(cut); });
   });
 }
 
