@@ -6,15 +6,15 @@
 namespace tilewise {
 namespace {
 
-constexpr int kRows = kWarp;        // of a block that sums rows
-constexpr int kParts = 8;           // its warps, each with every eighth column
-constexpr int kLoads = 16;          // of a thread, of a part
+constexpr int kRows = kWarp;  // of a block that sums rows
+constexpr int kParts = 8;     // its warps, each with every eighth column
+constexpr int kOfLane = kPart / kWarp;
+constexpr int kGathered = 4;        // parts, by a warp
 constexpr int kListThreads = 1024;  // of a long column
 constexpr int64_t kMostY = 65535;   // blocks along y
 constexpr int kSample = 4096;       // scores that a guess is from
 constexpr int64_t kRuns = kSample / kWarp;
 static_assert(kSample % kStep == 0 && kSample <= kRoom);
-static_assert(kPart == kLongThreads * kLoads);
 
 __device__ __forceinline__ Difference scores_of(const SparseColumns<float>& call, int64_t problem, int64_t column) {
   return {call.alpha + problem * call.alpha_stride, call.costs + (problem * call.columns + column) * call.rows};
@@ -29,9 +29,9 @@ __device__ __forceinline__ Target target_of(const SparseColumns<float>& call, fl
   return {static_cast<Count>(call.k), call.gamma * level, call.dual, -level};
 }
 
-template <int kOfLane>
+template <int kRowsOfLane>
 TILEWISE_FN int64_t tiles_of(const SparseColumns<float>& call) {
-  return (call.rows + kRows * kOfLane - 1) / (kRows * kOfLane);
+  return (call.rows + kRows * kRowsOfLane - 1) / (kRows * kRowsOfLane);
 }
 
 // A level that more than k scores, but not many more, are above, as far as a sample of the column tells: runs of 32.
@@ -54,42 +54,56 @@ __global__ void __launch_bounds__(kLongThreads) sparse_guess_kernel(const __grid
   if (team.first()) search.cuts[at].hint = bracket.low;
 }
 
-// What is above the hint, or NaN. Long as columns are, their number is one of 32 bits.
+// Of the scores of a part, of which this lane has every 32nd: what is above the hint, or NaN, in order.
+__device__ __forceinline__ void put_part(const SparseSearch& search, int64_t at, int64_t part,
+                                         const float (&s)[kOfLane]) {
+  const float hint = search.cuts[at].hint;
+  const int64_t place = at * parts_of(search.call.columns) + part;
+  float* gathered = search.gathered + place * kPart;
+  const unsigned lane = threadIdx.x % kWarp;
+  Count count = 0;
+#pragma unroll
+  for (int r = 0; r < kOfLane; ++r) {
+    const bool wants = !(s[r] <= hint);
+    const unsigned wanted = __ballot_sync(0xffffffffu, wants);
+    if (wants) gathered[count + __popc(wanted & ((1u << lane) - 1u))] = s[r];
+    count += __popc(wanted);
+  }
+  if (lane == 0) search.counts[place] = count;
+}
+
+// Long as columns are, their number is one of 32 bits.
 __global__ void __launch_bounds__(kLongThreads) sparse_gather_kernel(const __grid_constant__ SparseSearch search) {
   const SparseColumns<float>& call = search.call.columns;
   const int64_t at = blockIdx.x, problem = at / call.columns, parts = parts_of(call);
   if (ended(search, problem)) return;
-  const float hint = search.cuts[at].hint;
   const Difference scores = scores_of(call, problem, at % call.columns);
-  const Team team(dynamic_shared());
-  for (int64_t part = blockIdx.y; part < parts; part += gridDim.y) {
-    float* gathered = search.gathered + (at * parts + part) * kPart;
-    const int64_t begin = part * kPart, end = begin + kPart < call.rows ? begin + kPart : call.rows;
-    const Count count = gather<kLoads>(
-        team, scores, begin, end, [=](float s, int64_t) { return !(s <= hint); },
-        [=](Count place, float s, int64_t) { gathered[place] = s; });
-    if (team.first()) search.counts[at * parts + part] = count;
+  const int64_t warps = kLongThreads / kWarp, warp = threadIdx.x / kWarp;
+#pragma unroll 2
+  for (int64_t part = blockIdx.y * warps + warp; part < parts; part += gridDim.y * warps) {
+    const int64_t first = part * kPart + threadIdx.x % kWarp;
+    float s[kOfLane];
+#pragma unroll
+    for (int r = 0; r < kOfLane; ++r)
+      s[r] = first + r * kWarp < call.rows ? scores(first + r * kWarp) : -infinity<float>();
+    put_part(search, at, part, s);
   }
 }
 
-// What a column's parts have gathered, to `room` in order: how many, or 0 where that is not all that matters.
+// What the parts of a column have gathered, to `room` in order: how many, or 0 where that is not all that matters.
 __device__ __forceinline__ Count joined(const Team& team, const SparseSearch& search, int64_t at, const Target& target,
                                         float* room) {
   if (search.gathered == nullptr) return 0;
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int64_t parts = parts_of(search.call.columns);
   Count count = 0;
-  for (int64_t base = 0; base < parts; base += kWarp) {
-    const Count of_lane = base + lane < parts ? search.counts[at * parts + base + lane] : 0;
-    for (int part = 0; part < kWarp; ++part) {
-      const Count here = __shfl_sync(0xffffffffu, of_lane, part);
-      if (part % (kLongThreads / kWarp) == warp && count + here <= kRoom) {
-        const Row gathered{search.gathered + (at * parts + base + part) * kPart};
-        float* to = room + count;
-        each_loaded<kWarp>(lane, here, gathered, [=](int64_t i, float s) { to[i] = s; });
-      }
-      count += here;
-    }
+  for (int64_t base = 0; base < parts; base += kLongThreads) {
+    const int64_t part = at * parts + base + threadIdx.x;
+    const Count here = base + threadIdx.x < parts ? search.counts[part] : 0;
+    Count of_all;
+    const Count place = count + team.sum_before(here, of_all);
+    if (place + here <= kRoom)
+      each_loaded<1>(0, here, Row{search.gathered + part * kPart}, [=](int64_t i, float s) { room[place + i] = s; });
+    count += of_all;
   }
   if (count == 0 || count > kRoom) return 0;
   if (count >= target.k) return count;
@@ -149,45 +163,74 @@ __global__ void __launch_bounds__(kLongThreads) sparse_long_cut_kernel(const __g
            [&](const auto& source, const Cut& cut) { put_cut(team, source, search, at, level, cut); });
 }
 
-// Lane x has rows x, x + kRows, .. of a tile. With a step of Adam, where one is taken: only the block that sums a row
-// reads its alpha.
-template <int kOfLane>
-__global__ void __launch_bounds__(kRows* kParts) sparse_rows_kernel(const __grid_constant__ SparseSearch search) {
+// Of a tile, which is a part of every column, where row (y, x) has the potential `next`: what the next evaluation
+// gathers.
+__device__ __forceinline__ void gather_tile(const SparseSearch& search, int64_t problem, int64_t tile, float next,
+                                            float* shared) {
   const SparseColumns<float>& call = search.call.columns;
-  const int64_t tiles = tiles_of<kOfLane>(call), tile = flat_block() % tiles, problem = flat_block() / tiles;
+  const int64_t first = tile * kPart + threadIdx.x;
+  const float* costs = call.costs + problem * call.columns * call.rows + first;
+  __syncthreads();  // all have read what is shared
+  if (threadIdx.y < kOfLane) shared[threadIdx.y * kRows + threadIdx.x] = next;
+  __syncthreads();
+#pragma unroll 2
+  for (int64_t j = threadIdx.y; j < call.columns; j += kParts) {
+    float s[kOfLane];
+#pragma unroll
+    for (int r = 0; r < kOfLane; ++r) {
+      const bool inside = first + r * kRows < call.rows;
+      s[r] = inside ? shared[r * kRows + threadIdx.x] - costs[j * call.rows + r * kRows] : -infinity<float>();
+    }
+    put_part(search, problem * call.columns + j, tile, s);
+  }
+}
+
+// Lane x has rows x, x + kRows, .. of a tile. With a step of Adam, where one is taken: only the block that sums a row
+// reads its alpha; then for the next evaluation.
+template <int kRowsOfLane>
+__global__ void __launch_bounds__(kRows* kParts, 4) sparse_rows_kernel(const __grid_constant__ SparseSearch search) {
+  const SparseColumns<float>& call = search.call.columns;
+  const int64_t tiles = tiles_of<kRowsOfLane>(call), tile = flat_block() % tiles, problem = flat_block() / tiles;
   if (problem >= call.batch || ended(search, problem)) return;
-  const int64_t first = tile * kRows * kOfLane + threadIdx.x;
+  const int64_t first = tile * kRows * kRowsOfLane + threadIdx.x;
   const float* costs = call.costs + problem * call.columns * call.rows + first;
   const SparseCut* cuts = search.cuts + problem * call.columns;
-  float alpha[kOfLane], sum[kOfLane] = {};
+  float alpha[kRowsOfLane], sum[kRowsOfLane] = {};
 #pragma unroll
-  for (int r = 0; r < kOfLane; ++r)
+  for (int r = 0; r < kRowsOfLane; ++r)
     alpha[r] = first + r * kRows < call.rows ? call.alpha[problem * call.alpha_stride + first + r * kRows] : 0.0f;
 #pragma unroll 2
   for (int64_t j = threadIdx.y; j < call.columns; j += kParts) {
     const Cut cut = cut_of(cuts[j]);
 #pragma unroll
-    for (int r = 0; r < kOfLane; ++r) {
+    for (int r = 0; r < kRowsOfLane; ++r) {
       const int64_t row = first + r * kRows;
       if (row < call.rows) sum[r] += cut.mass(alpha[r] - costs[j * call.rows + r * kRows], row);
     }
   }
-  float* parts = static_cast<float*>(dynamic_shared());  // (kParts, kOfLane, kRows)
+  float* parts = static_cast<float*>(dynamic_shared());  // (kParts, kRowsOfLane, kRows)
 #pragma unroll
-  for (int r = 0; r < kOfLane; ++r) parts[(threadIdx.y * kOfLane + r) * kRows + threadIdx.x] = sum[r];
+  for (int r = 0; r < kRowsOfLane; ++r) parts[(threadIdx.y * kRowsOfLane + r) * kRows + threadIdx.x] = sum[r];
   __syncthreads();
   const int64_t row = first + threadIdx.y * kRows;
-  if (threadIdx.y >= kOfLane || row >= call.rows) return;
-  float total = 0.0f;
+  float next = -infinity<float>();
+  if (threadIdx.y < kRowsOfLane && row < call.rows) {
+    float total = 0.0f;
 #pragma unroll
-  for (int part = 0; part < kParts; ++part) total += parts[(part * kOfLane + threadIdx.y) * kRows + threadIdx.x];
-  total /= call.gamma;
-  call.row_sums[problem * call.row_stride + row] = total;
-  if (search.first_left == 0.0f) return;
-  float* moments = search.vectors + problem * 2 * call.rows + row;
-  const int64_t at = problem * call.rows + row;
-  search.call.alpha[at] -= adam_step(total - search.call.a[at], moments[0], moments[call.rows], search.first_left,
-                                     search.second_left, search.call.rate);
+    for (int part = 0; part < kParts; ++part) total += parts[(part * kRowsOfLane + threadIdx.y) * kRows + threadIdx.x];
+    total /= call.gamma;
+    call.row_sums[problem * call.row_stride + row] = total;
+    if (search.first_left > 0.0f) {
+      float* moments = search.vectors + problem * 2 * call.rows + row;
+      const int64_t at = problem * call.rows + row;
+      next = search.call.alpha[at] - adam_step(total - search.call.a[at], moments[0], moments[call.rows],
+                                               search.first_left, search.second_left, search.call.rate);
+      search.call.alpha[at] = next;
+    }
+  }
+  if constexpr (kRowsOfLane == kOfLane) {
+    if (search.gathered != nullptr && search.first_left > 0.0f) gather_tile(search, problem, tile, next, parts);
+  }
 }
 
 // The entries of a column in the order of their rows, and its margin.
@@ -237,9 +280,10 @@ const char* sparse_guess_cuda(const SparseSearch& search, void* stream) {
 
 const char* sparse_gather_cuda(const SparseSearch& search, void* stream) {
   const SparseColumns<float>& call = search.call.columns;
-  const int64_t columns = call.batch * call.columns, parts = parts_of(call);
-  const dim3 grid(static_cast<unsigned>(columns), static_cast<unsigned>(parts < kMostY ? parts : kMostY));
-  return launch(sparse_gather_kernel, grid, dim3(kLongThreads), kTeamBytes, stream, search);
+  constexpr int64_t kOfBlock = kGathered * kLongThreads / kWarp;
+  const int64_t columns = call.batch * call.columns, blocks = (parts_of(call) + kOfBlock - 1) / kOfBlock;
+  const dim3 grid(static_cast<unsigned>(columns), static_cast<unsigned>(blocks < kMostY ? blocks : kMostY));
+  return launch(sparse_gather_kernel, grid, dim3(kLongThreads), 0, stream, search);
 }
 
 const char* sparse_cut_cuda(const SparseSearch& search, void* stream) {
@@ -257,8 +301,9 @@ const char* sparse_rows_cuda(const SparseSearch& search, void* stream) {
     const size_t shared = kRows * kParts * of_lane * sizeof(float);
     return launch(kernel, flat_grid(call.batch * tiles), dim3(kRows, kParts), shared, stream, search);
   };
-  return call.batch * call.rows < kMany ? launch_rows(sparse_rows_kernel<1>, 1, tiles_of<1>(call))
-                                        : launch_rows(sparse_rows_kernel<4>, 4, tiles_of<4>(call));
+  return call.batch * call.rows < kMany && !is_gathered(call)
+             ? launch_rows(sparse_rows_kernel<1>, 1, tiles_of<1>(call))
+             : launch_rows(sparse_rows_kernel<kOfLane>, kOfLane, tiles_of<kOfLane>(call));
 }
 
 const char* sparse_lists_cuda(const SparseSearch& search, void* stream) {

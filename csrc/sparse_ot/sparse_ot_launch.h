@@ -1,8 +1,9 @@
 // The launches of one call on a GPU, in order, and the scratch memory between them (host only, raw pointers).
 //
 // An evaluation is two launches: a cut of every column, then the sums of the rows, each from the whole matrix, so that
-// nothing is added in the order of arrival. A column that one block would read for long is first gathered by many: what
-// is above a hint, which lies a little below the k-th score of the last evaluation, and at first of a sample. Where the
+// nothing is added in the order of arrival. A column that one block would read for long is gathered before by many:
+// what is above a hint, which lies a little below the k-th score of the last evaluation, and at first of a sample. With
+// Adam, whose potentials of a row need that row alone, the second launch gathers for the next evaluation. Where the
 // hint is too high or too low the cut takes longer and is the same. Nobody waits for the device: all max_iter
 // evaluations are launched, and those of a problem that has ended return at once.
 #pragma once
@@ -27,7 +28,7 @@ struct SparseCut {
   float hint;
 };
 
-constexpr int64_t kPart = 4096;  // rows of a column that a block gathers
+constexpr int64_t kPart = 128;  // rows of a column that a warp gathers
 
 template <typename T>
 TILEWISE_FN bool is_gathered(const SparseColumns<T>& call) {
@@ -85,7 +86,7 @@ class SparseOtLaunches {
     SparseSearch search{.call = {.columns = call}};
     take_columns(search);
     guess(search);
-    evaluate(search);
+    evaluate(search, true);
     run(sparse_lists_cuda(search, stream_));
     return error_;
   }
@@ -115,7 +116,7 @@ class SparseOtLaunches {
     for (int64_t t = 0; t < call.max_iter && error_ == nullptr; ++t) {
       search.first_left = adam ? static_cast<float>(1.0 - (first *= 0.9)) : 0.0f;
       search.second_left = adam ? static_cast<float>(1.0 - (second *= 0.999)) : 0.0f;
-      evaluate(search);
+      evaluate(search, t == 0 || !adam);
       if (!adam) run(sparse_step_cuda(search, stream_));
     }
     search.first_left = 0.0f;
@@ -129,7 +130,7 @@ class SparseOtLaunches {
     last.call.columns.level_stride = at.columns;
     last.call.columns.row_sums = row_sums;
     last.call.columns.row_stride = rows;
-    evaluate(last);
+    evaluate(last, !adam);
     run(sparse_lists_cuda(last, stream_));
     last.numbers = search.numbers;
     run(sparse_finish_cuda(last, row_sums, stream_));
@@ -154,8 +155,8 @@ class SparseOtLaunches {
     if (search.gathered != nullptr) run(sparse_guess_cuda(search, stream_));
   }
 
-  void evaluate(const SparseSearch& search) {
-    if (search.gathered != nullptr) run(sparse_gather_cuda(search, stream_));
+  void evaluate(const SparseSearch& search, bool gathers) {
+    if (gathers && search.gathered != nullptr) run(sparse_gather_cuda(search, stream_));
     run(sparse_cut_cuda(search, stream_));
     run(sparse_rows_cuda(search, stream_));
   }
