@@ -1,18 +1,17 @@
 // An evaluation of sparse_ot on CUDA: the cut of a column is found by a warp that holds it in registers, or by a block
-// with what matters of it in shared memory; 8 warps sum 32 rows.
+// with what matters of it in shared memory; 8 warps sum the rows of a tile.
 #include "simplex_topk/long_rows.cuh"
 #include "sparse_ot/sparse_ot_launch.h"
 
 namespace tilewise {
 namespace {
 
-constexpr int kRows = kWarp;  // of a block that sums rows
-constexpr int kParts = 8;     // its warps, each with every eighth column
-constexpr int kOfLane = kPart / kWarp;
-constexpr int kGathered = 4;        // parts, by a warp
-constexpr int kListThreads = 1024;  // of a long column
-constexpr int64_t kMostY = 65535;   // blocks along y
-constexpr int kSample = 4096;       // scores that a guess is from
+constexpr int kWarps = 8;               // that sum rows, each of them every eighth column
+constexpr int kOfLane = kPart / kWarp;  // rows of a part
+constexpr int kGathered = 4;            // parts, by a warp
+constexpr int kListThreads = 1024;      // of a long column
+constexpr int64_t kMostY = 65535;       // blocks along y
+constexpr int kSample = 4096;           // scores that a guess is from
 constexpr int64_t kRuns = kSample / kWarp;
 static_assert(kSample % kStep == 0 && kSample <= kRoom);
 
@@ -31,7 +30,7 @@ __device__ __forceinline__ Target target_of(const SparseColumns<float>& call, fl
 
 template <int kRowsOfLane>
 TILEWISE_FN int64_t tiles_of(const SparseColumns<float>& call) {
-  return (call.rows + kRows * kRowsOfLane - 1) / (kRows * kRowsOfLane);
+  return (call.rows + kWarp * kRowsOfLane - 1) / (kWarp * kRowsOfLane);
 }
 
 // A level that more than k scores, but not many more, are above, as far as a sample of the column tells: runs of 32.
@@ -66,7 +65,8 @@ __device__ __forceinline__ void put_part(const SparseSearch& search, int64_t at,
   for (int r = 0; r < kOfLane; ++r) {
     const bool wants = !(s[r] <= hint);
     const unsigned wanted = __ballot_sync(0xffffffffu, wants);
-    if (wants) gathered[count + __popc(wanted & ((1u << lane) - 1u))] = s[r];
+    float* to = gathered + (count + __popc(wanted & ((1u << lane) - 1u)));
+    if (wants) *to = s[r];
     count += __popc(wanted);
   }
   if (lane == 0) search.counts[place] = count;
@@ -171,53 +171,53 @@ __device__ __forceinline__ void gather_tile(const SparseSearch& search, int64_t 
   const int64_t first = tile * kPart + threadIdx.x;
   const float* costs = call.costs + problem * call.columns * call.rows + first;
   __syncthreads();  // all have read what is shared
-  if (threadIdx.y < kOfLane) shared[threadIdx.y * kRows + threadIdx.x] = next;
+  if (threadIdx.y < kOfLane) shared[threadIdx.y * kWarp + threadIdx.x] = next;
   __syncthreads();
 #pragma unroll 2
-  for (int64_t j = threadIdx.y; j < call.columns; j += kParts) {
+  for (int64_t j = threadIdx.y; j < call.columns; j += kWarps) {
     float s[kOfLane];
 #pragma unroll
     for (int r = 0; r < kOfLane; ++r) {
-      const bool inside = first + r * kRows < call.rows;
-      s[r] = inside ? shared[r * kRows + threadIdx.x] - costs[j * call.rows + r * kRows] : -infinity<float>();
+      const bool inside = first + r * kWarp < call.rows;
+      s[r] = inside ? shared[r * kWarp + threadIdx.x] - costs[j * call.rows + r * kWarp] : -infinity<float>();
     }
     put_part(search, problem * call.columns + j, tile, s);
   }
 }
 
-// Lane x has rows x, x + kRows, .. of a tile. With a step of Adam, where one is taken: only the block that sums a row
+// Lane x has rows x, x + kWarp, .. of a tile. With a step of Adam, where one is taken: only the block that sums a row
 // reads its alpha; then for the next evaluation.
 template <int kRowsOfLane>
-__global__ void __launch_bounds__(kRows* kParts, 4) sparse_rows_kernel(const __grid_constant__ SparseSearch search) {
+__global__ void __launch_bounds__(kWarp* kWarps, 4) sparse_rows_kernel(const __grid_constant__ SparseSearch search) {
   const SparseColumns<float>& call = search.call.columns;
   const int64_t tiles = tiles_of<kRowsOfLane>(call), tile = flat_block() % tiles, problem = flat_block() / tiles;
   if (problem >= call.batch || ended(search, problem)) return;
-  const int64_t first = tile * kRows * kRowsOfLane + threadIdx.x;
+  const int64_t first = tile * kWarp * kRowsOfLane + threadIdx.x;
   const float* costs = call.costs + problem * call.columns * call.rows + first;
   const SparseCut* cuts = search.cuts + problem * call.columns;
   float alpha[kRowsOfLane], sum[kRowsOfLane] = {};
 #pragma unroll
   for (int r = 0; r < kRowsOfLane; ++r)
-    alpha[r] = first + r * kRows < call.rows ? call.alpha[problem * call.alpha_stride + first + r * kRows] : 0.0f;
+    alpha[r] = first + r * kWarp < call.rows ? call.alpha[problem * call.alpha_stride + first + r * kWarp] : 0.0f;
 #pragma unroll 2
-  for (int64_t j = threadIdx.y; j < call.columns; j += kParts) {
+  for (int64_t j = threadIdx.y; j < call.columns; j += kWarps) {
     const Cut cut = cut_of(cuts[j]);
 #pragma unroll
     for (int r = 0; r < kRowsOfLane; ++r) {
-      const int64_t row = first + r * kRows;
-      if (row < call.rows) sum[r] += cut.mass(alpha[r] - costs[j * call.rows + r * kRows], row);
+      const int64_t row = first + r * kWarp;
+      if (row < call.rows) sum[r] += cut.mass(alpha[r] - costs[j * call.rows + r * kWarp], row);
     }
   }
-  float* parts = static_cast<float*>(dynamic_shared());  // (kParts, kRowsOfLane, kRows)
+  float* parts = static_cast<float*>(dynamic_shared());  // (kWarps, kRowsOfLane, kWarp)
 #pragma unroll
-  for (int r = 0; r < kRowsOfLane; ++r) parts[(threadIdx.y * kRowsOfLane + r) * kRows + threadIdx.x] = sum[r];
+  for (int r = 0; r < kRowsOfLane; ++r) parts[(threadIdx.y * kRowsOfLane + r) * kWarp + threadIdx.x] = sum[r];
   __syncthreads();
-  const int64_t row = first + threadIdx.y * kRows;
+  const int64_t row = first + threadIdx.y * kWarp;
   float next = -infinity<float>();
   if (threadIdx.y < kRowsOfLane && row < call.rows) {
     float total = 0.0f;
 #pragma unroll
-    for (int part = 0; part < kParts; ++part) total += parts[(part * kRowsOfLane + threadIdx.y) * kRows + threadIdx.x];
+    for (int part = 0; part < kWarps; ++part) total += parts[(part * kRowsOfLane + threadIdx.y) * kWarp + threadIdx.x];
     total /= call.gamma;
     call.row_sums[problem * call.row_stride + row] = total;
     if (search.first_left > 0.0f) {
@@ -298,8 +298,8 @@ const char* sparse_rows_cuda(const SparseSearch& search, void* stream) {
   const SparseColumns<float>& call = search.call.columns;
   constexpr int64_t kMany = 32768;  // rows, which keep all multiprocessors busy by fours
   const auto launch_rows = [&](void (*kernel)(SparseSearch), int of_lane, int64_t tiles) {
-    const size_t shared = kRows * kParts * of_lane * sizeof(float);
-    return launch(kernel, flat_grid(call.batch * tiles), dim3(kRows, kParts), shared, stream, search);
+    const size_t shared = kWarp * kWarps * of_lane * sizeof(float);
+    return launch(kernel, flat_grid(call.batch * tiles), dim3(kWarp, kWarps), shared, stream, search);
   };
   return call.batch * call.rows < kMany && !is_gathered(call)
              ? launch_rows(sparse_rows_kernel<1>, 1, tiles_of<1>(call))
