@@ -6,6 +6,8 @@
 //   pass(f)     f(s) for every score that this thread has; s may be -inf where it has none
 #pragma once
 
+#include <type_traits>
+
 #include "common/dtype.h"
 #include "common/team.cuh"
 #include "simplex_topk/simplex_topk.h"
