@@ -182,6 +182,15 @@ def sparse(n: int, m: int, features: int, device: str):
         check("sparse_ot_router", tilewise.sparse_ot_router(leaf, k, steps=3).weights, leaf)
 
 
+def long_columns(device: str):
+    """Of which a block reads a part, and rows in shared memory, or what matters of them."""
+    for size, k in ((1500, 40), (25000, 40), (25000, 13000)):
+        logits = torch.randn(size, 2, device=device)
+        leaf = logits.mT.contiguous().requires_grad_()
+        check("simplex_topk", tilewise.simplex_topk(leaf, k).square(), leaf)
+        check("sparse_ot_router", tilewise.sparse_ot_router(logits.requires_grad_(), k, steps=2).weights, logits)
+
+
 def sampled(n: int, m: int, features: int, dtype: torch.dtype, device: str):
     """Every method, one place to all, dense and strided rows; norms given and recorded; products in batches."""
     table, ids = torch.zeros(3, n, device=device), torch.arange(2, device=device)
@@ -252,6 +261,7 @@ def main():
         for sizes in ((1, 1, 1), (3, 4, 2), (9, 17, 3), (33, 64, 3), (70, 130, 40)):
             transport(*sizes, device)
             sparse(*sizes, device)
+        long_columns(device)
         if device == "cuda":
             out_of_range(device)
             torch.cuda.synchronize()

@@ -1,118 +1,12 @@
-// sparse_ot on CUDA: a team (a warp, or a block where columns are long) finds the cut of a column; 8 warps sum 32 rows;
-// a block per problem takes the steps of the search.
-#include "simplex_topk/project.cuh"
+// The search of sparse_ot on CUDA: a block per problem takes the steps.
+#include "common/team.cuh"
 #include "sparse_ot/sparse_ot_launch.h"
 
 namespace tilewise {
 namespace {
 
-constexpr int kRows = kWarp;  // of a block that sums rows
-constexpr int kParts = 8;     // its warps, each with every eighth column
-constexpr int kSearch = 256;  // threads that take a step of a problem
-
-__device__ __forceinline__ bool ended(const SparseSearch& search, int64_t problem) {
-  return search.numbers != nullptr && !search.numbers[problem].going;
-}
-
-__device__ __forceinline__ Scores scores_of(const SparseColumns<float>& call, int64_t problem, int64_t column) {
-  return {call.alpha + problem * call.alpha_stride, call.costs + (problem * call.columns + column) * call.rows};
-}
-
-__device__ __forceinline__ Cut cut_of(const SparseCut& cut) {
-  return {cut.level, cut.equal, cut.top, cut.below, cut.last};
-}
-
-__global__ void __launch_bounds__(256) sparse_cut_kernel(const __grid_constant__ SparseSearch search) {
-  const SparseColumns<float>& call = search.call.columns;
-  const int64_t at = flat_block() * blockDim.y + threadIdx.y;
-  const int64_t problem = at / call.columns;
-  if (problem >= call.batch || ended(search, problem)) return;
-  const Team team(dynamic_shared());
-  const int64_t column = at % call.columns;
-  const Scores scores = scores_of(call, problem, column);
-  const float level = call.level[problem * call.level_stride + column];
-  const Cut cut = find_cut(team, scores, call.rows, call.k, call.gamma * level, call.dual, -level);
-  float squares = 0.0f, mass = 0.0f;
-  for (int64_t i = team.rank(); i < call.rows; i += team.size()) {
-    const float entry = cut.mass(scores(i), i) / call.gamma;
-    squares += entry * entry;
-    mass += entry;
-  }
-  squares = team.all_sum(squares);
-  mass = team.all_sum(mass);
-  team.wait();  // the level of all threads and beta may be the same number
-  if (!team.first()) return;
-  search.cuts[at] = {cut.level, cut.equal, cut.top, cut.below, cut.last, squares, mass};
-  call.beta[at] = call.dual && cut.top == cut.top ? level : -(cut.top + cut.below);
-}
-
-// With a step of Adam, where one is taken: only the block that sums a row reads its alpha.
-__global__ void __launch_bounds__(kRows* kParts) sparse_rows_kernel(const __grid_constant__ SparseSearch search) {
-  const SparseColumns<float>& call = search.call.columns;
-  const int64_t tiles = (call.rows + kRows - 1) / kRows;
-  const int64_t problem = flat_block() / tiles, row = flat_block() % tiles * kRows + threadIdx.x;
-  if (problem >= call.batch || ended(search, problem)) return;
-  float* parts = static_cast<float*>(dynamic_shared());
-  float sum = 0.0f;
-  if (row < call.rows) {
-    const float alpha = call.alpha[problem * call.alpha_stride + row];
-    const float* costs = call.costs + problem * call.columns * call.rows + row;
-    const SparseCut* cuts = search.cuts + problem * call.columns;
-#pragma unroll 4
-    for (int64_t j = threadIdx.y; j < call.columns; j += kParts)
-      sum += cut_of(cuts[j]).mass(alpha - costs[j * call.rows], row);
-  }
-  parts[threadIdx.y * kRows + threadIdx.x] = sum;
-  __syncthreads();
-  if (threadIdx.y != 0 || row >= call.rows) return;
-  for (int part = 1; part < kParts; ++part) sum += parts[part * kRows + threadIdx.x];
-  sum /= call.gamma;
-  call.row_sums[problem * call.row_stride + row] = sum;
-  if (search.first_left == 0.0f) return;
-  float* moments = search.vectors + problem * 2 * call.rows + row;
-  const int64_t at = problem * call.rows + row;
-  search.call.alpha[at] -= adam_step(sum - search.call.a[at], moments[0], moments[call.rows], search.first_left,
-                                     search.second_left, search.call.rate);
-}
-
-// The entries of a column in the order of their rows, by a warp, and its margin.
-__global__ void __launch_bounds__(256) sparse_lists_kernel(const __grid_constant__ SparseSearch search) {
-  const SparseColumns<float>& call = search.call.columns;
-  const int64_t at = flat_block() * blockDim.y + threadIdx.y;
-  const int64_t problem = at / call.columns;
-  if (problem >= call.batch) return;
-  const Team team(dynamic_shared());
-  const Scores scores = scores_of(call, problem, at % call.columns);
-  const Cut cut = cut_of(search.cuts[at]);
-  float* values = call.values + at * call.k;
-  int64_t* indices = call.indices + at * call.k;
-  int64_t count = 0, kept = 0;
-  float last = infinity<float>(), following = -infinity<float>();
-  for (int64_t begin = 0; begin < call.rows; begin += kWarp) {
-    const int64_t i = begin + team.rank();
-    const float s = i < call.rows ? scores(i) : -infinity<float>();
-    const bool keeps = i < call.rows && cut.keeps(s, i);
-    const float entry = keeps ? cut.mass(s, i) / call.gamma : 0.0f;
-    if (keeps) last = fminf(last, s);
-    if (!keeps) following = fmaxf(following, s);
-    kept += keeps;
-    const unsigned used = __ballot_sync(0xffffffffu, entry > 0.0f);
-    if (entry > 0.0f) {
-      int before = 0;
-      for (unsigned bits = used & ((1u << team.rank()) - 1u); bits != 0; bits &= bits - 1) ++before;
-      values[count + before] = entry;
-      indices[count + before] = i;
-    }
-    for (unsigned bits = used; bits != 0; bits &= bits - 1) ++count;
-  }
-  for (int64_t i = count + team.rank(); i < call.k; i += kWarp) values[i] = 0.0f, indices[i] = 0;
-  if (call.margin == nullptr) return;
-  last = team.all(last, [](float a, float b) { return fminf(a, b); });
-  following = team.all(following, [](float a, float b) { return fmaxf(a, b); });
-  kept = team.all_sum(kept);
-  if (team.first())
-    call.margin[at] = kept == call.k && following > cut.top + cut.below ? last - following : infinity<float>();
-}
+constexpr int kSearch = 1024;   // threads of a problem, at most
+constexpr int64_t kFew = 4096;  // variables for which fewer are better: they meet often
 
 __device__ __forceinline__ Lbfgs<float> lbfgs_of(const SparseSearch& search, int64_t problem) {
   Lbfgs<float> p;
@@ -133,21 +27,22 @@ __device__ __forceinline__ Lbfgs<float> lbfgs_of(const SparseSearch& search, int
 
 __global__ void __launch_bounds__(kSearch) sparse_begin_kernel(const __grid_constant__ SparseSearch search) {
   const int64_t problem = blockIdx.x, rows = search.call.columns.rows, columns = search.call.columns.columns;
-  if (threadIdx.x == 0) {
+  const Team team(dynamic_shared());
+  if (team.first()) {
     LbfgsNumbers numbers{};
     numbers.going = 1;
     search.numbers[problem] = numbers;
   }
   if (search.call.method == SparseMethod::kAdam) {
-    for (int64_t i = threadIdx.x; i < 2 * rows; i += kSearch) search.vectors[problem * 2 * rows + i] = 0.0f;
+    team.each(2 * rows, [&](int64_t i) { search.vectors[problem * 2 * rows + i] = 0.0f; });
     return;
   }
   const Lbfgs<float> p = lbfgs_of(search, problem);
-  for (int64_t i = threadIdx.x; i < p.size; i += kSearch) {
+  team.each(p.size, [&](int64_t i) {
     const float start =
         i < rows ? search.call.alpha[problem * rows + i] : search.call.columns.beta[problem * columns + i - rows];
     p.x[i] = p.trial[i] = start;
-  }
+  });
 }
 
 struct Errors {
@@ -167,16 +62,22 @@ __device__ __forceinline__ Errors judge(const Team& team, const SparseSearch& se
   const auto off = [](double x, double y) { return x < y ? y - x : x - y; };
   const double squares = team.sum(call.columns, [&](int64_t j) { return cuts[j].squares; });
   const double of_columns = team.sum(call.columns, [&](int64_t j) { return off(cuts[j].mass, b[j]); });
-  const double of_rows = team.sum(call.rows, [&](int64_t i) { return off(row_sums[i], a[i]); });
-  const double mass_a = team.sum(call.rows, [&](int64_t i) { return static_cast<double>(a[i]); });
   const double mass_b = team.sum(call.columns, [&](int64_t j) { return static_cast<double>(b[j]); });
-  const double dual = lbfgs_dot(team, call.rows, alpha, a) + lbfgs_dot(team, call.columns, beta, b);
+  double of_rows = 0.0, mass_a = 0.0, dual = 0.0;
+#pragma unroll 4
+  for (int64_t i = team.rank(); i < call.rows; i += team.size()) {
+    of_rows += off(row_sums[i], a[i]);
+    mass_a += a[i];
+    dual += static_cast<double>(alpha[i]) * a[i];
+  }
+  of_rows = team.all_sum(of_rows);
+  mass_a = team.all_sum(mass_a);
+  dual = team.all_sum(dual) + lbfgs_dot(team, call.columns, beta, b);
   return {0.5 * call.gamma * squares - dual, mass_a > 0 ? of_rows / mass_a : 0.0,
           mass_b > 0 ? of_columns / mass_b : 0.0};
 }
 
-// One block of a multiprocessor is enough, and registers for it there are.
-__global__ void __launch_bounds__(kSearch, 1) sparse_step_kernel(const __grid_constant__ SparseSearch search) {
+__global__ void __launch_bounds__(kSearch) sparse_step_kernel(const __grid_constant__ SparseSearch search) {
   const int64_t problem = blockIdx.x, rows = search.call.columns.rows, columns = search.call.columns.columns;
   if (ended(search, problem)) return;
   const Team team(dynamic_shared());
@@ -199,11 +100,11 @@ __global__ void __launch_bounds__(kSearch, 1) sparse_step_kernel(const __grid_co
 __global__ void __launch_bounds__(kSearch) sparse_accept_kernel(const __grid_constant__ SparseSearch search) {
   const int64_t problem = blockIdx.x, rows = search.call.columns.rows, columns = search.call.columns.columns;
   const Lbfgs<float> p = lbfgs_of(search, problem);
-  for (int64_t i = threadIdx.x; i < p.size; i += kSearch) {
+  Team(dynamic_shared()).each(p.size, [&](int64_t i) {
     float* to =
         i < rows ? search.call.alpha + problem * rows + i : search.call.columns.beta + problem * columns + i - rows;
     *to = p.x[i];
-  }
+  });
 }
 
 __global__ void __launch_bounds__(kSearch)
@@ -223,30 +124,11 @@ template <typename... Arguments>
 const char* launch_problems(void (*kernel)(SparseSearch, Arguments...), const SparseSearch& search, void* stream,
                             const Arguments&... arguments) {
   const dim3 grid(static_cast<unsigned>(search.call.columns.batch));
-  return launch(kernel, grid, dim3(kSearch), kTeamBytes, stream, search, arguments...);
-}
-
-const char* launch_columns(void (*kernel)(SparseSearch), const SparseSearch& search, dim3 block, void* stream) {
-  const SparseColumns<float>& call = search.call.columns;
-  return launch(kernel, flat_grid(team_blocks(call.batch * call.columns, block)), block, kTeamBytes, stream, search);
+  const dim3 block(variables(search.call) <= kFew ? kSearch / 4 : kSearch);
+  return launch(kernel, grid, block, kTeamBytes, stream, search, arguments...);
 }
 
 }  // namespace
-
-const char* sparse_cut_cuda(const SparseSearch& search, void* stream) {
-  return launch_columns(sparse_cut_kernel, search, team_block(search.call.columns.rows), stream);
-}
-
-const char* sparse_rows_cuda(const SparseSearch& search, void* stream) {
-  const SparseColumns<float>& call = search.call.columns;
-  const int64_t blocks = call.batch * ((call.rows + kRows - 1) / kRows);
-  return launch(sparse_rows_kernel, flat_grid(blocks), dim3(kRows, kParts), kRows * kParts * sizeof(float), stream,
-                search);
-}
-
-const char* sparse_lists_cuda(const SparseSearch& search, void* stream) {
-  return launch_columns(sparse_lists_kernel, search, dim3(kWarp, 8), stream);
-}
 
 const char* sparse_begin_cuda(const SparseSearch& search, void* stream) {
   return launch_problems(sparse_begin_kernel, search, stream);

@@ -46,6 +46,21 @@ def test_columns(sizes, dual):
         torch.testing.assert_close(wide(value), truth, **tolerance if truth.is_floating_point() else {})
 
 
+@pytest.mark.parametrize("rate", [1e-3, 2.0])
+def test_the_plan_is_that_of_the_potentials(rate):
+    """Columns that many blocks of a GPU gather, above what an evaluation knows from the one before; rightly or not."""
+    cost, a, b = problem(26000, 2, (1,))
+    costs, a, b = cost.mT.contiguous(), 500 * a, 500 * b
+    options = {"method": "adam", "max_iter": 3, "tol": 0.0, "lr": rate}
+    values, indices, alpha, beta, *_ = torch.ops.tilewise.sparse_ot(costs, a, b, k=900, gamma=0.5, **options)
+    expected = REFERENCE["sparse_ot_columns"](*map(wide, (costs, alpha, b)), k=900, gamma=0.5)
+    plan, truth = (torch.zeros(1, 2, 26000).double().scatter_add(2, wide(i), wide(v)) for v, i in
+                   ((values, indices), expected[:2]))  # fmt: skip
+    tolerance = {"rtol": 1e-10, "atol": 1e-12} if NATIVE_CPU else {"rtol": 1e-4, "atol": 3e-6}
+    torch.testing.assert_close(plan, truth, **tolerance)
+    torch.testing.assert_close(wide(beta), expected[2], **tolerance)
+
+
 @pytest.mark.skipif(INTERPRETED, reason="hundreds of evaluations in the interpreter")
 @pytest.mark.parametrize("k", [4, 12])
 @pytest.mark.parametrize("method", ["semi_dual", "dual"])

@@ -97,7 +97,8 @@ struct Machine {
   char begin = 0, end = 0;  // of a launch: tokens
   char fence = 0;           // and one of the fences of its threads
   int current = 0;
-  unsigned blocks = 0;  // that have begun
+  unsigned blocks = 0;                                 // that have begun
+  uint64_t brought[kMostThreads / kWarp][kWarp] = {};  // to the last shuffle of a warp
   bool failed = false;
   std::string error;
   std::mt19937 random{1};
@@ -146,7 +147,7 @@ inline bool finish_shuffles(int threads) {
     Fiber* warp = &machine.fibers[base];
     const bool all = std::all_of(warp, warp + kWarp, [](const Fiber& f) { return f.state == State::kShuffle; });
     if (!all) continue;
-    uint64_t brought[kWarp];
+    uint64_t* brought = machine.brought[base / kWarp];
     for (int lane = 0; lane < kWarp; ++lane) brought[lane] = warp[lane].value;
     for (int lane = 0; lane < kWarp; ++lane) {
       warp[lane].value = brought[warp[lane].source];
@@ -261,6 +262,17 @@ T shuffle(unsigned mask, T value, int source_lane) {
   return value;
 }
 
+// add(.. add(0, value of lane 0, 0) .., value of lane 31, 31)
+template <typename Add>
+uint32_t over_lanes(unsigned mask, uint32_t value, Add add) {
+  shuffle(mask, uint64_t{value}, 0);
+  const Unwatched unwatched;
+  uint32_t sum = 0;
+  for (int lane = 0; lane < kWarp; ++lane)
+    sum = add(sum, static_cast<uint32_t>(machine.brought[machine.current / kWarp][lane]), lane);
+  return sum;
+}
+
 template <typename T>
 bool is_aligned(const T* address) {
   const bool aligned = reinterpret_cast<uintptr_t>(address) % sizeof(T) == 0;
@@ -316,23 +328,33 @@ T __shfl_up_sync(unsigned mask, T value, int lanes) {
   return emulator::shuffle(mask, value, lane >= lanes ? lane - lanes : lane);
 }
 
+template <typename T>
+T __shfl_sync(unsigned mask, T value, int lane) {
+  return emulator::shuffle(mask, value, lane % emulator::kWarp);
+}
+
 inline void __syncwarp() {
   using namespace emulator;
   ordered(machine.block->warp_barriers[machine.current / kWarp], &Fiber::warp_barriers,
           [] { shuffle(0xffffffffu, 0, 0); });
 }
 
-inline bool __any_sync(unsigned mask, bool value) {
-  int any = value;
-  for (int lanes = emulator::kWarp / 2; lanes > 0; lanes /= 2) any |= __shfl_xor_sync(mask, any, lanes);
-  return any != 0;
+inline uint32_t __reduce_add_sync(unsigned mask, uint32_t value) {
+  return emulator::over_lanes(mask, value, [](uint32_t sum, uint32_t of_lane, int) { return sum + of_lane; });
+}
+
+inline uint32_t __reduce_max_sync(unsigned mask, uint32_t value) {
+  return emulator::over_lanes(mask, value,
+                              [](uint32_t most, uint32_t of_lane, int) { return std::max(most, of_lane); });
 }
 
 inline unsigned __ballot_sync(unsigned mask, bool value) {
-  unsigned bits = static_cast<unsigned>(value) << (emulator::machine.current % emulator::kWarp);
-  for (int lanes = emulator::kWarp / 2; lanes > 0; lanes /= 2) bits |= __shfl_xor_sync(mask, bits, lanes);
-  return bits;
+  return emulator::over_lanes(mask, value, [](uint32_t bits, uint32_t bit, int lane) { return bits | bit << lane; });
 }
+
+inline bool __any_sync(unsigned mask, bool value) { return __ballot_sync(mask, value) != 0; }
+
+inline int __popc(unsigned bits) { return std::popcount(bits); }
 
 // Orders what blocks write and read in other blocks.
 inline void __threadfence() {
