@@ -12,8 +12,9 @@ from math import ceil
 from types import SimpleNamespace
 from typing import NamedTuple
 
-CUT_PASSES = 30  # of sparse_cut_kernel over its column: levels, then Newton's steps
-TOPK_PASSES = 14  # of simplex_topk_kernel over its row
+CUT_PASSES, TOPK_PASSES = 30, 11  # of a warp over the numbers of a row that it holds: levels, then Newton's steps
+NARROW_PASSES, NEWTON_PASSES = 7, 3  # of a block over the numbers that it keeps of a long column
+KEPT = 0.12  # of a long column: what is above the hint
 EVALUATIONS = 130  # of sparse_ot until its tolerance; the launches after them return at once
 
 
@@ -78,6 +79,13 @@ def scan(s: SimpleNamespace, instructions: float, rounds: float) -> Work:
     return each(s.searched * s.cells, instructions, bytes=s.searched * s.read, rounds=s.searched * rounds)
 
 
+def of_kept(s: SimpleNamespace) -> Work:
+    """What is gathered of long columns is joined and cut in shared memory, until the search has ended."""
+    numbers = s.searched * KEPT * s.cells
+    passes = NARROW_PASSES + NEWTON_PASSES
+    return each(numbers, 4.7 * passes + 20, 0.05, bytes=4 * numbers, rounds=s.searched * (4 * passes + 12))
+
+
 # The first pattern that the name of a kernel begins with counts.
 KERNELS = {
     # rows of logits
@@ -115,14 +123,19 @@ KERNELS = {
     "unrolled_kernel": Kernel(72, lambda s: each(s.threads * s.steps, 520, 36, bytes=8 * s.history)),  # of 8 x 8 pairs
     "small_(plan|apply)_kernel": Kernel(40, lambda s: each(s.cells, 180, 6, bytes=2 * s.read)),
     # sparse transport
-    "sparse_cut_kernel": Kernel(48, lambda s: scan(s, 30 * CUT_PASSES, CUT_PASSES * s.turns)),
-    "sparse_rows_kernel": Kernel(31, lambda s: scan(s, 30, s.columns / 32)),
-    "sparse_lists_kernel": Kernel(40, lambda s: each(s.cells, 40, bytes=s.read, rounds=s.turns)),  # assumed
+    "sparse_cut_kernel": Kernel(71, lambda s: scan(s, 6 * CUT_PASSES + 20, 4)),  # assumed
+    "sparse_long_cut_kernel": Kernel(63, lambda s: of_kept(s)),  # assumed
+    "sparse_guess_kernel": Kernel(59, lambda s: each(4096 * s.columns, 60, bytes=4 * 4096 * s.columns, rounds=40)),  # assumed
+    "sparse_gather_kernel": Kernel(40, lambda s: scan(s, 13.2, 4)),
+    "sparse_rows_kernel": Kernel(56, lambda s: scan(s, 19 + 13.2, s.columns / 64)),  # assumed
+    "sparse_lists_kernel": Kernel(58, lambda s: each(s.cells, 103, 2, bytes=s.read, rounds=s.turns)),  # assumed
     "sparse_(begin|accept)_kernel": Kernel(32, lambda s: alone(2 * s.lines)),
     "sparse_step_kernel": Kernel(64, lambda s: alone(s.searched * (45 * s.lines + 180))),
     "sparse_finish_kernel": Kernel(40, lambda s: alone(8 * s.lines + 40)),
-    "simplex_topk_kernel": Kernel(40, lambda s: each(s.cells, 34 * TOPK_PASSES, bytes=2 * s.read)),
-    "simplex_topk_backward_kernel": Kernel(32, lambda s: each(s.cells, 14, bytes=3 * s.read)),  # assumed
+    "simplex_topk_kernel": Kernel(48, lambda s: each(s.cells, 5.75 * TOPK_PASSES + 4, bytes=2 * s.read)),  # assumed
+    "simplex_topk_backward_kernel": Kernel(48, lambda s: each(s.cells, 24, bytes=3 * s.read)),  # assumed
+    "simplex_topk_long_kernel": Kernel(48, lambda s: each(s.cells, 4 * 12 + 20, bytes=2 * s.read)),  # assumed
+    "simplex_topk_long_backward_kernel": Kernel(28, lambda s: each(s.cells, 20, bytes=3 * s.read)),  # assumed
     # sampled products
     "wta_crs_norms_kernel": Kernel(37, lambda s: each(s.cells, 6, 0, 2, bytes=s.read)),  # assumed
     "wta_crs_gather_kernel": Kernel(46, lambda s: each(s.taken, 6, bytes=2 * s.item * s.taken)),  # assumed

@@ -8,6 +8,7 @@ from occupancy import LEAST_SHARED, Launch
 TEAM_BYTES = 32 * 8  # a number of each warp (csrc/common/team.cuh)
 MALA_TILE = 32 * 32 * 4  # (csrc/mala/mala_tiles.cuh)
 MALA_FEATURES = 1024  # at most (csrc/mala/mala_bind.h)
+LONG_ROOM = 24576  # numbers of a long row that a block keeps (csrc/simplex_topk/long_rows.cuh)
 PITCH = 64 + 4  # of a tile of pairs (csrc/sinkhorn/pairs.cuh)
 
 WARP, BLOCK = (32, 8), (256, 1)  # a warp for each of 8 rows, a block for one
@@ -32,6 +33,10 @@ def query_gradient_bytes(features: int) -> int:
 
 def apply_bytes(values: int) -> int:
     return 64 * (2 * PITCH + values + 2) * 4
+
+
+def long_bytes(numbers: int) -> int:
+    return TEAM_BYTES + numbers * 4
 
 
 def small_block(size: int) -> tuple[int, int]:
@@ -116,15 +121,52 @@ SINKHORN = [
 ]
 
 SPARSE = [
-    case("sparse_cut_kernel", BLOCK, TEAM_BYTES, (48, 40, 32, 32)),
-    case("sparse_rows_kernel", WARP, 8 * 32 * 4, (64, 64, 64, 48)),
-    case("sparse_lists_kernel", WARP, TEAM_BYTES, (40, 40, 40, 40)),
-    case("sparse_begin_kernel", BLOCK, TEAM_BYTES, (64, 64, 64, 48)),
-    case("sparse_step_kernel", BLOCK, TEAM_BYTES, (32, 24, 16, 16)),
-    case("sparse_accept_kernel", BLOCK, TEAM_BYTES, (64, 64, 64, 48)),
-    case("sparse_finish_kernel", BLOCK, TEAM_BYTES, (64, 64, 48, 48)),
-    case("simplex_topk_kernel", WARP, TEAM_BYTES, (64, 48, 32, 32)),
-    case("simplex_topk_backward_kernel", WARP, TEAM_BYTES, (64, 64, 64, 48)),
+    *(
+        case(f"sparse_cut_kernel<{size}>", WARP, 0, warps)
+        for size, warps in {
+            4: (48, 48, 48, 48),
+            8: (40, 40, 40, 40),
+            16: (24, 24, 32, 24),
+            32: (16, 16, 24, 16),
+        }.items()
+    ),
+    case("sparse_long_cut_kernel", BLOCK, long_bytes(4096), (32, 32, 40, 32)),
+    case("sparse_long_cut_kernel", BLOCK, long_bytes(LONG_ROOM), (8, 16, 16, 8)),
+    case("sparse_guess_kernel", BLOCK, long_bytes(4096), (64, 64, 32, 32)),
+    case("sparse_gather_kernel", BLOCK, 0, (48, 48, 40, 40)),
+    case("sparse_rows_kernel<1>", WARP, 32 * 8 * 4, (48, 48, 48, 48)),
+    case("sparse_rows_kernel<4>", WARP, 32 * 8 * 4 * 4, (32, 32, 32, 32)),
+    case("sparse_lists_kernel", WARP, TEAM_BYTES, (32, 32, 32, 32)),
+    case("sparse_lists_kernel", (1024, 1), TEAM_BYTES, (32, 32, 32, 32)),
+    case("sparse_begin_kernel", (256, 1), TEAM_BYTES, (64, 64, 64, 48)),
+    case("sparse_begin_kernel", (1024, 1), TEAM_BYTES, (64, 64, 64, 32)),
+    case("sparse_step_kernel", (256, 1), TEAM_BYTES, (32, 32, 32, 32)),
+    case("sparse_step_kernel", (1024, 1), TEAM_BYTES, (32, 32, 32, 32)),
+    case("sparse_accept_kernel", (256, 1), TEAM_BYTES, (64, 64, 64, 48)),
+    case("sparse_accept_kernel", (1024, 1), TEAM_BYTES, (64, 64, 64, 32)),
+    case("sparse_finish_kernel", (256, 1), TEAM_BYTES, (48, 48, 32, 32)),
+    case("sparse_finish_kernel", (1024, 1), TEAM_BYTES, (32, 32, 32, 32)),
+    *(
+        case(f"simplex_topk_kernel<{size}>", WARP, 0, warps)
+        for size, warps in {
+            4: (48, 48, 64, 48),
+            8: (40, 40, 48, 40),
+            16: (24, 24, 40, 24),
+            32: (16, 16, 32, 16),
+        }.items()
+    ),
+    *(
+        case(f"simplex_topk_backward_kernel<{size}>", WARP, 0, warps)
+        for size, warps in {
+            4: (64, 64, 64, 48),
+            8: (48, 48, 48, 48),
+            16: (32, 40, 32, 32),
+            32: (24, 24, 16, 16),
+        }.items()
+    ),
+    case("simplex_topk_long_kernel", BLOCK, long_bytes(4096), (40, 40, 40, 40)),
+    case("simplex_topk_long_kernel", BLOCK, long_bytes(LONG_ROOM), (8, 16, 16, 8)),
+    case("simplex_topk_long_backward_kernel", BLOCK, TEAM_BYTES, (64, 64, 64, 48)),
 ]
 
 SAMPLING = [

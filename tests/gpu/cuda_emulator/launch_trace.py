@@ -30,8 +30,9 @@ ALLOWED = [
     Idle("cross_entropy 16x", "merge_parts_kernel", "a warp has a row, of which it reads 32 numbers"),
     Idle("mala", "mala_scan_kernel", "of Z and U, each a part of S"),
     Idle("sinkhorn", "(prepare|finish)_kernel", "a block has a problem, of which it reads marginals and potentials"),
-    Idle("sparse_ot_router", "sparse_cut_kernel", "a block has a column, and the columns of a router are its experts"),
-    Idle("sparse_ot_router", "sparse_lists_kernel", "a warp has a column, and the columns of a router are its experts"),
+    Idle(
+        "sparse_ot_router", "sparse_(guess|long_cut|lists)_kernel", "a block has a column: a router's are its experts"
+    ),
     Idle("sparse_ot", "sparse_(begin|step|accept|finish)_kernel", "a block has a problem: sums one after the other"),
     Idle("wta_crs_linear", "wta_crs_sample_kernel", "one block draws all rows of a problem"),
 ]
