@@ -124,8 +124,8 @@ KERNELS = {
     "small_(plan|apply)_kernel": Kernel(40, lambda s: each(s.cells, 180, 6, bytes=2 * s.read)),
     # sparse transport
     "sparse_cut_kernel": Kernel(71, lambda s: scan(s, 6 * CUT_PASSES + 20, 4)),  # assumed
-    "sparse_long_cut_kernel": Kernel(63, lambda s: of_kept(s)),  # assumed
-    "sparse_guess_kernel": Kernel(59, lambda s: each(4096 * s.columns, 60, bytes=4 * 4096 * s.columns, rounds=40)),  # assumed
+    "sparse_long_cut_kernel": Kernel(63, of_kept),  # assumed
+    "sparse_guess_kernel": Kernel(59, lambda s: each(4096 * s.columns, 60, bytes=2**14 * s.columns)),  # assumed
     "sparse_gather_kernel": Kernel(40, lambda s: scan(s, 13.2, 4)),
     "sparse_rows_kernel": Kernel(56, lambda s: scan(s, 19 + 13.2, s.columns / 64)),  # assumed
     "sparse_lists_kernel": Kernel(58, lambda s: each(s.cells, 103, 2, bytes=s.read, rounds=s.turns)),  # assumed
