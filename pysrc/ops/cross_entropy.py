@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tilewise.formulas.cross_entropy import logits_gradient
 from tilewise.formulas.rows import statistics_dtype
-from tilewise.ops import register, rows
+from tilewise.ops import derivatives, register, rows
 
 OP = "cross_entropy"
 WITH_STATS = f"{OP}_with_stats"
@@ -192,9 +192,9 @@ def _backward(ctx, grad_loss, grad_lse=None, grad_entropy=None):
     return gradient, None, None, None
 
 
-_jvp = register.of_losses(OP, _backward, by_row=(0,))
+_jvp = derivatives.of_losses(OP, _backward, by_row=(0,))
 register.autograd(OP, _backward, _setup_context, _jvp, outputs=(0,))
 register.autograd(WITH_STATS, _backward, _setup_context, _jvp, outputs=(0, 2, 3))
-register.second(f"{OP}_backward", logits_gradient)
-register.refuse_derivative(f"{OP}_backward_", "expected no gradient through an operator that writes to its argument")
+derivatives.second(f"{OP}_backward", logits_gradient)
+derivatives.refuse_derivative(f"{OP}_backward_", "expected no gradient through an operator that writes to its argument")
 register.writes(f"{OP}_backward_", place=3)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from tilewise.formulas.cross_entropy import layer_gradients
 from tilewise.formulas.rows import statistics_dtype
-from tilewise.ops import autocast, formed, register, rows
+from tilewise.ops import autocast, derivatives, formed, register, rows
 
 OP = "linear_cross_entropy"
 _forward, _gradients = map(register.operator, (OP, f"{OP}_backward"))
@@ -258,5 +258,5 @@ def _products(input, linear_weight, *gradients) -> int:
     return 2 * input.numel() * linear_weight[0] * (1 + sum(0 not in gradient for gradient in gradients))
 
 
-register.autograd(OP, _backward, _setup_context, register.of_losses(OP, _backward, by_row=(0,)), outputs=(0,))
-register.second(f"{OP}_backward", layer_gradients)
+register.autograd(OP, _backward, _setup_context, derivatives.of_losses(OP, _backward, by_row=(0,)), outputs=(0,))
+derivatives.second(f"{OP}_backward", layer_gradients)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from tilewise.formulas.rows import statistics_dtype
-from tilewise.ops import logits_free, register, rows  # noqa: F401  (logits_free registers the implementation)
+from tilewise.ops import derivatives, logits_free, register, rows  # noqa: F401  (logits_free registers the implementation)
 
 FAMILY = ("linear_z_loss", "linear_taylor_softmax_loss", "linear_spherical_softmax_loss")
 _z, _taylor, _spherical, _gradients = map(register.operator, (*FAMILY, "linear_spherical_backward"))
@@ -197,5 +197,5 @@ def _backward_flops(grad_loss, hidden, weight, *_, out_shape, grad_hidden, grad_
 
 for _op in FAMILY:
     register.fake(_op)(_forward_fake)
-    register.autograd(_op, _backward, _setup_context, register.of_losses(_op, _backward, by_row=(0,)), outputs=(0,))
-register.refuse_second("linear_spherical_backward", "linear_z_loss")
+    register.autograd(_op, _backward, _setup_context, derivatives.of_losses(_op, _backward, by_row=(0,)), outputs=(0,))
+derivatives.refuse_second("linear_spherical_backward", "linear_z_loss")

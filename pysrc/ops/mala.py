@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from tilewise.formulas.rows import statistics_dtype
-from tilewise.ops import autocast, register, rows
+from tilewise.ops import autocast, derivatives, register, rows
 
 OP = "mala"
 _forward, _gradients = map(register.operator, (OP, f"{OP}_backward"))
@@ -221,4 +221,4 @@ def _backward_flops(grad_out, q, k, v, *_, out_shape, **options) -> int:
 
 
 register.autograd(OP, _backward, _setup_context, outputs=(0,))
-register.refuse_second(f"{OP}_backward", OP)
+derivatives.refuse_second(f"{OP}_backward", OP)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tilewise.formulas.rows import statistics_dtype
-from tilewise.ops import autocast, formed, register, rows
+from tilewise.ops import autocast, derivatives, formed, register, rows
 from tilewise.ops.unit_rows import unit_rows
 
 OP = "pairwise_loss"
@@ -251,5 +251,5 @@ def _products(x, y, guide_x, *gradients) -> int:
     return 2 * n * m * (of_guide + d * (1 + sum(0 not in gradient for gradient in gradients)))
 
 
-register.autograd(OP, _backward, _setup_context, register.of_losses(OP, _backward, by_row=(0,)), outputs=(0,))
-register.refuse_second(f"{OP}_backward", OP)
+register.autograd(OP, _backward, _setup_context, derivatives.of_losses(OP, _backward, by_row=(0,)), outputs=(0,))
+derivatives.refuse_second(f"{OP}_backward", OP)

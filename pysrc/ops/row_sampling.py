@@ -2,7 +2,7 @@
 
 import torch
 
-from tilewise.ops import register
+from tilewise.ops import derivatives, register
 
 row_norms, sample_rows, gather_rows = map(register.operator, ("wta_crs_norms", "wta_crs_sample", "wta_crs_gather"))
 
@@ -38,5 +38,5 @@ def _scatter(ctx, grad):
 
 
 register.autograd("wta_crs_gather", _scatter, _keep_places, jvp=lambda ctx, x, *_: gather_rows(x, *ctx.saved_tensors))
-register.refuse_derivative("wta_crs_norms", "expected no gradient: the sample is a constant")
-register.refuse_derivative("wta_crs_sample", "expected no gradient: the sample is a constant")
+derivatives.refuse_derivative("wta_crs_norms", "expected no gradient: the sample is a constant")
+derivatives.refuse_derivative("wta_crs_sample", "expected no gradient: the sample is a constant")

@@ -6,7 +6,7 @@ from torch import Tensor
 from tilewise.formulas.rows import statistics_dtype
 from tilewise.formulas.transport import plan as plan_of_potentials
 from tilewise.formulas.transport import row_error, value_of
-from tilewise.ops import register, rows, transport
+from tilewise.ops import derivatives, register, rows, transport
 from tilewise.ops.transport import Problem, SinkhornResult, marginal_gradient
 
 OP = "sinkhorn"
@@ -246,7 +246,7 @@ def _backward(ctx, grad):
     return d_cost, d_a, d_b, d_epsilon, None, None, None
 
 
-_jvp = register.of_losses(OP, _backward, by_row=(0, 1, 2, 3))
+_jvp = derivatives.of_losses(OP, _backward, by_row=(0, 1, 2, 3))
 register.autograd(OP, _backward, _setup_context, _jvp, outputs=(2,))
 
 
@@ -334,6 +334,6 @@ register.autograd("sinkhorn_unrolled", _unrolled_backward, _unrolled_setup)
 PROBLEM = "cost b N M, a b N, b b M, epsilon b, f b N, g b M"
 register.composite("sinkhorn_potentials", _potentials, PROBLEM)
 register.composite("sinkhorn_plan_backward", _implicit_backward, PROBLEM + ", grad_plan b N M, grad_f b N, grad_g b M")
-register.refuse_derivative("sinkhorn_apply", "expected no gradient; the plan has one")
-register.refuse_second("sinkhorn_plan_backward", "sinkhorn")
-register.refuse_second("sinkhorn_unrolled_backward", "sinkhorn")
+derivatives.refuse_derivative("sinkhorn_apply", "expected no gradient; the plan has one")
+derivatives.refuse_second("sinkhorn_plan_backward", "sinkhorn")
+derivatives.refuse_second("sinkhorn_unrolled_backward", "sinkhorn")

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tilewise.formulas.rows import statistics_dtype
 from tilewise.formulas.transport import costs_of_points
-from tilewise.ops import autocast, register, rows, transport
+from tilewise.ops import autocast, derivatives, register, rows, transport
 from tilewise.ops.sinkhorn import _penalties, _result, _solved_shapes
 from tilewise.ops.transport import Problem, SinkhornResult, marginal_gradient
 from tilewise.ops.unit_rows import unit_rows
@@ -249,7 +249,7 @@ class _Constant(torch.autograd.Function):
         )
 
 
-_jvp = register.of_losses(OP, _backward, by_row=(0, 1, 2, 3, 4))
+_jvp = derivatives.of_losses(OP, _backward, by_row=(0, 1, 2, 3, 4))
 register.autograd(OP, _backward, _setup_context, _jvp, outputs=(2,))
 
 
@@ -320,4 +320,4 @@ register.composite(
     _implicit_backward,
     "x b N d, y b M d, a b N, b b M, epsilon b, f b N, g b M, v b M w, grad b N w",
 )
-register.refuse_second("sinkhorn_points_apply_backward", OP)
+derivatives.refuse_second("sinkhorn_points_apply_backward", OP)

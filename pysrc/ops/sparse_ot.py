@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tilewise.formulas.rows import statistics_dtype
-from tilewise.ops import register, rows, transport
+from tilewise.ops import derivatives, register, rows, transport
 
 OP = "sparse_ot"
 _solve, gradients = map(register.operator, (OP, f"{OP}_backward"))
@@ -278,5 +278,5 @@ register.composite(
     _gradients,
     "values b M k, #indices b M k, alpha b N, beta b M, grad_value b, grad_values b M k",
 )
-register.refuse_second(f"{OP}_backward", OP)
-register.refuse_derivative("sparse_ot_columns", "expected no gradient: sparse_ot has one")
+derivatives.refuse_second(f"{OP}_backward", OP)
+derivatives.refuse_derivative("sparse_ot_columns", "expected no gradient: sparse_ot has one")

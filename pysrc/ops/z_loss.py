@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from tilewise.formulas.rows import statistics_dtype
-from tilewise.ops import register, rows
+from tilewise.ops import derivatives, register, rows
 
 FAMILY = ("z_loss", "taylor_softmax_loss", "spherical_softmax_loss")
 _z, _taylor, _spherical, _gradient = map(register.operator, (*FAMILY, "spherical_family_backward"))
@@ -118,5 +118,5 @@ def _backward(ctx, grad_loss):
 
 for _op in FAMILY:
     register.fake(_op)(_forward_fake)
-    register.autograd(_op, _backward, _setup_context, register.of_losses(_op, _backward, by_row=(0,)), outputs=(0,))
-register.refuse_second("spherical_family_backward", "z_loss")
+    register.autograd(_op, _backward, _setup_context, derivatives.of_losses(_op, _backward, by_row=(0,)), outputs=(0,))
+derivatives.refuse_second("spherical_family_backward", "z_loss")
