@@ -115,7 +115,7 @@ $(RACE)/%.o: % Makefile
 
 -include $(RACE_OBJECTS:.o=.d)
 
-trace predict: export PYTHONPATH = bench:tests/gpu/cuda_emulator
+resources trace predict: export PYTHONPATH = bench:tests/gpu/cuda_emulator
 trace: venv ## what every operator launches on a GPU at benchmark sizes, recorded here: grids, shared memory, idle share
 	@$(PY) tests/gpu/cuda_emulator/launch_trace.py
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 from math import ceil
 from typing import NamedTuple
 
+import multiprocessors
 import recorded
 import traced
 
@@ -32,8 +33,8 @@ class Taken(NamedTuple):
 
 def resident(gpu: Gpu, launch: recorded.Launch, registers: int) -> int:
     """Blocks of a launch that one multiprocessor holds."""
-    by_registers = gpu.registers // (launch.threads * ceil(registers / 8) * 8)
-    return max(1, min(gpu.threads // launch.threads, by_registers, gpu.shared // (launch.shared + 1024), 32))
+    part = multiprocessors.PARTS[gpu.capability]
+    return max(1, multiprocessors.resident(part, launch.threads, registers, launch.shared))
 
 
 def of_launch(gpu: Gpu, launch: recorded.Launch, kernels=KERNELS) -> Taken:

@@ -135,17 +135,18 @@ def cross_entropy_forward_kernel(logits, target, out, sizes, V, opts, parts, til
 
     lanes = Lanes(lane_max, lane_sum, exp_dot, place, soft_sum, soft_dot)
     if parts.memory is None:
-        finish_rows(merge_lanes(lanes, V), logits, target, out, rows, in_rows, sizes, V, opts)
+        finish_rows(lanes, logits, target, out, rows, in_rows, sizes, V, opts)
     else:
-        part = merge_lanes(lanes, V)
+        row_max, sum_exp, d, weight_sum, weighted_dot = merge_lanes(lanes)
+        row_dot, argmax = merge_details(lanes, row_max, d, V)
         stride = sizes.N * parts.count
         at = parts.memory + rows * parts.count + tl.program_id(0) % parts.count
-        tl.store(at, part.max, mask=in_rows)
-        tl.store(at + stride, part.sum, mask=in_rows)
-        tl.store(at + 2 * stride, part.exp_dot, mask=in_rows)
-        tl.store(at + 3 * stride, part.place.to(tl.float32, bitcast=True), mask=in_rows)
-        tl.store(at + 4 * stride, part.soft_sum, mask=in_rows)
-        tl.store(at + 5 * stride, part.soft_dot, mask=in_rows)
+        tl.store(at, row_max, mask=in_rows)
+        tl.store(at + stride, sum_exp, mask=in_rows)
+        tl.store(at + 2 * stride, row_dot, mask=in_rows)
+        tl.store(at + 3 * stride, argmax.to(tl.float32, bitcast=True), mask=in_rows)
+        tl.store(at + 4 * stride, weight_sum, mask=in_rows)
+        tl.store(at + 5 * stride, weighted_dot, mask=in_rows)
 
 
 @triton.jit(do_not_specialize=["sizes", "parts"])
@@ -164,35 +165,43 @@ def merge_parts_kernel(logits, target, out, sizes, V, opts, parts, MOST: tl.cons
         tl.load(at + 4 * stride, mask=there, other=0.0),
         tl.load(at + 5 * stride, mask=there, other=0.0),
     )
-    finish_rows(merge_lanes(lanes, V), logits, target, out, rows, in_rows, sizes, V, opts)
+    finish_rows(lanes, logits, target, out, rows, in_rows, sizes, V, opts)
 
 
 @triton.jit
-def merge_lanes(lanes, V):
-    """Of each row the statistics that its lanes, or its parts, have together, as one lane of them."""
-    row_max, sum_exp, d = softmax_rows(lanes.max, lanes.sum)  # [ROWS]
-    d = tl.maximum(d, -104.0)
-    exp_dot = tl.sum(tl.exp(d) * (lanes.exp_dot + d * (lanes.sum + 1.0)), axis=1)
-    place = tl.min(tl.where(lanes.max == row_max[:, None], lanes.place, V), axis=1)
+def merge_lanes(lanes):
+    """Of each row, from its lanes or its parts: m, the sum of exp(x - m) but for one m, each lane's m less the row's,
+    the sums of c and of c (x - m)."""
+    row_max, sum_exp, d = softmax_rows(lanes.max, lanes.sum)
     moved = finite_max(lanes.max) - finite_max(row_max)[:, None]
-    soft_dot = tl.sum(lanes.soft_dot + lanes.soft_sum * moved, axis=1)
-    return Lanes(row_max, sum_exp, exp_dot, place, tl.sum(lanes.soft_sum, axis=1), soft_dot)
+    weighted_dot = tl.sum(lanes.soft_dot + lanes.soft_sum * moved, axis=1)
+    return row_max, sum_exp, d, tl.sum(lanes.soft_sum, axis=1), weighted_dot
 
 
 @triton.jit
-def finish_rows(row, logits, target, out, rows, in_rows, sizes, V, opts):
-    """What is stored of each row, from its statistics."""
-    x_y = tl.zeros(row.max.shape, tl.float32)
+def merge_details(lanes, row_max, d, V):
+    """Of each row the sum of exp(x - m) (x - m) and the first place of m."""
+    d = tl.maximum(d, -104.0)
+    row_dot = tl.sum(tl.exp(d) * (lanes.exp_dot + d * (lanes.sum + 1.0)), axis=1)
+    return row_dot, tl.min(tl.where(lanes.max == row_max[:, None], lanes.place, V), axis=1)
+
+
+@triton.jit
+def finish_rows(lanes, logits, target, out, rows, in_rows, sizes, V, opts):
+    """What is stored of each row."""
+    row_max, sum_exp, d, weight_sum, weighted_dot = merge_lanes(lanes)
+    x_y = tl.zeros(row_max.shape, tl.float32)
     if target.column is None:
         y, _, known = class_target(target, rows, in_rows, opts.ignore_index, V)
         raw_y = tl.load(logits.ptr + rows * logits.row + y * logits.column, mask=known, other=0.0)
         x_y += effective_logit(raw_y, opts.logit_scale, opts.softcap)
-    statistics = Statistics(row.max, row.sum, row.soft_sum, row.soft_dot, x_y)
+    statistics = Statistics(row_max, sum_exp, weight_sum, weighted_dot, x_y)
     lse, log_sum = store_rows(statistics, target, out, rows, in_rows, sizes, V, opts)
     if out.lse is not None:
         tl.store(out.lse + rows, lse, mask=in_rows)
-        tl.store(out.entropy + rows, log_sum - row.exp_dot / (1.0 + row.sum), mask=in_rows)
-        tl.store(out.argmax + rows, row.place.to(tl.int64), mask=in_rows)
+        row_dot, argmax = merge_details(lanes, row_max, d, V)
+        tl.store(out.entropy + rows, log_sum - row_dot / (1.0 + sum_exp), mask=in_rows)
+        tl.store(out.argmax + rows, argmax.to(tl.int64), mask=in_rows)
 
 
 @triton.jit(do_not_specialize=["sizes"])

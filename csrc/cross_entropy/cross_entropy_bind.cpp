@@ -7,17 +7,26 @@ namespace {
 
 constexpr const char* kOp = "cross_entropy";
 
-struct ForwardArguments {
-  const Tensor& logits;
-  const Tensor& target;
-  const std::optional<Tensor>& weight;
-  const std::optional<Tensor>& row_weight;
+// As the schemas list them.
+struct GivenOptions {
   int64_t ignore_index;
   double label_smoothing;
   double lse_square_scale;
   std::optional<double> softcap;
   double logit_scale;
   const std::string& reduction;
+
+  CrossEntropyOptions checked() const {
+    return checked_options(ignore_index, label_smoothing, lse_square_scale, softcap, logit_scale, reduction, kOp);
+  }
+};
+
+struct ForwardArguments {
+  const Tensor& logits;
+  const Tensor& target;
+  const std::optional<Tensor>& weight;
+  const std::optional<Tensor>& row_weight;
+  GivenOptions options;
   bool inplace_backward;  // concerns autograd alone: it chooses which backward operator runs
 };
 using MaybeTensor = const std::optional<Tensor>&;
@@ -57,8 +66,7 @@ LossOutputs forward_as(const ForwardArguments& given, const CrossEntropyOptions&
 // With statistics where there is a place for them.
 LossOutputs run_forward(const ForwardArguments& given, const Statistics* stats) {
   const DeviceScope scope(given.logits);
-  const CrossEntropyOptions options = checked_options(given.ignore_index, given.label_smoothing, given.lse_square_scale,
-                                                      given.softcap, given.logit_scale, given.reduction, kOp);
+  const CrossEntropyOptions options = given.options.checked();
   return with_statistics(given.logits, [&](auto zero) { return forward_as<decltype(zero)>(given, options, stats); });
 }
 
@@ -86,16 +94,7 @@ struct BackwardArguments {
   const std::optional<Tensor>& row_weight;
   const std::optional<Tensor>& entropy;
   const Tensor& state;
-  int64_t ignore_index;
-  double label_smoothing;
-  double lse_square_scale;
-  std::optional<double> softcap;
-  double logit_scale;
-  const std::string& reduction;
-
-  CrossEntropyOptions options() const {
-    return checked_options(ignore_index, label_smoothing, lse_square_scale, softcap, logit_scale, reduction, kOp);
-  }
+  GivenOptions options;
 };
 using BackwardFields =
     Fields<MaybeTensor, MaybeTensor, MaybeTensor, const Tensor&, const Tensor&, MaybeTensor, MaybeTensor, MaybeTensor,
@@ -114,7 +113,7 @@ template <typename T>
 void backward_as(const BackwardArguments& given, const Tensor& gradient) {
   const Tensor& logits = given.logits;
   const ScalarType type = statistics_type(logits);
-  const CrossEntropyOptions options = given.options();
+  const CrossEntropyOptions options = given.options.checked();
   CrossEntropyBackward<T> op;
   op.logits = logits_matrix(logits, kOp);
   op.gradient = row_matrix(gradient, kOp, "gradient");

@@ -62,10 +62,15 @@ __device__ __forceinline__ Lines<kLines> scaled(float factor, const Lines<kLines
   return product;
 }
 
-// Of a multiprocessor, at least: 128 registers a thread, or where it has several lines, of which shared memory or a
-// batch of tiny problems leaves few, as many as it wants.
+// Of a multiprocessor, at least: 128 registers a thread, or where lanes have two lines, of which shared memory leaves
+// few, as many as they want. A thread with a problem fits by itself but on sm_100; older architectures, told so, spill.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr bool kTellsSingle = true;
+#else
+constexpr bool kTellsSingle = false;
+#endif
 template <typename Holder>
-constexpr int kBlocks = Holder::kLines == 1 ? 512 / Holder::kThreads : 1;
+constexpr int kBlocks = Holder::kLines == 1 || (Holder::kLanes == 1 && kTellsSingle) ? 512 / Holder::kThreads : 1;
 
 // The iterations again, their potentials kept, and the way back. Inside, potentials are in units of epsilon ln 2, their
 // gradients in those of epsilon, and W are the gradients of the scores that a step leaves:

@@ -1,9 +1,11 @@
 """Shapes in which the kernels of the CUDA library are launched, as csrc computes them, with the warps that a
 multiprocessor is to hold of each. A launch that was recorded has the same four numbers."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
-from occupancy import LEAST_SHARED, Launch
+from multiprocessors import LEAST_SHARED
+from occupancy import Launch
 
 TEAM_BYTES = 32 * 8  # a number of each warp (csrc/common/team.cuh)
 MALA_TILE = 32 * 32 * 4  # (csrc/mala/mala_tiles.cuh)
@@ -21,6 +23,15 @@ class Case(NamedTuple):
 
 def case(kernel: str, block: tuple[int, int], shared_bytes: int, warps: tuple[int, int, int, int]) -> Case:
     return Case(Launch(kernel, (1024, 1), block, shared_bytes), warps)
+
+
+def by_size(kernel: str, shape: Callable[[int], tuple[tuple[int, int], int]], warps: dict[int, tuple]) -> list[Case]:
+    """Of a kernel for each size, with the block and the shared bytes that `shape` tells."""
+    return [case(kernel.replace("SIZE", str(size)), *shape(size), least) for size, least in warps.items()]
+
+
+def by_warps(size: int) -> tuple[tuple[int, int], int]:
+    return WARP, 0
 
 
 def query_gradient_bytes(features: int) -> int:
@@ -99,36 +110,24 @@ SINKHORN = [
     case("small_plan_kernel", BLOCK, 0, (64, 64, 64, 48)),
     case("small_apply_kernel<*", BLOCK, 32 * 33 * 4, (48, 48, 32, 32)),
     case("small_kernel<Single<4>>", (128, 1), 0, (20, 20, 20, 20)),
-    case("unrolled_kernel<Single<4>>", (128, 1), 0, (16, 16, 12, 12)),
-    *(
-        case(f"small_kernel<Group<{size}, false>>", small_block(size), small_bytes(size, 1), warps)
-        for size, warps in {
-            8: (36, 36, 36, 36),
-            16: (36, 32, 36, 32),
-            32: (28, 28, 28, 16),
-            64: (9, 12, 12, 5),
-        }.items()
+    case("unrolled_kernel<Single<4>>", (128, 1), 0, (16, 16, 16, 16)),
+    *by_size(
+        "small_kernel<Group<SIZE, false>>",
+        lambda size: (small_block(size), small_bytes(size, 1)),
+        {8: (36, 36, 36, 36), 16: (36, 32, 36, 32), 32: (28, 28, 28, 16), 64: (9, 12, 12, 5)},
     ),
-    *(
-        case(f"unrolled_kernel<Group<{size}, true>>", small_block(size), small_bytes(size, 3), warps)
-        for size, warps in {
-            8: (28, 28, 28, 24),
-            16: (20, 20, 20, 12),
-            32: (12, 16, 16, 7),
-            64: (3, 4, 4, 1),
-        }.items()
+    *by_size(
+        "unrolled_kernel<Group<SIZE, true>>",
+        lambda size: (small_block(size), small_bytes(size, 3)),
+        {8: (28, 28, 28, 24), 16: (20, 20, 20, 12), 32: (12, 16, 16, 7), 64: (3, 4, 4, 1)},
     ),
 ]
 
 SPARSE = [
-    *(
-        case(f"sparse_cut_kernel<{size}>", WARP, 0, warps)
-        for size, warps in {
-            4: (48, 48, 48, 48),
-            8: (40, 40, 40, 40),
-            16: (24, 24, 32, 24),
-            32: (16, 16, 24, 16),
-        }.items()
+    *by_size(
+        "sparse_cut_kernel<SIZE>",
+        by_warps,
+        {4: (48, 48, 48, 48), 8: (40, 40, 40, 40), 16: (24, 24, 32, 24), 32: (16, 16, 24, 16)},
     ),
     case("sparse_long_cut_kernel", BLOCK, long_bytes(4096), (32, 32, 40, 32)),
     case("sparse_long_cut_kernel", BLOCK, long_bytes(LONG_ROOM), (8, 16, 16, 8)),
@@ -146,23 +145,15 @@ SPARSE = [
     case("sparse_accept_kernel", (1024, 1), TEAM_BYTES, (64, 64, 64, 32)),
     case("sparse_finish_kernel", (256, 1), TEAM_BYTES, (48, 48, 32, 32)),
     case("sparse_finish_kernel", (1024, 1), TEAM_BYTES, (32, 32, 32, 32)),
-    *(
-        case(f"simplex_topk_kernel<{size}>", WARP, 0, warps)
-        for size, warps in {
-            4: (48, 48, 64, 48),
-            8: (40, 40, 48, 40),
-            16: (24, 24, 40, 24),
-            32: (16, 16, 32, 16),
-        }.items()
+    *by_size(
+        "simplex_topk_kernel<SIZE>",
+        by_warps,
+        {4: (48, 48, 64, 48), 8: (40, 40, 48, 40), 16: (24, 24, 40, 24), 32: (16, 16, 32, 16)},
     ),
-    *(
-        case(f"simplex_topk_backward_kernel<{size}>", WARP, 0, warps)
-        for size, warps in {
-            4: (64, 64, 64, 48),
-            8: (48, 48, 48, 48),
-            16: (32, 40, 32, 32),
-            32: (24, 24, 16, 16),
-        }.items()
+    *by_size(
+        "simplex_topk_backward_kernel<SIZE>",
+        by_warps,
+        {4: (64, 64, 64, 48), 8: (48, 48, 48, 48), 16: (32, 40, 32, 32), 32: (24, 24, 16, 16)},
     ),
     case("simplex_topk_long_kernel", BLOCK, long_bytes(4096), (40, 40, 40, 40)),
     case("simplex_topk_long_kernel", BLOCK, long_bytes(LONG_ROOM), (8, 16, 16, 8)),

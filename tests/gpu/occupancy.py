@@ -9,35 +9,9 @@ from fnmatch import fnmatchcase
 from math import prod
 
 import sass
+from multiprocessors import PARTS, RESERVED, Part, resident
 
 from tilewise import loading
-
-KIB = 1024
-REGISTERS = 64 * KIB  # of a multiprocessor, a quarter for each of its four schedulers
-RESERVED = 1024  # bytes of shared memory that a block has besides its own
-
-
-@dataclass(frozen=True)
-class Part:
-    """A compute capability; `code` is the architecture whose machine code it runs. sm_120 compiles that of sm_100 anew:
-    its registers are only likely to be these."""
-
-    code: str
-    threads: int
-    blocks: int
-    shared: int  # bytes of a multiprocessor
-    block_shared: int  # that a block can have
-
-
-PARTS = {
-    "80": Part("80", 2048, 32, 164 * KIB, 163 * KIB),
-    "86": Part("80", 1536, 16, 100 * KIB, 99 * KIB),
-    "89": Part("80", 1536, 24, 100 * KIB, 99 * KIB),
-    "90": Part("90", 2048, 32, 228 * KIB, 227 * KIB),
-    "100": Part("100", 2048, 32, 228 * KIB, 227 * KIB),
-    "120": Part("100", 1536, 24, 100 * KIB, 99 * KIB),
-}
-LEAST_SHARED = min(part.block_shared for part in PARTS.values())  # what every launch has to do with
 
 
 @dataclass(frozen=True)
@@ -87,12 +61,7 @@ def fits(launch: Launch, usage: Usage, part: Part) -> bool:
 
 def resident_blocks(launch: Launch, usage: Usage, part: Part) -> int:
     """On a multiprocessor at a time; 0 where a block does not fit."""
-    if not fits(launch, usage, part):
-        return 0
-    of_warp = 32 * (-(-usage.registers // 8) * 8)
-    warps = 4 * (REGISTERS // 4 // of_warp)
-    shared = -(-(launch.shared_bytes + usage.shared_bytes) // 128) * 128 + RESERVED
-    return min(warps // launch.warps, part.threads // (32 * launch.warps), part.blocks, part.shared // shared)
+    return resident(part, 32 * launch.warps, usage.registers, launch.shared_bytes + usage.shared_bytes)
 
 
 def usages_like(pattern: str, arch: str) -> list[Usage]:

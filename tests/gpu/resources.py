@@ -10,17 +10,18 @@ import launches
 import occupancy
 import sass
 import sass_budgets
+from multiprocessors import PARTS
 from sass_budgets import ARCHITECTURES, LIMITS, TABLE, Budget
 
 
 def print_occupancy() -> None:
     print("Registers of a thread by code, warps of a multiprocessor (and blocks) by GPU: the worst of each name\n")
-    heads = "".join(f"{'sm_' + arch:>9}" for arch in occupancy.PARTS)
+    heads = "".join(f"{'sm_' + arch:>9}" for arch in PARTS)
     print(f"{'kernel':60} {'threads':>7} {'shared':>7} {'registers':>11}{heads}")
     for launch, _ in launches.CASES:
         of_name = [occupancy.usages_like(launch.kernel, arch) for arch in ARCHITECTURES]
         registers = [max((usage.registers for usage in usages), default=0) for usages in of_name]
-        warps = [occupancy.resident_warps(launch, arch) for arch in occupancy.PARTS]
+        warps = [occupancy.resident_warps(launch, arch) for arch in PARTS]
         shape = f"{32 * launch.warps:7} {launch.shared_bytes:7} {'/'.join(map(str, registers)):>11}"
         print(f"{launch.kernel:60} {shape}" + "".join(f"{count:4} ({count // launch.warps:2})" for count in warps))
 

@@ -9,19 +9,8 @@ import pytest
 import recorded
 import sass
 from bench_modules import bench_modules
-from occupancy import (
-    KIB,
-    LEAST_SHARED,
-    PARTS,
-    Launch,
-    Usage,
-    fits,
-    resident_blocks,
-    resident_warps,
-    usages,
-    usages_like,
-    usages_of,
-)
+from multiprocessors import KIB, LEAST_SHARED, PARTS
+from occupancy import Launch, Usage, fits, resident_blocks, resident_warps, usages, usages_like, usages_of
 
 needs_library = pytest.mark.skipif(bool(sass.missing()), reason=sass.missing())
 BUILT = {arch: part for arch, part in PARTS.items() if sass.is_built(part.code)}
@@ -44,6 +33,21 @@ def test_multiprocessors_hold_the_warps_that_designs_rely_on(arch):
 @pytest.mark.parametrize("arch", sorted({part.code for part in BUILT.values()}))
 def test_no_kernel_spills(arch):
     assert [name for name, usage in usages(arch).items() if usage.local_bytes] == []
+
+
+# 65536 registers per multiprocessor over the resident threads: 1024 on the plain paths, 512 with probability targets.
+# Lanes of problems of 64 x 64 have two lines of 64 pairs, and of their gradients two matrices more.
+REGISTERS = {"PlainSoftmax": 64, "RowMoments": 64, "AffineGradient": 64, "reduction": 64, "FullSoftmax*<void>": 80}
+REGISTERS |= {"small_kernel<Group<64, *": 224, "unrolled_kernel<Group<64, *": 255}
+MOST_REGISTERS = 128
+
+
+@needs_library
+@pytest.mark.parametrize("arch", sorted({part.code for part in BUILT.values()}))
+def test_kernels_take_few_registers(arch):
+    for name, usage in usages(arch).items():
+        limits = [most for pattern, most in REGISTERS.items() if fnmatchcase(name, f"*{pattern}*")]
+        assert usage.registers <= min(limits, default=MOST_REGISTERS), f"{name}: {usage.registers} registers"
 
 
 @needs_library

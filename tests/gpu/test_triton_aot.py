@@ -26,14 +26,14 @@ SHARED_MEMORY_LIMIT = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # of sm_
 ROWS = 8192
 LOOSE_STACK_LIMIT = 320  # bytes, of any kernel for Ampere or by a Triton before 3.7; most have none
 # Bytes that may lie on the stack: a few of the many addresses of attention with 96 features, rotated or causal, and of
-# the problems of a batch, do; so do six of the statistics that cross entropy with all its options keeps lane by lane.
+# the problems of a batch, do; so do four of the statistics that cross entropy with all its options keeps lane by lane.
 STACK_LIMIT = {
     "mala_query_gradient_kernel": 96,
     "mala_key_gradient_kernel": 96,
     "mala_sum_kernel": 16,
-    "sinkhorn_apply_kernel": 56,
+    "sinkhorn_apply_kernel": 48,
     "sinkhorn_half_step_kernel": 8,
-    "cross_entropy_forward_kernel": 24,
+    "cross_entropy_forward_kernel": 16,
     "spherical_family_forward_kernel": 8,
     "spherical_family_backward_kernel": 8,
 }
