@@ -63,10 +63,10 @@ def by_products(s: SimpleNamespace, times: int, instructions: float, flop: float
     return each(times * s.cells, instructions * s.width, 1.2, flop * s.width, bytes=points)
 
 
-def by_split_products(s: SimpleNamespace, instructions: float) -> Work:
-    """The same on the tensor cores, floats as three products of tf32."""
+def by_tensor_cores(s: SimpleNamespace, instructions: float, products: int) -> Work:
+    """The same in products of tf32: floats take three."""
     work = by_products(s, 1, instructions, 0)
-    return work._replace(tensor=3 * 2 * s.width * s.cells)
+    return work._replace(tensor=products * 2 * s.width * s.cells)
 
 
 def small(s: SimpleNamespace, instructions: float, special: float) -> Work:
@@ -110,7 +110,8 @@ KERNELS = {
     "matrix_half_step_kernel<false": Kernel(64, lambda s: each(s.cells, 8.1, 1.25, 4, bytes=s.read)),
     "matrix_half_step_kernel<true": Kernel(64, lambda s: each(s.cells, 10.9, 1.25, 4, bytes=s.read)),
     "half_step_kernel<SquaredEuclidean": Kernel(75, lambda s: by_products(s, 1, 2.7, 2)),
-    "product_half_step_kernel": Kernel(115, lambda s: by_split_products(s, 0.49)),
+    "product_half_step_kernel<false": Kernel(124, lambda s: by_tensor_cores(s, 0.46, 3)),
+    "product_half_step_kernel<true": Kernel(110, lambda s: by_tensor_cores(s, 0.3, 1)),
     "apply_kernel<SquaredEuclidean, 80": Kernel(128, lambda s: by_products(s, ceil((s.width + 1) / 80), 4, 4)),
     "apply_kernel<SquaredEuclidean": Kernel(128, lambda s: by_products(s, ceil((s.width + 1) / 64), 4, 4)),
     "squares_kernel": Kernel(32, lambda s: each(s.threads / 32, 6 * s.width, bytes=s.width * s.threads / 8)),  # assumed

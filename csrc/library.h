@@ -64,7 +64,7 @@ void define_kernels(Library& m) {
   m.def(
       "sinkhorn_points(Tensor x, Tensor y, Tensor a, Tensor b, Tensor epsilon, Tensor? f=None, Tensor? g=None, "
       "Tensor? start=None, *, str cost, int max_iter, float tol, float? rho_a=None, float? rho_b=None, "
-      "float scaling=0.5, bool symmetric=False) "
+      "float scaling=0.5, bool symmetric=False, bool allow_tf32=False) "
       "-> (Tensor f, Tensor g, Tensor value, Tensor error, Tensor n_iter)");
   m.def(
       "sinkhorn_plan(Tensor cost, Tensor? a, Tensor? b, Tensor epsilon, Tensor f, Tensor g, *, float? rho_a=None, "

@@ -42,6 +42,7 @@ class Tile(NamedTuple):
     BLOCK_N: int
     BLOCK_M: int
     BLOCK_D: int = 1
+    PRECISION: str = "tf32x3"  # of products: as exact as of floats, or "tf32"
 
 
 class Penalties(NamedTuple):
@@ -56,14 +57,22 @@ def load_columns(x_ptr, at, d, inside, D):
 
 
 @triton.jit
-def products(x_ptr, y_ptr, x_at, y_at, in_rows, in_columns, D, BLOCK_D: tl.constexpr):
+def to_tf32(x):
+    """To the nearest number of tf32: a product would cut off."""
+    return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def products(x_ptr, y_ptr, x_at, y_at, in_rows, in_columns, D, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):
     """<x_i, y_j> of points that begin at x_at and y_at."""
     z = tl.zeros([x_at.shape[0], y_at.shape[0]], tl.float32)
     for begin in range(0, D, BLOCK_D):
         d = begin + tl.arange(0, BLOCK_D)
         x = load_columns(x_ptr, x_at[:, None], d[None, :], in_rows[:, None], D)
         y = load_columns(y_ptr, y_at[None, :], d[:, None], in_columns[None, :], D)
-        z = tl.dot(x, y, z, input_precision="tf32x3")  # as exact as of floats, on tensor cores
+        if PRECISION == "tf32":
+            x, y = to_tf32(x), to_tf32(y)
+        z = tl.dot(x, y, z, input_precision=PRECISION)
     return z
 
 
@@ -84,8 +93,9 @@ COSTS = {"sqeuclidean": sqeuclidean, "euclidean": euclidean}
 
 
 @triton.jit
-def pairs_of_tile(pairs, problem, i, j, KIND: tl.constexpr, BLOCK_D: tl.constexpr):
+def pairs_of_tile(pairs, problem, i, j, tile: tl.constexpr):
     """z of rows i and columns j; beyond the last of a matrix it is infinite, a pair that is forbidden."""
+    KIND: tl.constexpr = tile.KIND
     in_rows, in_columns = i < pairs.N, j < pairs.M
     x_at = problem * pairs.x_batch + i.to(tl.int64) * pairs.row_stride
     y_at = problem * pairs.y_batch + j.to(tl.int64) * pairs.column_stride
@@ -93,7 +103,7 @@ def pairs_of_tile(pairs, problem, i, j, KIND: tl.constexpr, BLOCK_D: tl.constexp
         inside = in_rows[:, None] & in_columns[None, :]
         z = tl.load(pairs.x + x_at[:, None] + y_at[None, :], mask=inside, other=float("inf"))
     elif KIND == "products":
-        z = products(pairs.x, pairs.y, x_at, y_at, in_rows, in_columns, pairs.D, BLOCK_D)
+        z = products(pairs.x, pairs.y, x_at, y_at, in_rows, in_columns, pairs.D, tile.BLOCK_D, tile.PRECISION)
     else:
         z = tl.zeros([i.shape[0], j.shape[0]], tl.float32)
         for d in range(0, pairs.D):
@@ -152,6 +162,7 @@ class Pairs(NamedTuple):
     kind: Any
     batch: int
     tensors: PairTensors
+    allow_tf32: bool = False
 
     @property
     def shape(self):
@@ -169,7 +180,8 @@ class Pairs(NamedTuple):
     def tile(self, max_rows=64):
         """As many rows a program as leave every multiprocessor two programs."""
         fits = (n for n in (64, 32) if n <= max_rows and self.batch * triton.cdiv(self.tensors.N, n) >= FULL_GRID)
-        return Tile(self.kind, next(fits, 16), 64, 32 if self.tensors.D > 16 else 16)
+        precision = "tf32" if self.allow_tf32 else "tf32x3"
+        return Tile(self.kind, next(fits, 16), 64, 32 if self.tensors.D > 16 else 16, precision)
 
     def row_programs(self, tile):
         return self.batch * triton.cdiv(self.tensors.N, tile.BLOCK_N)
@@ -181,7 +193,7 @@ def pairs_of_matrix(op, cost):
     return Pairs("matrix", len(cost), PairTensors(cost, None, None, None, *cost.shape[1:], *strides, 0))
 
 
-def pairs_of_points(op, x, y, cost):
+def pairs_of_points(op, x, y, cost, allow_tf32=False):
     check_float32(op, x)
     if cost not in COSTS:
         raise ValueError(f"tilewise.{op}: expected cost to be {' or '.join(map(repr, COSTS))}, got {cost!r}")
@@ -190,4 +202,4 @@ def pairs_of_points(op, x, y, cost):
     kind, squares = COSTS[cost], (None, None)
     if cost == "sqeuclidean" and D >= MIN_PRODUCTS and max(n, m) > SMALL:
         kind, squares = "products", ((p * p).sum(2) for p in (x, y))
-    return Pairs(kind, batch, PairTensors(x, y, *squares, n, m, n * D, m * D, D, D, D))
+    return Pairs(kind, batch, PairTensors(x, y, *squares, n, m, n * D, m * D, D, D, D), allow_tf32)

@@ -108,7 +108,7 @@ def sinkhorn_half_step_kernel(
     sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for begin in range(0, pairs.M, BLOCK_M):
         j = begin + tl.arange(0, BLOCK_M)
-        z = pairs_of_tile(pairs, problem, i, j, KIND, tile.BLOCK_D)
+        z = pairs_of_tile(pairs, problem, i, j, tile)
         offset = load_offset(g_ptr, pairs.y_squares, update.log_b, problem * pairs.M + j, j < pairs.M, inverse)
         scores = factor_of(inverse, KIND) * z + offset[None, :]
         row_max, sums, _, _, _, _ = softmax_merge(row_max, sums, scores, tl.max(scores, 1))
@@ -151,14 +151,13 @@ def sinkhorn_half_step_kernel(
 @triton.jit
 def sinkhorn_plan_kernel(pairs, plan, out_ptr, tile: tl.constexpr):
     """A tile of P."""
-    KIND: tl.constexpr = tile.KIND
     N, M = pairs.N, pairs.M
     blocks = tl.cdiv(N, tile.BLOCK_N)
     problem = (tl.program_id(0) // blocks).to(tl.int64)
     i = tl.program_id(0) % blocks * tile.BLOCK_N + tl.arange(0, tile.BLOCK_N)
     j = tl.program_id(1) * tile.BLOCK_M + tl.arange(0, tile.BLOCK_M)
     inverse = 1.0 / tl.load(plan.epsilon + problem)
-    costs = pairs_of_tile(pairs, problem, i, j, KIND, tile.BLOCK_D)
+    costs = pairs_of_tile(pairs, problem, i, j, tile)
     offset_i = load_offset(plan.f, None, plan.log_a, problem * N + i, i < N, inverse)
     offset_j = load_offset(plan.g, None, plan.log_b, problem * M + j, j < M, inverse)
     at = (problem * N + i)[:, None] * M + j[None, :]
@@ -188,11 +187,11 @@ def sinkhorn_apply_kernel(
     for begin in range(0, M, tile.BLOCK_M):
         j = begin + tl.arange(0, tile.BLOCK_M)
         columns = problem * M + j
-        z = pairs_of_tile(pairs, problem, i, j, KIND, tile.BLOCK_D)
+        z = pairs_of_tile(pairs, problem, i, j, tile)
         offset_j = load_offset(plan.g, pairs.y_squares, plan.log_b, columns, j < M, inverse)
         weights = tl.exp(factor_of(inverse, KIND) * z + (offset_i[:, None] + offset_j[None, :]))
         if h.ptr is not None:
-            weights *= products(h.ptr, k.ptr, rows * h.size, columns * h.size, i < N, j < M, h.size, BLOCK_K)
+            weights *= products(h.ptr, k.ptr, rows * h.size, columns * h.size, i < N, j < M, h.size, BLOCK_K, "tf32x3")
         if OVER_DISTANCE:
             weights = tl.where(z > 0, weights / z, 0.0)
         tile_values = load_columns(values.ptr, columns[:, None] * V, v[None, :], (j < M)[:, None], V)
@@ -296,9 +295,9 @@ def sinkhorn(cost, a, b, epsilon, f=None, g=None, start=None, **options):
     return solve(pairs, swapped, (a, b, epsilon), (f, g, start), **options)
 
 
-def sinkhorn_points(x, y, a, b, epsilon, f=None, g=None, start=None, *, cost, **options):
+def sinkhorn_points(x, y, a, b, epsilon, f=None, g=None, start=None, *, cost, allow_tf32=False, **options):
     """(f, g, value, error, n_iter)"""
-    pairs, swapped = (pairs_of_points("sinkhorn_points", *points, cost) for points in ((x, y), (y, x)))
+    pairs, swapped = (pairs_of_points("sinkhorn_points", *points, cost, allow_tf32) for points in ((x, y), (y, x)))
     return solve(pairs, swapped, (a, b, epsilon), (f, g, start), **options)
 
 

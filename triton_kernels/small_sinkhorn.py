@@ -65,7 +65,6 @@ def sinkhorn_small_kernel(
     pairs, given, log_a_ptr, log_b_ptr, max_iter, scaling, tol, rho, SYMMETRIC: tl.constexpr, tile: tl.constexpr
 ):
     """All iterations of a problem whose pairs are one tile. What comes after the last is for its error alone."""
-    KIND: tl.constexpr = tile.KIND
     N, M = pairs.N, pairs.M
     problem = tl.program_id(0).to(tl.int64)
     i, j = tl.arange(0, tile.BLOCK_N), tl.arange(0, tile.BLOCK_M)
@@ -75,7 +74,7 @@ def sinkhorn_small_kernel(
     a = tl.load(given.a + rows, mask=i < N, other=0.0)
     log_a = tl.load(log_a_ptr + rows, mask=i < N, other=float("-inf"))
     log_b = tl.load(log_b_ptr + columns, mask=j < M, other=float("-inf"))
-    costs = pairs_of_tile(pairs, problem, i, j, KIND, 1)
+    costs = pairs_of_tile(pairs, problem, i, j, tile)
     mass = tl.sum(a)
     epsilon = tl.load(given.epsilon + problem)
     now, step, before, relaxed = epsilon, epsilon * 0.0 + 1.0, epsilon * 0.0 + 0.5, epsilon * 0.0 + 1.8
@@ -144,7 +143,6 @@ def sinkhorn_unrolled_backward_kernel(pairs, given, log_a_ptr, log_b_ptr, max_it
 
         g_j = -d log sum_i a_i exp(S_ij + f_i):   W_ij = -d g_bar_j a_i exp(S_ij + f_i) / sum   f_bar_i += sum_j W_ij
     """
-    KIND: tl.constexpr = tile.KIND
     BLOCK_N: tl.constexpr = tile.BLOCK_N
     BLOCK_M: tl.constexpr = tile.BLOCK_M
     N, M = pairs.N, pairs.M
@@ -157,7 +155,7 @@ def sinkhorn_unrolled_backward_kernel(pairs, given, log_a_ptr, log_b_ptr, max_it
     log_b = tl.load(log_b_ptr + columns, mask=j < M, other=float("-inf"))
     epsilon = tl.load(given.epsilon + problem)
     damp_a, damp_b = damping(epsilon, rho.a), damping(epsilon, rho.b)
-    costs = pairs_of_tile(pairs, problem, i, j, KIND, 1)
+    costs = pairs_of_tile(pairs, problem, i, j, tile)
     scores = costs / -epsilon
     f = tl.zeros([BLOCK_N], tl.float32)
     g = tl.zeros([BLOCK_M], tl.float32)

@@ -34,8 +34,11 @@ def inputs(shape, device):
     return [x, y], []
 
 
-def ours():
-    return {"": lambda x, y: importlib.import_module("tilewise").sinkhorn_points(x, y, **NO_STOP).value}
+def ours(device):
+    def value(x, y, **options):
+        return importlib.import_module("tilewise").sinkhorn_points(x, y, **NO_STOP, **options).value
+
+    return {"": value} if device == "cpu" else {"": value, "allow_tf32": partial(value, allow_tf32=True)}
 
 
 def eager(x, y):
@@ -54,7 +57,7 @@ def flash():
 
 def cases(device: str, quick: bool = False):
     for shape, runs, seconds in SIZES["quick" if quick else device]:
-        present, absent = common_contenders(ours, eager, device, compiled=False)
+        present, absent = common_contenders(partial(ours, device), eager, device, compiled=False)
         absent.pop("torch.compile", None)
         if device == "cpu":
             peer(present, absent, "OTT-JAX", "ott", ott_of_points)

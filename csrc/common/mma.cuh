@@ -23,23 +23,30 @@ __device__ __forceinline__ void multiply_tf32(float (&d)[4], const float (&a)[4]
 #endif
 }
 
+// To the nearest number of tf32.
+__device__ __forceinline__ float to_tf32(float x) { return bits_to_float((float_to_bits(x) + 0x1000u) & 0xffffe000u); }
+
 // A float as the sum of two numbers of tf32, to about its last bit.
 struct Split {
   float high = 0.0f, low = 0.0f;
 
   Split() = default;
-  __device__ __forceinline__ explicit Split(float x)
-      : high(bits_to_float((float_to_bits(x) + 0x1000u) & 0xffffe000u)), low(x - high) {}
+  __device__ __forceinline__ explicit Split(float x) : high(to_tf32(x)), low(x - high) {}
 };
+
+// d += a b in tf32, of operands that are rounded to it.
+__device__ __forceinline__ void multiply_high(float (&d)[4], const Split (&a)[4], const float (&b_high)[2]) {
+  const float a_high[4] = {a[0].high, a[1].high, a[2].high, a[3].high};
+  multiply_tf32(d, a_high, b_high);
+}
 
 // d += a b as of floats, in three products, the small ones first: 2^-22 of each term is left out.
 __device__ __forceinline__ void multiply_split(float (&d)[4], const Split (&a)[4], const float (&b_high)[2],
                                                const float (&b_low)[2]) {
-  const float a_high[4] = {a[0].high, a[1].high, a[2].high, a[3].high};
   const float a_low[4] = {a[0].low, a[1].low, a[2].low, a[3].low};
-  multiply_tf32(d, a_high, b_low);
+  multiply_high(d, a, b_low);
   multiply_tf32(d, a_low, b_high);
-  multiply_tf32(d, a_high, b_high);
+  multiply_high(d, a, b_high);
 }
 
 }  // namespace tilewise

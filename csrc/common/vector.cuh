@@ -18,9 +18,7 @@ struct Run {
 template <typename Storage>
 inline constexpr int kVector = 16 / sizeof(Storage);
 
-__device__ __forceinline__ bool is_vector_aligned(const void* address) {
-  return reinterpret_cast<uintptr_t>(address) % 16 == 0;
-}
+TILEWISE_FN bool is_vector_aligned(const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 == 0; }
 
 // kLastUse: nothing will read these bytes again, so they need not displace others from the caches; it is also
 // the kind to use where the kernel overwrites what it reads (the other goes through the read-only path).

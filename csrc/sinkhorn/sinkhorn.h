@@ -48,8 +48,9 @@ struct Pairs {
   int64_t row_stride = 0;
   int64_t column_stride = 0;
   int64_t features = 0;
-  const T* x = nullptr;  // (batch, rows, features), dense
-  const T* y = nullptr;  // (batch, columns, features), dense
+  const T* x = nullptr;     // (batch, rows, features), dense
+  const T* y = nullptr;     // (batch, columns, features), dense
+  bool allow_tf32 = false;  // in the products that the iterations form on a GPU
 
   TILEWISE_METHOD bool is_matrix() const { return cost == 0; }
 };

@@ -239,13 +239,15 @@ Solved sinkhorn(const Tensor& cost, const Tensor& a, const Tensor& b, const Tens
 Solved sinkhorn_points(const Tensor& x, const Tensor& y, const Tensor& a, const Tensor& b, const Tensor& epsilon,
                        const std::optional<Tensor>& f, const std::optional<Tensor>& g,
                        const std::optional<Tensor>& start, const std::string& cost, int64_t max_iter, double tol,
-                       std::optional<double> rho_a, std::optional<double> rho_b, double scaling, bool symmetric) {
+                       std::optional<double> rho_a, std::optional<double> rho_b, double scaling, bool symmetric,
+                       bool allow_tf32) {
   const Shape shape = shape_of_points(x, y, "sinkhorn_points");
   const DeviceScope scope(x);
   return with_statistics(x, [&](auto zero) {
     using T = decltype(zero);
-    return solve<T>(shape, pairs_of_points<T>(shape, x, y, cost), a, b, epsilon, f, g, start,
-                    {max_iter, tol, rho_a, rho_b, scaling, symmetric});
+    Pairs<T> pairs = pairs_of_points<T>(shape, x, y, cost);
+    pairs.allow_tf32 = allow_tf32;
+    return solve<T>(shape, pairs, a, b, epsilon, f, g, start, {max_iter, tol, rho_a, rho_b, scaling, symmetric});
   });
 }
 

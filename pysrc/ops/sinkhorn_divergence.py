@@ -23,6 +23,7 @@ def sinkhorn_divergence(
     tol: float = 1e-6,
     reg_marginal: float | tuple[float, float] | None = None,
     epsilon_scaling: float | None = None,
+    allow_tf32: bool = False,
     return_result: bool = False,
 ) -> Tensor | TransportLoss:
     r"""The debiased transport cost between two sets of points, with O((n + m) d) memory.
@@ -40,7 +41,7 @@ def sinkhorn_divergence(
     Args:
         x: (..., n, d), float64 (on a CPU), float32, bfloat16 or float16 (these two are computed in float32).
         y: (..., m, d) of the same dtype (under autocast, of any) and batch.
-        a, b, epsilon, cost, max_iter, tol, epsilon_scaling: as for :func:`tilewise.sinkhorn_points`.
+        a, b, epsilon, cost, max_iter, tol, epsilon_scaling, allow_tf32: as for :func:`tilewise.sinkhorn_points`.
         reg_marginal: one penalty for both marginals, or a pair of equal ones: with others x and y would have different
             divergences from themselves.
         return_result: return a :class:`~tilewise.TransportLoss`, which has the error and the iterations beside the
@@ -66,7 +67,7 @@ def sinkhorn_divergence(
         raise ValueError(f"tilewise.{op}: expected reg_marginal to be one number for both, got {reg_marginal!r}")
     pair, problem, options = prepared(
         op, x, y, a, b, epsilon=epsilon, cost=cost, max_iter=max_iter, tol=tol, reg_marginal=reg_marginal,
-        epsilon_scaling=epsilon_scaling
+        epsilon_scaling=epsilon_scaling, allow_tf32=allow_tf32
     )  # fmt: skip
     return finished(op, divergence(pair, problem, options), return_result)
 
@@ -102,6 +103,7 @@ def monge_gap(
     max_iter: int = 1000,
     tol: float = 1e-6,
     epsilon_scaling: float | None = None,
+    allow_tf32: bool = False,
     return_result: bool = False,
 ) -> Tensor | TransportLoss:
     r"""How far a map T is from an optimal one on the points x: what it pays above the cheapest way to T(x).
@@ -118,7 +120,7 @@ def monge_gap(
     Args:
         x: (..., n, d), float64 (on a CPU), float32, bfloat16 or float16 (these two are computed in float32).
         tx: (..., n, d) of the same dtype (under autocast, of any): where the map takes each x.
-        epsilon, cost, max_iter, tol, epsilon_scaling: as for :func:`tilewise.sinkhorn_points`.
+        epsilon, cost, max_iter, tol, epsilon_scaling, allow_tf32: as for :func:`tilewise.sinkhorn_points`.
         return_result: as for :func:`tilewise.sinkhorn_divergence`.
 
     Returns:
@@ -140,7 +142,7 @@ def monge_gap(
         raise ValueError(f"tilewise.{op}: expected tx to have shape {tuple(x.shape)} like x, got {tuple(tx.shape)}")
     pair, problem, options = prepared(
         op, x, tx, None, None, epsilon=epsilon, cost=cost, max_iter=max_iter, tol=tol, reg_marginal=None,
-        epsilon_scaling=epsilon_scaling
+        epsilon_scaling=epsilon_scaling, allow_tf32=allow_tf32
     )  # fmt: skip
     loss = divergence(pair, problem, options, debias=False)
     value = loss.value

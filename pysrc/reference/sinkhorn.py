@@ -126,7 +126,7 @@ def sinkhorn(cost, a, b, epsilon, f=None, g=None, start=None, *, max_iter, tol, 
     )
 
 
-def sinkhorn_points(x, y, *problem, cost, **options):
+def sinkhorn_points(x, y, *problem, cost, allow_tf32=False, **options):
     return solve(costs_of_points(x, y, cost), *problem, **options)
 
 

@@ -210,6 +210,32 @@ def test_apply(library, name, cost, values):
     torch.testing.assert_close(out.double(), expected, **TOLERANCE)
 
 
+def to_tf32(x):
+    """To the nearest number with 10 bits behind the point."""
+    mantissa, exponent = torch.frexp(x)
+    return torch.ldexp((mantissa.abs() * 2**11 + 0.5).floor().copysign(x), exponent - 11)
+
+
+@pytest.mark.parametrize("name", ["tiles by products", "tiles by products, in parts"])
+def test_products_of_tf32(library, name):
+    """Coordinates are rounded in the products alone: as the problem whose costs are so formed."""
+    p = Problem(name, "sqeuclidean")
+    held = [p.put(f=torch.zeros_like(p.a)), p.put(g=torch.zeros_like(p.b))]
+    p.call.max_iter, p.call.tol, p.call.allow_tf32 = 12, 1e-6, True
+    held += [p.out("value", p.batch), p.out("error", p.batch)]
+    p.out("n_iter", p.batch, dtype=torch.int64)
+    checked(library.transport_solve(p.call))
+    p.guards.check()
+    x, y, *problem = p.wide()
+    squares = (x * x).sum(2)[:, :, None] + (y * y).sum(2)[:, None]
+    costs = squares - 2 * to_tf32(x) @ to_tf32(y).mT
+    expected = REFERENCE["sinkhorn"](costs, *problem, max_iter=12, tol=1e-6)
+    exact = REFERENCE["sinkhorn"](squares - 2 * x @ y.mT, *problem, max_iter=12, tol=1e-6)
+    for value, truth in zip(held, expected, strict=False):
+        torch.testing.assert_close(value.double(), truth, rtol=2e-5, atol=2e-5)
+    assert (held[0].double() - exact[0]).abs().max() > 1e-4
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("name", [name for name in SIZES if name != "tiles of no features"])
 def test_plan(library, name, transposed):

@@ -135,7 +135,7 @@ def run_sinkhorn():
         OPS["sinkhorn_plan"](cost, a, b, epsilon, f, g)
         OPS["sinkhorn_apply"](cost, a, b, epsilon, f, g, empty(4, m, 1))
         for kind in ("sqeuclidean", "euclidean"):
-            OPS["sinkhorn_points"](x, y, a, b, epsilon, cost=kind, **solve, symmetric=n == m)
+            OPS["sinkhorn_points"](x, y, a, b, epsilon, cost=kind, **solve, symmetric=n == m, allow_tf32=n != m)
             OPS["sinkhorn_points_apply"](x, y, a, b, epsilon, f, g, empty(4, m, d + 1), cost=kind)
         h, k = empty(4, n, d + 2), empty(4, m, d + 2)
         OPS["sinkhorn_points_apply"](

@@ -59,6 +59,33 @@ def test_against_the_reference(name, cost, penalties, symmetric):
     assert (found[4].cpu() - expected[4]).abs().max() <= (0 if NATIVE_CPU else 1)
 
 
+def test_allow_tf32():
+    """A GPU's costs come from coordinates rounded to 10 bits; others ignore it."""
+    x, y, a, b, epsilon = problem("wide", torch.float32)
+    options = {"max_iter": 4, "tol": 1e-6}
+    exact, found = (
+        tilewise.sinkhorn_points(x, y, a, b, epsilon=epsilon, allow_tf32=allowed, **options)
+        for allowed in (False, True)
+    )
+    if DEVICE == "cpu" and not INTERPRETED:
+        assert torch.equal(found.f, exact.f) and torch.equal(found.g, exact.g)
+        return
+    x, y = wide(x), wide(y)
+    centre = (x.mean(1, keepdim=True) + y.mean(1, keepdim=True)) / 2
+    x, y = (p - centre for p in (x, y))
+    squares = (x * x).sum(2)[:, :, None] + (y * y).sum(2)[:, None]
+    costs = squares - 2 * to_tf32(x) @ to_tf32(y).mT
+    f, g, value, *_ = REFERENCE["sinkhorn"](costs, *map(wide, (a, b, epsilon)), **options)
+    for what, truth in ((found.f, f), (found.g, g), (found.value, value)):
+        torch.testing.assert_close(wide(what), truth, rtol=5e-5, atol=5e-5)
+    assert (found.f - exact.f).abs().max() > 2e-4
+
+
+def to_tf32(x):
+    mantissa, exponent = torch.frexp(x)
+    return torch.ldexp((mantissa.abs() * 2**11 + 0.5).floor().copysign(x), exponent - 11)
+
+
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("cost", COSTS)
 @pytest.mark.parametrize("name", SIZES)

@@ -72,7 +72,7 @@ struct TransportCall {
   double scaling, rho_a, rho_b, tol;  // a rho of 0: a constraint
   float *value, *error;
   int64_t* n_iter;
-  int64_t values, weights, over_distance;
+  int64_t values, weights, over_distance, allow_tf32;
   float *v, *h, *k, *out;
   float *grad_f, *grad_g, *grad_cost, *grad_a, *grad_b, *grad_epsilon;
 };

@@ -23,6 +23,7 @@ tilewise::Pairs<float> pairs_of(const TransportCall& call) {
   pairs.features = call.features;
   pairs.x = call.x;
   pairs.y = call.y;
+  pairs.allow_tf32 = call.allow_tf32 != 0;
   return pairs;
 }
 

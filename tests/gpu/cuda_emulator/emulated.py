@@ -105,7 +105,7 @@ class TransportCall(ctypes.Structure):
         *[(name, c_int64) for name in ("batch_stride", "row_stride", "column_stride", "max_iter", "symmetric")],
         *[(name, c_double) for name in ("scaling", "rho_a", "rho_b", "tol")],
         *[(name, c_void_p) for name in ("value", "error", "n_iter")],
-        *[(name, c_int64) for name in ("values", "weights", "over_distance")],
+        *[(name, c_int64) for name in ("values", "weights", "over_distance", "allow_tf32")],
         *[(name, c_void_p) for name in ("v", "h", "k", "out", "grad_f", "grad_g", "grad_cost", "grad_a", "grad_b")],
         ("grad_epsilon", c_void_p),
     ]

@@ -244,10 +244,10 @@ def small_sinkhorn(record, shape, iterations):
     return Trace("sinkhorn", shape, FLOAT, Phase.of(forward), Phase.of(backward, record.scratch))
 
 
-def sinkhorn_points(record, shape, *_):
+def sinkhorn_points(record, shape, *_, allow_tf32=False):
     rows, columns, features = shape
     call = TransportCall(cost=1, batch=1, rows=rows, columns=columns, features=features)
-    call.max_iter = importlib.import_module("transport").ITERATIONS
+    call.max_iter, call.allow_tf32 = importlib.import_module("transport").ITERATIONS, allow_tf32
     sizes = Sizes(rows=rows, columns=columns, width=features)
     points = 4 * (rows + columns) * features
     forward = Phase.of([Torch("centred", 4 * points, 10), *solve(record, call, sizes)], record.scratch)
@@ -258,7 +258,8 @@ def sinkhorn_points(record, shape, *_):
         backward += record("transport_apply", byref(call), 0, sizes=sizes._replace(rows=n, columns=m))
         backward += [Torch("of points", 3 * points, 4)]
         scratch += record.scratch
-    return Trace("sinkhorn_points", shape, FLOAT, forward, Phase.of(backward, scratch))
+    variant = "allow_tf32" if allow_tf32 else ""
+    return Trace("sinkhorn_points", shape, FLOAT, forward, Phase.of(backward, scratch), variant)
 
 
 SEMI_DUAL, ADAM = 0, 2
@@ -339,6 +340,7 @@ def traces(record: Recorder) -> list[Trace]:
     for make in BENCHED:
         name = "mala" if make is attention else make.__name__
         cases = importlib.import_module(f"cases.{name}")
-        ratios = [{"ratio": ratio} for ratio in cases.RATIOS] if make is wta_crs_linear else [{}]
-        found += [make(record, *size, **ratio) for size in cases.SIZES["cuda"] for ratio in ratios]
+        variants = {wta_crs_linear: [{"ratio": ratio} for ratio in getattr(cases, "RATIOS", ())]}
+        variants[sinkhorn_points] = [{}, {"allow_tf32": True}]
+        found += [make(record, *size, **more) for size in cases.SIZES["cuda"] for more in variants.get(make, [{}])]
     return found + [make(record, *size) for make, sizes in MORE.items() for size in sizes]
