@@ -130,13 +130,12 @@ struct Sigmoid {
   static constexpr PairProgram kProgram{"sigmoid", 0};
   template <typename T, typename Row>
   TILEWISE_PROGRAM void run(Row& row) {
-    row.finish(row.template fold<Sum>(
-        [](auto z, auto relation) { return relation != 0 ? softplus(relation > 0 ? -z : z) : T(0); }));
-    if (!row.wants_gradient()) return;
-    row.write([](auto z, auto relation) {
+    const auto loss = [](auto z, auto relation) { return relation != 0 ? softplus(relation > 0 ? -z : z) : T(0); };
+    if (!row.wants_gradient()) return row.finish(row.template fold<Sum>(loss));
+    row.finish(row.write_and_sum([=](auto z, auto relation) {
       const auto p = sigmoid(relation > 0 ? -z : z);
-      return relation != 0 ? (relation > 0 ? -p : p) : T(0);
-    });
+      return values(relation != 0 ? (relation > 0 ? -p : p) : T(0), loss(z, relation));
+    }));
   }
 };
 

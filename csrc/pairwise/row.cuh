@@ -96,6 +96,21 @@ class Row {
     if (threadIdx.x == 0) chunk_.bias_rows[row_] = sum.value[0];
   }
 
+  template <typename Function>
+  __device__ __forceinline__ float write_and_sum(const Function& f) {
+    const float factor = upstream_of_row(chunk_.upstream, row_);
+    Values<float, 2> sums{0.0f, 0.0f};
+    write_all([&](int64_t, float s, int relation) {
+      Values<float, 2> found = f(z_of(s), relation);
+      found.value[0] *= factor;
+      combine<Sum, Sum>(sums, found);
+      return found.value[0];
+    });
+    sums = over_row<Sum, Sum>(sums);
+    if (threadIdx.x == 0) chunk_.bias_rows[row_] = sums.value[0];
+    return sums.value[1];
+  }
+
   __device__ void write_two(int64_t a, float at_a, int64_t b, float at_b) {
     const float factor = upstream_of_row(chunk_.upstream, row_);
     const auto at = [&](int64_t j) { return factor * ((j == a ? at_a : 0.0f) + (j == b ? at_b : 0.0f)); };
