@@ -1,5 +1,7 @@
 // The pairwise engine on CUDA: a warp or a block per row of similarities (pairwise/row.cuh), and the labels of all
 // columns in 32 bits.
+#include <algorithm>
+
 #include "pairwise/programs.h"
 #include "pairwise/row.cuh"
 #include "rows/rows.cuh"
