@@ -51,6 +51,11 @@ def folds(s: SimpleNamespace, walks: int, instructions: float, special: float, g
     return each(s.cells, instructions + more, special + functions, 8, bytes=moved * s.cells)
 
 
+def one_walk(s: SimpleNamespace, loss: tuple[float, float], gradient: tuple[float, float]) -> Work:
+    """The same where the gradient comes with the loss."""
+    return folds(s, 0, 0, 0, gradient) if s.gradient else folds(s, 1, *loss, gradient)
+
+
 def attention(s: SimpleNamespace, instructions: float, tensors: int, flop: float) -> Work:
     """Of tensors like q. Causal: half as much again for pairs within a chunk, and the sums of every chunk."""
     moved = tensors * s.item * s.cells + s.causal * 4 * s.batch * s.steps * s.width**2
@@ -97,9 +102,10 @@ KERNELS = {
     "row_reduction_kernel": Kernel(32, lambda s: each(s.rows, 10, 0, 2, bytes=8 * s.rows, rounds=s.rows / 2048 + 8)),
     "accumulate_kernel": Kernel(32, lambda s: each(s.rows, 12, 0, 1, bytes=(8 + s.item) * s.rows)),  # assumed
     # pairs of vectors
-    "pairwise_kernel<.*MultiSimilarity": Kernel(47, lambda s: folds(s, 2, 99, 2, (60, 1))),
-    "pairwise_kernel<.*Softmax": Kernel(47, lambda s: folds(s, 2, 99, 1, (60, 1))),  # assumed
-    "pairwise_kernel<.*Sigmoid": Kernel(39, lambda s: folds(s, 1, 69, 2, (63, 2))),
+    "pairwise_kernel<.*MultiSimilarity": Kernel(58, lambda s: folds(s, 2, 8.3 + 19.4, 1, (21.9, 1))),
+    "pairwise_kernel<.*Softmax": Kernel(60, lambda s: folds(s, 2, 7.3 + 13.3, 1, (14.8, 1))),
+    "pairwise_kernel<.*Sigmoid": Kernel(44, lambda s: one_walk(s, (20.4, 1), (33, 3))),
+    "short_labels_kernel": Kernel(28, lambda s: each(s.columns, 20, bytes=12 * s.columns)),
     # attention: a token's feature is an element
     "mala_sums_kernel": Kernel(60, lambda s: attention(s, 350, 2, 2)),  # assumed
     "mala_scan_kernel": Kernel(32, lambda s: each(s.parts, 3, bytes=4 * (1 + s.causal) * s.parts)),

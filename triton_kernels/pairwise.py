@@ -5,6 +5,8 @@ fold of its program (pairwise_losses.py, pairwise_shares.py), and where gradient
 G = dL/dz, which enters two products:
 
     grad_x = G Y    grad_y += G^T X    grad_bias = G 1
+
+16-bit G are kept of several chunks, and these products are then larger.
 """
 
 from typing import NamedTuple
@@ -20,7 +22,7 @@ from .pairwise_shares import SHARES
 from .rows import check_logits
 
 PROGRAMS = {program.name: program for program in LOSSES + SHARES}
-CHUNK_BYTES, LEAST_ROWS, MOST_BLOCK = 64 << 20, 96, 1024
+CHUNK_BYTES, LEAST_ROWS, MOST_GRADIENTS, MOST_BLOCK = 128 << 20, 96, 4096, 1024  # as in csrc/pairwise/chunks.h
 
 
 class Chunk(NamedTuple):
@@ -225,6 +227,12 @@ def add_product(total, a, b):
     return total.addmm_(a.float(), b.float())
 
 
+def gradient_rows(rows: int, columns: int, item_bytes: int, chunk_bytes: int) -> int:
+    """Rows whose 16-bit gradients are kept for products together, in whole chunks of `rows`."""
+    most = min(MOST_GRADIENTS, 4 * (chunk_bytes or CHUNK_BYTES) // (max(1, columns) * item_bytes))
+    return max(1, most // rows) * rows
+
+
 def run_chunks(problem: Problem, upstream: Upstream, wanted: tuple[bool, bool, bool]):
     """Row losses, active rows and the gradients (empty where not wanted) with the upstream of each row."""
     x, y, self_offset = problem.x, problem.y, problem.self_offset
@@ -238,10 +246,13 @@ def run_chunks(problem: Problem, upstream: Upstream, wanted: tuple[bool, bool, b
     rows = min(max(1, N), max(held // max(1, 4 * M), 1 if problem.chunk_bytes else LEAST_ROWS))
     buffer = torch.empty((rows, M), dtype=torch.float32, device=x.device)
     guides = None if problem.guide_x is None else torch.empty_like(buffer)
-    gradient = torch.empty_like(buffer, dtype=x.dtype) if any(wanted) and x.dtype != torch.float32 else buffer
+    gradient, kept = buffer, rows
+    if any(wanted) and x.dtype != torch.float32:
+        kept = gradient_rows(rows, M, x.element_size(), problem.chunk_bytes)
+        gradient = x.new_empty((min(kept, N), M))
     for begin in range(0, N, rows):
         part = slice(begin, begin + rows)
-        n = len(x[part])
+        n, before = len(x[part]), begin % kept
         form_similarities(buffer[:n], x[part], y)
         if guides is not None:
             form_similarities(guides[:n], problem.guide_x[part], problem.guide_y)
@@ -256,7 +267,7 @@ def run_chunks(problem: Problem, upstream: Upstream, wanted: tuple[bool, bool, b
             problem.bias,
             loss_rows[part],
             active_rows[part],
-            gradient if any(wanted) else None,
+            gradient[before:] if any(wanted) else None,
             bias_rows[part],
         )
         grad_loss = upstream.grad_loss
@@ -271,10 +282,13 @@ def run_chunks(problem: Problem, upstream: Upstream, wanted: tuple[bool, bool, b
                 BLOCK=min(MOST_BLOCK, max(16, triton.next_power_of_2(M))),
                 num_warps=8 if M > 512 else 1,
             )
+        if before + n < kept and begin + n < N:
+            continue
+        g, rows_of_g = gradient[: before + n], slice(begin - before, begin + n)
         if wanted[0]:
-            torch.mm(gradient[:n], y, out=dx[part])
+            torch.mm(g, y, out=dx[rows_of_g])
         if wanted[1]:
-            add_product(dy, gradient[:n].t(), x[part])
+            add_product(dy, g.t(), x[rows_of_g])
     return loss_rows, active_rows, dx, dy.to(y.dtype), bias_rows if any(wanted) else bias_rows.new_empty(0)
 
 
@@ -284,7 +298,7 @@ def pairwise_loss(
 ):  # fmt: skip
     """(loss, total, grad_x, grad_y, grad_bias); gradients of the summed loss, or empty."""
     wanted = (form_x_grad, form_y_grad, form_bias_grad)
-    if reduction == "none" or x.dtype != torch.float32:
+    if reduction == "none" or x.dtype == torch.float16:  # as forms_gradients of pysrc/ops/pairwise.py has it
         wanted = (False, False, False)
     problem = Problem(x, y, x_labels, y_labels, scale, bias, guide_x, guide_y, **options)
     rows, active, *gradients = run_chunks(problem, Upstream(None, 0, None, 1.0), wanted)

@@ -154,17 +154,18 @@ TILEWISE_FN float fast_tanh(float x) {
 }
 TILEWISE_FN double fast_tanh(double x) { return ::tanh(x); }
 
-// log(1 + u) for u in [0, 1]: with w = u / (2 + u) <= 1/3 it is 2 artanh(w), whose series to w^13 leaves 1e-8.
+// log(1 + u) for u in [0, 1]: u times a polynomial of degree 8, which leaves 3e-8 of it.
 template <typename V>
-TILEWISE_FN V log1p_series(V u) {
-  const V w = u / (2.0f + u);
-  const V s = w * w;
-  V p = (1.0f / 13.0f) * s + 1.0f / 11.0f;
-  p = p * s + 1.0f / 9.0f;
-  p = p * s + 1.0f / 7.0f;
-  p = p * s + 1.0f / 5.0f;
-  p = p * s + 1.0f / 3.0f;
-  return 2.0f * (w + w * s * p);
+TILEWISE_FN V log1p_polynomial(V u) {
+  V p = 5.2326880e-3f * u - 2.95052137e-2f;
+  p = p * u + 7.82259107e-2f;
+  p = p * u - 1.36632428e-1f;
+  p = p * u + 1.91060051e-1f;
+  p = p * u - 2.4842982e-1f;
+  p = p * u + 3.33190978e-1f;
+  p = p * u - 4.99994934e-1f;
+  p = p * u + 9.9999994e-1f;
+  return p * u;
 }
 
 #if !defined(__CUDACC__)
@@ -181,24 +182,37 @@ TILEWISE_FN V fast_exp(V x) {
 
 #endif
 
-TILEWISE_FN float log1p_of_unit(float u) { return log1p_series(u); }
+TILEWISE_FN float log1p_of_unit(float u) { return log1p_polynomial(u); }
 TILEWISE_FN double log1p_of_unit(double u) { return ::log1p(u); }
 
 #if !defined(__CUDACC__)
 
 template <IsVector V>
 TILEWISE_FN V log1p_of_unit(V u) {
-  if constexpr (sizeof(Element<V>) == sizeof(float)) return log1p_series(u);
+  if constexpr (sizeof(Element<V>) == sizeof(float)) return log1p_polynomial(u);
   for (size_t i = 0; i < sizeof(V) / sizeof(Element<V>); ++i) u[i] = log1p_of_unit(u[i]);
   return u;
 }
 
 #endif
 
+// a / b of b in [1, 2]; on the device by the reciprocal of the special function unit, within 2^-22.
+template <typename V>
+TILEWISE_FN V ratio(V a, V b) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (std::is_same_v<V, float>) {
+    float inverse;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(b));
+    return a * inverse;
+  }
+#endif
+  return a / b;
+}
+
 template <typename V>
 TILEWISE_FN V sigmoid(V x) {
   const V e = fast_exp(x < 0.0f ? x : -x);
-  return (x < 0.0f ? e : 1.0f) / (1.0f + e);
+  return ratio<V>(x < 0.0f ? e : 1.0f, 1.0f + e);
 }
 
 // log(1 + exp(x)) without overflow

@@ -44,6 +44,19 @@ __device__ __forceinline__ void store_vectors(Storage* address, const Run<Storag
   __stcs(reinterpret_cast<uint4*>(address), piece);
 }
 
+// In one store, of 8 or 16 bytes.
+template <typename Storage, int kCount>
+__device__ __forceinline__ void store_run(Storage* address, const Run<Storage, kCount>& run) {
+  if constexpr (sizeof(run) == sizeof(uint4)) {
+    store_vectors(address, run);
+  } else {
+    static_assert(sizeof(run) == sizeof(uint2));
+    uint2 piece;
+    memcpy(&piece, run.value, sizeof(piece));
+    __stcs(reinterpret_cast<uint2*>(address), piece);
+  }
+}
+
 // Bfloat16 goes by words: a shift and a mask for two elements.
 template <typename Storage, int kCount>
 __device__ __forceinline__ void widen(const Run<Storage, kCount>& run, float (&out)[kCount]) {

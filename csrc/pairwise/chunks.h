@@ -23,4 +23,14 @@ inline int64_t pair_rows_at_a_time(int64_t rows, int64_t columns, int64_t item_b
   return (rows + parts - 1) / parts;
 }
 
+// Rows whose 16-bit gradients a GPU keeps, in whole chunks, for products together: each of these reads and writes a sum
+// as large as y, which takes as long as a product of a thousand rows. They have up to four times the bytes of a chunk.
+constexpr int64_t kMostPairGradients = 4096;
+
+inline int64_t pair_gradient_rows(int64_t rows_at_a_time, int64_t columns, int64_t item_bytes, int64_t chunk_bytes) {
+  const int64_t bytes = 4 * (chunk_bytes == 0 ? pair_chunk_bytes(true) : chunk_bytes);
+  const int64_t most = std::min(kMostPairGradients, bytes / (std::max<int64_t>(1, columns) * item_bytes));
+  return std::max<int64_t>(1, most / rows_at_a_time) * rows_at_a_time;
+}
+
 }  // namespace tilewise

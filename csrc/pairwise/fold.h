@@ -7,6 +7,7 @@
 //   finish(loss)      the loss of an active row;  skip() one without the pairs that the loss needs: 0, no gradient
 //   wants_gradient()
 //   write(f)          dL/dz of every pair: f(z, relation)
+//   write_and_sum(f)  the same of f that gives another value beside it: their total
 //   write_two(...)    of two pairs, given by column (-1: none) and value; 0 of all others
 //
 // with relation 1 for positives, -1 for negatives, 0 for what is neither, which adds nothing to a fold. On a CPU z and

@@ -130,13 +130,12 @@ struct Sigmoid {
   static constexpr PairProgram kProgram{"sigmoid", 0};
   template <typename T, typename Row>
   TILEWISE_PROGRAM void run(Row& row) {
-    row.finish(row.template fold<Sum>(
-        [](auto z, auto relation) { return relation != 0 ? softplus(relation > 0 ? -z : z) : T(0); }));
-    if (!row.wants_gradient()) return;
-    row.write([](auto z, auto relation) {
+    const auto loss = [](auto z, auto relation) { return relation != 0 ? softplus(relation > 0 ? -z : z) : T(0); };
+    if (!row.wants_gradient()) return row.finish(row.template fold<Sum>(loss));
+    row.finish(row.write_and_sum([=](auto z, auto relation) {
       const auto p = sigmoid(relation > 0 ? -z : z);
-      return relation != 0 ? (relation > 0 ? -p : p) : T(0);
-    });
+      return values(relation != 0 ? (relation > 0 ? -p : p) : T(0), loss(z, relation));
+    }));
   }
 };
 
@@ -153,32 +152,30 @@ struct MultiSimilarity {
     const bool mines = epsilon != infinity<T>();
     if (mines ? least == infinity<T>() || most == -infinity<T>() : least == infinity<T>() && most == -infinity<T>())
       return row.skip();
-    const T above = mines ? least : -infinity<T>();
     const T below = mines ? most : infinity<T>();
+    const T above = mines ? least : -infinity<T>();
     const T margin = mines ? epsilon : T(0);
-    const auto kept = [=](auto z, auto relation) {
-      return ((relation > 0) & (z - margin < below)) | ((relation < 0) & (z + margin > above));
+    // Of a kind that keeps any pair, the hardest is kept.
+    if (mines && !(least - margin < below && most + margin > above)) return row.skip();
+    const auto kept = [=](auto z, auto relation) {  // of a negative: z + margin > above
+      return (relation != 0) & ((relation > 0 ? z : -z) - margin < (relation > 0 ? below : -above));
     };
     const T positive_shift = least < base ? -alpha * (least - base) : T(0);
     const T negative_shift = most > base ? beta * (most - base) : T(0);
-    const auto exponential = [=](auto z, auto relation) {
-      return fast_exp(relation > 0 ? -alpha * (z - base) - positive_shift : beta * (z - base) - negative_shift);
+    const auto exponential = [=](auto z, auto relation) {  // 0 of pairs that are not kept
+      const auto x = (relation > 0 ? -alpha : beta) * (z - base) - (relation > 0 ? positive_shift : negative_shift);
+      return fast_exp(kept(z, relation) ? x : -infinity<T>());
     };
-    const Values<T, 4> sums = row.template fold<Sum, Sum, Sum, Sum>([=](auto z, auto relation) {
-      const auto e = kept(z, relation) ? exponential(z, relation) : T(0);
-      const auto one = kept(z, relation) ? T(1) : T(0);
-      return values(relation > 0 ? e : T(0), relation > 0 ? one : T(0), relation < 0 ? e : T(0),
-                    relation < 0 ? one : T(0));
+    const Values<T, 2> sums = row.template fold<Sum, Sum>([=](auto z, auto relation) {
+      const auto e = exponential(z, relation);
+      return values(relation > 0 ? e : T(0), relation < 0 ? e : T(0));
     });
-    if (mines && (sums.value[1] == T(0) || sums.value[3] == T(0))) return row.skip();
     row.finish(log_one_plus(positive_shift, sums.value[0]) / alpha +
-               log_one_plus(negative_shift, sums.value[2]) / beta);
+               log_one_plus(negative_shift, sums.value[1]) / beta);
     if (!row.wants_gradient()) return;
     const T positive = T(-1) / (fast_exp(-positive_shift) + sums.value[0]);
-    const T negative = T(1) / (fast_exp(-negative_shift) + sums.value[2]);
-    row.write([=](auto z, auto relation) {
-      return kept(z, relation) ? (relation > 0 ? positive : negative) * exponential(z, relation) : T(0);
-    });
+    const T negative = T(1) / (fast_exp(-negative_shift) + sums.value[1]);
+    row.write([=](auto z, auto relation) { return (relation > 0 ? positive : negative) * exponential(z, relation); });
   }
 };
 

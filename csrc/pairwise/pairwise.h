@@ -20,6 +20,10 @@ template <typename T>
 struct Relations {
   const int64_t* x_labels = nullptr;  // (rows,)
   const int64_t* y_labels = nullptr;  // (columns,)
+  // On a GPU: y_labels in 32 bits, from a multiple of 16 bytes on, and whether one of them takes more. Null: not
+  // formed.
+  const int32_t* short_labels = nullptr;  // (columns,)
+  const int32_t* too_long = nullptr;
   int64_t self_offset = 0;
   bool excludes_self = false;
   // A negative whose guide similarity exceeds that of the row's first positive less the margin is no negative.
@@ -55,7 +59,16 @@ struct PairwiseKernels {
 };
 TILEWISE_DECLARE_KERNELS(PairwiseKernels, pairwise_kernels)
 
+// The low 32 bits of labels; too_long, which is 0, becomes 1 where that is not the label.
+struct ShortLabels {
+  const int64_t* labels = nullptr;  // (columns,)
+  int64_t columns = 0;
+  int32_t* shorts = nullptr;  // (columns,)
+  int32_t* too_long = nullptr;
+};
+
 // A CUDA error string, or null.
+const char* short_labels_cuda(const ShortLabels& op, void* stream);
 const char* pairwise_cuda(const PairwiseChunk<float>& chunk, void* stream);
 const char* pairwise_reduction_cuda(const RowReduction<float>& reduction, void* stream);
 

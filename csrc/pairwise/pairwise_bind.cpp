@@ -110,6 +110,36 @@ PairwiseChunk<T> whole(const Problem& problem) {
   return chunk;
 }
 
+// What a GPU compares instead of the labels of y.
+class ShortLabelTensors {
+ public:
+#if defined(TILEWISE_CUDA)
+  ShortLabelTensors(const Tensor& like, Relations<float>& relations, int64_t columns)
+      : shorts_(new_output(like, {columns}, ScalarType::Int)), too_long_(new_output(like, {}, ScalarType::Int)) {
+    torch::stable::zero_(too_long_);
+    const ShortLabels labels{relations.y_labels, columns, static_cast<int32_t*>(shorts_.data_ptr()),
+                             static_cast<int32_t*>(too_long_.data_ptr())};
+    require_launched(short_labels_cuda(labels, current_stream(like)), kOp);
+    relations.short_labels = labels.shorts;
+    relations.too_long = labels.too_long;
+  }
+
+ private:
+  Tensor shorts_, too_long_;
+#else
+  template <typename T>
+  ShortLabelTensors(const Tensor&, Relations<T>&, int64_t) {}
+#endif
+};
+
+// Rows that begin at multiples of 16 bytes on a GPU, which reads them by vectors.
+Tensor row_buffer(const Tensor& like, int64_t rows, int64_t columns, ScalarType dtype) {
+  constexpr int64_t kUnit = kOnGpu ? 8 : 1;
+  const int64_t whole = (columns + kUnit - 1) / kUnit * kUnit;
+  const Tensor buffer = new_output(like, {rows, whole}, dtype);
+  return whole == columns ? buffer : columns_of(buffer, 0, columns);
+}
+
 // out = a b^T in the type of statistics
 void form_similarities(const RowProducts& products, const Tensor& out, const Tensor& a, const Tensor& b) {
 #if defined(TILEWISE_CUDA)
@@ -139,70 +169,104 @@ void run(const PairwiseChunk<T>& chunk, [[maybe_unused]] const Tensor& like) {
 #endif
 }
 
+// What the gradients G of chunks, which come one after the other, add to those of embeddings.
+class GradientProducts {
+ public:
+  GradientProducts(const Problem& problem, const Wanted& wanted, int64_t rows_at_a_time)
+      : problem_(problem), wanted_(wanted), rows_(problem.x.size(0)), kept_(rows_at_a_time) {
+    const int64_t n = rows_, m = problem.y.size(0), d = problem.x.size(1);
+    const ScalarType dtype = problem.x.scalar_type(), statistics = statistics_type(problem.x);
+    const auto output = [&](bool is_wanted, std::vector<int64_t> shape, ScalarType type) {
+      return torch::stable::new_empty(problem.x, is_wanted ? shape : std::vector<int64_t>{0}, type);
+    };
+    gradients = {output(wanted.x, {n, d}, dtype), output(wanted.y, {m, d}, dtype),
+                 output(wanted.any(), {n}, statistics)};
+    if (n == 0 || m == 0) {
+      torch::stable::zero_(gradients.x);
+      torch::stable::zero_(gradients.y);
+      torch::stable::zero_(gradients.bias);
+    }
+    if (wanted.y) y_gradient_.emplace(gradients.y);
+    if (!wanted.any() || dtype == statistics) return;
+    const int64_t item_bytes = static_cast<int64_t>(problem.x.element_size());
+    kept_ = pair_gradient_rows(rows_at_a_time, m, item_bytes, problem.chunk_bytes);
+    narrow_ = row_buffer(problem.x, std::min(kept_, n), m, dtype);
+  }
+
+  // Where G of the rows from `begin` on is written: over their similarities, or in 16 bits behind that of rows before.
+  Tensor place_of(const Tensor& similarities, int64_t begin) const {
+    return narrow_.has_value() ? rows_of(*narrow_, begin % kept_, similarities.size(0)) : similarities;
+  }
+
+  // G of these rows is there.
+  void add(const Tensor& similarities, int64_t begin) {
+    const int64_t before = begin % kept_, count = before + similarities.size(0), end = begin + similarities.size(0);
+    if (count < kept_ && end < rows_) return;
+    const Tensor g = narrow_.has_value() ? rows_of(*narrow_, 0, count) : similarities;
+    if (wanted_.x) {
+      const Tensor out = rows_of(gradients.x, begin - before, count);
+      add_product(out, out, g, problem_.y, 0.0);
+    }
+    if (wanted_.y)
+      y_gradient_->add(transposed(g), rows_of(problem_.x, begin - before, count), begin == before, end == rows_);
+  }
+
+  Gradients gradients;
+
+ private:
+  const Problem& problem_;
+  Wanted wanted_;
+  int64_t rows_;
+  int64_t kept_;
+  std::optional<Tensor> narrow_;
+  std::optional<ProductSum> y_gradient_;
+};
+
 // Row losses, and the gradients with the upstream of each row.
 template <typename T>
 Gradients run_chunks(const Problem& problem, const LossOutputs& outputs, const Upstream<T>& upstream,
                      const Wanted& wanted) {
-  const int64_t n = problem.x.size(0), m = problem.y.size(0), d = problem.x.size(1);
-  const ScalarType dtype = problem.x.scalar_type(), statistics = statistics_type(problem.x);
-  const auto output = [&](bool is_wanted, std::vector<int64_t> shape, ScalarType type) {
-    return torch::stable::new_empty(problem.x, is_wanted ? shape : std::vector<int64_t>{0}, type);
-  };
-  Gradients gradients{output(wanted.x, {n, d}, dtype), output(wanted.y, {m, d}, dtype),
-                      output(wanted.any(), {n}, statistics)};
-  if (n == 0 || m == 0) {
-    torch::stable::zero_(gradients.x);
-    torch::stable::zero_(gradients.y);
-    torch::stable::zero_(gradients.bias);
-  }
-  const int64_t rows = rows_at_a_time(problem);
-  const Tensor buffer = new_output(problem.x, {rows, m}, statistics);
+  const int64_t n = problem.x.size(0), m = problem.y.size(0), rows = rows_at_a_time(problem);
+  GradientProducts of_gradients(problem, wanted, rows);
+  const Tensor buffer = row_buffer(problem.x, rows, m, statistics_type(problem.x));
   const RowProducts products(problem.x, rows, m);
-  std::optional<Tensor> narrow, guide;
+  std::optional<Tensor> guide;
   std::optional<RowProducts> guide_products;
-  std::optional<ProductSum> y_gradient;
-  if (wanted.y) y_gradient.emplace(gradients.y);
-  if (wanted.any() && dtype != statistics) narrow = new_output(problem.x, {rows, m}, dtype);
   if (problem.guide_x.has_value()) {
-    guide = new_output(problem.x, {rows, m}, statistics);
+    guide = row_buffer(problem.x, rows, m, statistics_type(problem.x));
     guide_products.emplace(*problem.guide_x, rows, m);
   }
-  const PairwiseChunk<T> all = whole<T>(problem);
+  PairwiseChunk<T> all = whole<T>(problem);
+  const ShortLabelTensors labels(problem.x, all.relations, m);
   for (int64_t begin = 0; begin < n; begin += rows) {
     const int64_t count = std::min(rows, n - begin);
-    const Tensor x = rows_of(problem.x, begin, count);
     const Tensor similarities = rows_of(buffer, 0, count);
     PairwiseChunk<T> chunk = all;
-    if (m > 0) form_similarities(products, similarities, x, problem.y);
+    if (m > 0) form_similarities(products, similarities, rows_of(problem.x, begin, count), problem.y);
     if (guide.has_value() && m > 0) {
       const Tensor part = rows_of(*guide, 0, count);
       form_similarities(*guide_products, part, rows_of(*problem.guide_x, begin, count), *problem.guide_y);
       chunk.relations.guide = static_cast<const T*>(part.data_ptr());
-      chunk.relations.guide_stride = m;
+      chunk.relations.guide_stride = part.stride(0);
     }
-    const Tensor g = narrow.has_value() ? rows_of(*narrow, 0, count) : similarities;
     chunk.similarities = static_cast<T*>(similarities.data_ptr());
     chunk.rows = count;
-    chunk.row_stride = m;
+    chunk.row_stride = similarities.stride(0);
     chunk.relations.x_labels += begin;
     chunk.relations.self_offset += begin;
     chunk.loss_rows = outputs.loss_rows<T>() + begin;
     chunk.active_rows = outputs.share_rows<T>() + begin;
     chunk.wants_gradient = wanted.any();
+    const Tensor g = of_gradients.place_of(similarities, begin);
     chunk.gradient = g.data_ptr();
     chunk.gradient_dtype = row_matrix(g, kOp, "gradient").dtype;
     chunk.upstream = upstream;
     if (chunk.upstream.grad_loss != nullptr) chunk.upstream.grad_loss += begin * upstream.stride;
-    if (wanted.any()) chunk.bias_rows = static_cast<T*>(gradients.bias.data_ptr()) + begin;
+    if (wanted.any()) chunk.bias_rows = static_cast<T*>(of_gradients.gradients.bias.data_ptr()) + begin;
     run(chunk, problem.x);
-    if (m == 0) continue;
-    if (wanted.x) {
-      const Tensor out = rows_of(gradients.x, begin, count);
-      add_product(out, out, g, problem.y, 0.0);
-    }
-    if (wanted.y) y_gradient->add(transposed(g), x, begin == 0, begin + count == n);
+    if (m > 0) of_gradients.add(similarities, begin);
   }
-  return gradients;
+  return of_gradients.gradients;
 }
 
 struct Reduced {
@@ -239,7 +303,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
   check(problem);
   const DeviceScope scope(x);
   const Reduced reduced = parse_pair_reduction(reduction, x.size(0));
-  const bool formed = reduced.kind != Reduction::kNone && x.scalar_type() == statistics_type(x);
+  // As forms_gradients of pysrc/ops/pairwise.py has it.
+  const bool formed = reduced.kind != Reduction::kNone && x.scalar_type() != ScalarType::Half;
   const Wanted wanted{formed && form_x_grad, formed && form_y_grad, formed && form_bias_grad};
   const LossOutputs outputs(x, reduced.kind, 0);
   return with_statistics(x, [&](auto zero) -> std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> {

@@ -70,21 +70,22 @@ class Row {
 
   template <typename Function>
   void write(const Function& f) {
-    const T factor = upstream_of_row(chunk_.upstream, row_);
-    T* out = gradient();
-    Vector<T> sums = {};
-    for (int64_t j = 0; j < columns_; j += kLanes<T>) {
-      const Vector<T> g = factor * f(z(j), relation(j));
-      sums += g;
-      if (j + kLanes<T> <= columns_) {
-        store_vector(g, out + j);
-      } else {
-        store_some<T>(g, columns_ - j, out + j);
+    write_all([&](int64_t j) { return f(z(j), relation(j)); });
+  }
+
+  template <typename Function>
+  T write_and_sum(const Function& f) {
+    Vector<T> total = {}, part = {};
+    write_all([&](int64_t j) {
+      const auto found = f(z(j), relation(j));
+      part += found.value[1];
+      if ((j + kLanes<T>) % kFolded<T> == 0) {
+        total += part;
+        part = Vector<T>{};
       }
-    }
-    T sum = 0;
-    for (int l = 0; l < kLanes<T>; ++l) sum += sums[l];
-    chunk_.bias_rows[row_] = sum;
+      return found.value[0];
+    });
+    return over_lanes(total + part);
   }
 
   void write_two(int64_t a, T at_a, int64_t b, T at_b) {
@@ -111,6 +112,30 @@ class Row {
   template <typename V>
   static V combined(Min, V a, V b) {
     return b < a ? b : a;
+  }
+
+  // dL/dz of the pairs of a vector: f(j) of the first of them
+  template <typename Function>
+  void write_all(const Function& f) {
+    const T factor = upstream_of_row(chunk_.upstream, row_);
+    T* out = gradient();
+    Vector<T> sums = {};
+    for (int64_t j = 0; j < columns_; j += kLanes<T>) {
+      const Vector<T> g = factor * f(j);
+      sums += g;
+      if (j + kLanes<T> <= columns_) {
+        store_vector(g, out + j);
+      } else {
+        store_some<T>(g, columns_ - j, out + j);
+      }
+    }
+    chunk_.bias_rows[row_] = over_lanes(sums);
+  }
+
+  static T over_lanes(Vector<T> values) {
+    T sum = 0;
+    for (int l = 0; l < kLanes<T>; ++l) sum += values[l];
+    return sum;
   }
 
   template <typename Function, typename... Ops, size_t... kIndex>

@@ -16,12 +16,12 @@ TILEWISE_PROGRAM void log_sum_exp_of(Row& row, T slope, const Kept& kept) {
     if (row.wants_gradient()) row.write_two(-1, T(0), -1, T(0));
     return;
   }
-  const T log_sum = natural_log(row.template fold<Sum>(
-      [=](auto z, auto relation) { return kept(z, relation) ? fast_exp(slope * z - max) : T(0); }));
+  const auto exponent = [=](auto z, auto relation) { return kept(z, relation) ? slope * z - max : -infinity<T>(); };
+  const T log_sum =
+      natural_log(row.template fold<Sum>([=](auto z, auto relation) { return fast_exp(exponent(z, relation)); }));
   row.finish(max + log_sum);
   if (!row.wants_gradient()) return;
-  row.write(
-      [=](auto z, auto relation) { return kept(z, relation) ? slope * fast_exp((slope * z - max) - log_sum) : T(0); });
+  row.write([=](auto z, auto relation) { return slope * fast_exp(exponent(z, relation) - log_sum); });
 }
 
 // L = the total of Op over z of the chosen pairs, none without any; the first of equals has the gradient
@@ -77,9 +77,9 @@ struct WindowLogSumExp {
   static constexpr PairProgram kProgram{"window_log_sum_exp", 3};
   template <typename T, typename Row>
   TILEWISE_PROGRAM void run(Row& row, T slope, T limit, T side) {
-    log_sum_exp_of(row, slope, [=](auto z, auto relation) {
-      return side > T(0) ? (relation > 0) & (z < limit) : (relation < 0) & (z > -limit);
-    });
+    const int kind = side > T(0) ? 1 : -1;
+    const T sign = side > T(0) ? T(1) : T(-1);
+    log_sum_exp_of(row, slope, [=](auto z, auto relation) { return (relation == kind) & (sign * z < limit); });
   }
 };
 

@@ -3,13 +3,11 @@
 import torch
 from torch import Tensor
 
-from tilewise.formulas.rows import statistics_dtype
 from tilewise.ops import register
 
 
-def keep(ctx, like: Tensor, gradients: list[Tensor], asked: list[bool]) -> None:
-    """Not by save_for_backward: the backward writes to them."""
-    formed = ctx.options["reduction"] != "none" and like.dtype == statistics_dtype(like)
+def keep(ctx, formed: bool, gradients: list[Tensor], asked: list[bool]) -> None:
+    """Those asked for, where any were formed. Not by save_for_backward: the backward writes to them."""
     ctx.formed = [g if formed and wish else None for g, wish in zip(gradients, asked, strict=True)]
 
 

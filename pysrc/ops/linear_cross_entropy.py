@@ -221,7 +221,8 @@ def _setup_context(ctx, inputs, options, output):
     _, state, *gradients = output
     asked = [options.pop(name) for name in FORMED]
     ctx.options = options
-    formed.keep(ctx, inputs[0], gradients, asked)
+    is_formed = options["reduction"] != "none" and inputs[0].dtype == statistics_dtype(inputs[0])
+    formed.keep(ctx, is_formed, gradients, asked)
     ctx.save_for_backward(*inputs, state)
 
 

@@ -174,6 +174,13 @@ def pairwise_loss(
     )[0]
 
 
+def forms_gradients(x: Tensor, reduction: str) -> bool:
+    """Whether the forward forms the gradients of the summed loss, which the backward scales. Not those of rows that get
+    an upstream each; nor in float16, where they come before a loss scale and would vanish: bfloat16 has the range of
+    float32."""
+    return reduction != "none" and x.dtype != torch.float16
+
+
 FORMED = ("form_x_grad", "form_y_grad", "form_bias_grad")
 WANTED = ("x_grad", "y_grad", "bias_grad")
 
@@ -188,8 +195,7 @@ def _gradient_shapes(x: Tensor, y: Tensor, wanted: list[bool]) -> tuple[Tensor, 
 
 @register.fake("pairwise_loss")
 def _forward_fake(x, y, x_labels, y_labels, scale, *tensors, reduction, **options):
-    reduced = reduction != "none" and x.dtype == statistics_dtype(x)
-    wanted = [reduced and options[name] for name in FORMED]
+    wanted = [forms_gradients(x, reduction) and options[name] for name in FORMED]
     loss = scale.new_empty(x.shape[:1] if reduction == "none" else ())
     return loss, scale.new_empty(()), *_gradient_shapes(x, y, wanted)
 
@@ -203,7 +209,7 @@ def _setup_context(ctx, inputs, options, output):
     _, total, *gradients = output
     asked = [options.pop(name) for name in FORMED]
     ctx.options = options
-    formed.keep(ctx, inputs[0], gradients, asked)
+    formed.keep(ctx, forms_gradients(inputs[0], options["reduction"]), gradients, asked)
     ctx.save_for_backward(*inputs, total)
 
 

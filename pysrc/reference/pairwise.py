@@ -256,7 +256,7 @@ def _forward(
     total = active.sum().to(z.dtype)
     divisor = {"mean": max(1, len(x)), "mean_active": total.clamp(min=1)}.get(reduction, 1)
     value = rows if reduction == "none" else rows.sum() / divisor
-    formed = reduction != "none" and x.dtype == z.dtype
+    formed = reduction != "none" and x.dtype != torch.float16
     wanted = [formed and wish for wish in (form_x_grad, form_y_grad, form_bias_grad)]
     return value, total, *_gradients(weights, x, y, wanted)
 

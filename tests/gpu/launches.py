@@ -72,10 +72,11 @@ ROWS = [
     case("row_gradient_kernel<*, FullSoftmaxGradient<void>, *", BLOCK, 0, (24, 24, 32, 24)),
     case("row_gradient_kernel<*, FullSoftmaxGradient<[!v]*", BLOCK, 0, (16, 16, 16, 16)),
     case("accumulate_kernel<*", BLOCK, 0, (64, 64, 64, 48)),
-    case("pairwise_kernel<*, Sigmoid>", BLOCK, 2 * 8 * 16, (48, 48, 40, 40)),
-    case("pairwise_kernel<*, Softmax>", BLOCK, 2 * 8 * 16, (48, 40, 32, 32)),
-    case("pairwise_kernel<*, MultiSimilarity>", BLOCK, 2 * 8 * 16, (40, 40, 40, 40)),
-    case("pairwise_kernel<*", BLOCK, 2 * 8 * 16, (40, 40, 32, 32)),
+    case("pairwise_kernel<*, Sigmoid>", BLOCK, 2 * 8 * 16, (40, 40, 40, 40)),
+    case("pairwise_kernel<*, Softmax>", BLOCK, 2 * 8 * 16, (32, 32, 32, 32)),
+    case("pairwise_kernel<*, MultiSimilarity>", BLOCK, 2 * 8 * 16, (32, 32, 32, 32)),
+    case("pairwise_kernel<*", BLOCK, 2 * 8 * 16, (32, 32, 32, 32)),
+    case("short_labels_kernel", (64, 1), 0, (64, 64, 64, 32)),
 ]
 
 MALA = [

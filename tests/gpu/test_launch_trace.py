@@ -61,17 +61,27 @@ def test_every_case_is_traced(found):
 
 
 def test_chunks_are_those_of_the_bindings(record):
-    """As csrc/pairwise/chunks.h and csrc/linear_cross_entropy/chunks.h have them: 128 MiB of float32 similarities; a
-    22nd of the logits, from 128 to 512 MiB, in blocks of one size."""
+    """As csrc/pairwise/chunks.h and csrc/linear_cross_entropy/chunks.h have them: 128 MiB of float32 similarities, and
+    up to 4,096 rows of 16-bit gradients within 512 MiB; a 22nd of the logits, from 128 to 512 MiB, in blocks of one
+    size."""
     library = record.library
     assert library.pair_rows(65536, 65536) == 512
     assert library.pair_rows(100, 65536) == 100
     assert library.pair_rows(65537, 65536) == 509  # 129 chunks, none of which is a rest of one row
+    assert library.pair_gradient_rows(512, 65536, 2) == 4096
+    assert library.pair_gradient_rows(509, 65536, 2) == 8 * 509
+    assert library.pair_gradient_rows(128, 262144, 2) == 1024
+    assert library.pair_gradient_rows(2048, 16384, 2) == 4096
+    assert library.pair_gradient_rows(96, 10**9, 2) == 96
     assert library.logit_rows(8192, 256000, 2) == 357
     assert library.logit_classes(8192, 256000, 2) == 11131
     assert library.logit_rows(64, 1000, 4) == 64
-    products = [s for s in traced.siglip_loss(record, (65536, 768), torch.bfloat16).forward.steps if type(s) is Product]
-    assert products == [Product(512, 65536, 768, 2, 4)]
+    steps = traced.siglip_loss(record, (65536, 768), torch.bfloat16).forward.steps
+    assert {step: count for step, count in steps.items() if type(step) is Product} == {
+        Product(512, 65536, 768, 2, 4): 128,
+        Product(4096, 768, 65536, 2, 2): 16,
+        Product(65536, 768, 4096, 2, 2): 16,
+    }
 
 
 def test_a_recording_is_what_runs(record):

@@ -61,6 +61,50 @@ def test_backward_operator(loss, reduction):
         torch.testing.assert_close(value.cpu().double(), exact, **TOLERANCE)
 
 
+def sixteen_bits(dtype, columns=None):
+    return [t.to(dtype) if t.is_floating_point() else t for t in batch(m=columns, dtype=torch.float32)]
+
+
+needs_sixteen_bits = pytest.mark.skipif(contract.BACKEND == "cpu", reason="the CPU kernels take float32 and float64")
+
+
+@needs_sixteen_bits
+@pytest.mark.parametrize("columns", [None, 40])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_gradients_of_bfloat16_are_formed_with_the_loss(loss, columns):
+    """In groups of several chunks of rows; the backward scales them, by a power of two without another rounding."""
+    x, y, *labels = sixteen_bits(torch.bfloat16, columns)
+    x, y = x.requires_grad_(), y.detach().requires_grad_()
+    arguments = [x, y, *labels, number(1.0, torch.float32), number(-0.3, torch.float32), None, None]
+    options = {"loss": loss, "reduction": "sum", "self_offset": 0 if columns is None else None}
+    options |= {"form_x_grad": True, "form_y_grad": True}
+    found = call(arguments, chunk_bytes=4 * len(y), **options)
+    truths = truth(arguments, **options)
+    for value, expected in zip(found[2:4], truths[2:4], strict=True):
+        assert value.dtype == torch.bfloat16
+        terms = (expected.abs() + expected.abs().amax()).clamp(min=1e-6)  # G is rounded, and the sum
+        assert ((value.detach().cpu().double() - expected).abs() / terms).max() < 2**-7
+    formed = [g.detach().clone() for g in found[2:4]]
+    gradients = torch.autograd.grad(found[0], (x, y), torch.tensor(2.0**-20, device=DEVICE))
+    assert all(torch.equal(g, 2.0**-20 * f) for g, f in zip(gradients, formed, strict=True))
+
+
+@needs_sixteen_bits
+def test_gradients_of_float16_wait_for_the_loss_scale():
+    """They are below the least float16 before it and above after it."""
+    x, y = (torch.eye(4, dtype=torch.float16, device=DEVICE).requires_grad_() for _ in range(2))
+    labels, scale = torch.arange(4, device=DEVICE), 2.0**14
+    arguments = [x, y, labels, labels, number(19.0, torch.float32), None, None, None]
+    options = {"loss": "softmax", "reduction": "sum", "form_x_grad": True, "form_y_grad": True}
+    loss, _, *formed = call(arguments, **options)
+    assert [g.shape for g in formed] == [(0,)] * 3
+    wide = [t.detach().double() if t is not None and t.is_floating_point() else t for t in arguments]
+    exact = [19 * g for g in truth(wide, **options)[2:4]]
+    assert max(g.abs().max() for g in exact) < 2**-21
+    for gradient, expected in zip(torch.autograd.grad(loss, (x, y), loss.new_tensor(scale)), exact, strict=True):
+        torch.testing.assert_close(gradient.cpu().double(), scale * expected, rtol=2e-3, atol=1e-6)
+
+
 @pytest.mark.skipif(not NATIVE_CPU, reason="float64 belongs to the CPU kernels and the reference")
 @pytest.mark.parametrize("reduction", ["none", "mean", "mean_active"])
 @pytest.mark.parametrize("name", PUBLIC)

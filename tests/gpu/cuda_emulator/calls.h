@@ -34,6 +34,7 @@ struct PairCall {
   int64_t rows, columns, row_stride;
   float* similarities;
   int64_t *x_labels, *y_labels;
+  int32_t *short_labels, *too_long;  // formed first, where they have a place
   int64_t self_offset, excludes_self;
   float* guide;
   int64_t guide_stride;

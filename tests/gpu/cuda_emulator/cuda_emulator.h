@@ -29,6 +29,10 @@
 #define __launch_bounds__(...)
 #define __grid_constant__
 
+struct uint2 {
+  uint32_t x, y;
+};
+
 struct uint4 {
   uint32_t x, y, z, w;
 };

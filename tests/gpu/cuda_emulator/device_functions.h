@@ -59,6 +59,7 @@ inline unsigned atomicAdd(unsigned* address, unsigned value) {
 
 inline uint4 __ldg(const uint4* address) { return emulator::load(address); }
 inline uint4 __ldcs(const uint4* address) { return emulator::load(address); }
-inline void __stcs(uint4* address, uint4 value) {
+template <typename Vector>
+void __stcs(Vector* address, Vector value) {
   if (emulator::is_aligned(address)) std::memcpy(address, &value, sizeof(value));
 }

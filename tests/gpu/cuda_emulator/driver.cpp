@@ -145,6 +145,8 @@ extern "C" const char* pairwise(const PairCall& call) {
   chunk.row_stride = call.row_stride;
   chunk.relations = {.x_labels = call.x_labels,
                      .y_labels = call.y_labels,
+                     .short_labels = call.short_labels,
+                     .too_long = call.too_long,
                      .self_offset = call.self_offset,
                      .excludes_self = call.excludes_self != 0,
                      .guide = call.guide,
@@ -162,6 +164,10 @@ extern "C" const char* pairwise(const PairCall& call) {
   chunk.gradient = call.gradient;
   chunk.upstream = {.grad_loss = call.grad_loss, .stride = call.grad_loss_stride};
   chunk.bias_rows = call.bias_rows;
+  if (call.short_labels != nullptr) {
+    const tilewise::ShortLabels labels{call.y_labels, call.columns, call.short_labels, call.too_long};
+    if (const char* error = tilewise::short_labels_cuda(labels, nullptr)) return error;
+  }
   return tilewise::pairwise_cuda(chunk, nullptr);
 }
 

@@ -29,6 +29,10 @@ extern "C" int64_t pair_rows(int64_t rows, int64_t columns) {
   return tilewise::pair_rows_at_a_time(rows, columns, sizeof(float), 0, kOnGpu);
 }
 
+extern "C" int64_t pair_gradient_rows(int64_t rows_at_a_time, int64_t columns, int64_t item_bytes) {
+  return tilewise::pair_gradient_rows(rows_at_a_time, columns, item_bytes, 0);
+}
+
 extern "C" int64_t row_parts(int64_t rows, int64_t columns) { return tilewise::row_parts(rows, columns); }
 
 extern "C" int64_t logit_rows(int64_t rows, int64_t classes, int64_t item_bytes) {

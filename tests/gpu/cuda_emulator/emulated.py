@@ -60,7 +60,7 @@ class PairCall(ctypes.Structure):
 
     _fields_ = [
         *[(name, c_int64) for name in ("rows", "columns", "row_stride")],
-        *[(name, c_void_p) for name in ("similarities", "x_labels", "y_labels")],
+        *[(name, c_void_p) for name in ("similarities", "x_labels", "y_labels", "short_labels", "too_long")],
         *[(name, c_int64) for name in ("self_offset", "excludes_self")],
         ("guide", c_void_p),
         ("guide_stride", c_int64),

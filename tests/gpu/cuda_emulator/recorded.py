@@ -106,7 +106,7 @@ class Recorder:
         library.end_recording.argtypes = [POINTER(POINTER(_Launch)), POINTER(c_int64)]
         library.end_recording.restype = c_int64
         library.row_reduction.argtypes, library.row_reduction.restype = [c_int64], c_char_p
-        for name, count in (("pair_rows", 2), ("logit_rows", 3), ("logit_classes", 3)):
+        for name, count in (("pair_rows", 2), ("pair_gradient_rows", 3), ("logit_rows", 3), ("logit_classes", 3)):
             function = getattr(library, name)
             function.argtypes, function.restype = [c_int64] * count, c_int64
         listed = subprocess.run(["nm", "-C", library._name], capture_output=True, text=True, check=True).stdout

@@ -132,40 +132,49 @@ def linear_z_loss(record, size, dtype, *_):
 # ---- pairs of vectors
 
 
-def pair_kernels(record, loss: str, rows: int, columns: int, dtype: torch.dtype, gradient: bool) -> list[Launch]:
-    call = PairCall(rows=rows, columns=columns, row_stride=columns, loss=loss.encode(), similarities=SOMEWHERE)
-    call.gradient, call.gradient_dtype = SOMEWHERE if gradient else None, emulated.DTYPES[dtype]
-    sizes = Sizes(rows=rows, columns=columns, item=dtype.itemsize, gradient=gradient)
+def pair_kernels(record, loss: str, sizes: Sizes, dtype: torch.dtype, first: bool) -> list[Launch]:
+    """Of a chunk; before the first one labels are shortened."""
+    stride = -(-sizes.columns // 8) * 8
+    call = PairCall(rows=sizes.rows, columns=sizes.columns, row_stride=stride, loss=loss.encode())
+    call.similarities, call.short_labels = SOMEWHERE, SOMEWHERE if first else None
+    call.gradient, call.gradient_dtype = SOMEWHERE if sizes.gradient else None, emulated.DTYPES[dtype]
     return record("pairwise", byref(call), sizes=sizes)
 
 
 def pair_steps(record, loss: str, size: tuple[int, int, int], dtype: torch.dtype, gradient: bool) -> list[Step]:
-    """Chunks of rows; with `gradient` those of both sides, of 16 bits the columns' in a sum apart."""
+    """Chunks of rows; with `gradient` those of both sides, of 16 bits for several chunks together and the columns' in a
+    sum apart."""
     rows, columns, features = size
-    item, steps = dtype.itemsize, []
-    for count in parts(rows, record.library.pair_rows(rows, columns)):
-        steps += [Product(count, columns, features, item, 4)]
-        steps += pair_kernels(record, loss, count, columns, dtype, gradient)
-        if gradient:
-            narrow = dtype != FLOAT
-            steps += [Product(count, features, columns, item, item)]
-            steps += [Product(columns, features, count, item, item if narrow else 2 * item)]
-            steps += accumulate(record, columns * features, dtype) if narrow else []
+    item, narrow, steps, kept = dtype.itemsize, dtype != FLOAT, [Torch("zero", 4)], 0
+    at_a_time = record.library.pair_rows(rows, columns)
+    most = record.library.pair_gradient_rows(at_a_time, columns, item) if narrow else at_a_time
+    for i, count in enumerate(parts(rows, at_a_time)):
+        sizes = Sizes(rows=count, columns=columns, item=item, gradient=gradient)
+        steps += [Product(count, columns, features, item, 4), *pair_kernels(record, loss, sizes, dtype, i == 0)]
+        kept += count
+        if not gradient or (kept < most and (i + 1) * at_a_time < rows):
+            continue
+        steps += [Product(kept, features, columns, item, item)]
+        steps += [Product(columns, features, kept, item, item if narrow else 2 * item)]
+        steps += accumulate(record, columns * features, dtype) if narrow else []
+        kept = 0
     return steps
 
 
 def pairs(record, case: str, loss: str, size: tuple[int, int, int], dtype: torch.dtype) -> Trace:
-    """Between the rows themselves, or of as many, that are normalised first."""
+    """Between the rows themselves, or of as many, that are normalised first. Gradients come with the forward."""
     rows, columns, features = size
-    formed, cells = dtype == FLOAT, 4 * (rows if case != "siglip_loss" else rows + columns) * features
+    item, cells = dtype.itemsize, 4 * (rows if case != "siglip_loss" else rows + columns) * features
     reduction = record("row_reduction", rows, sizes=Sizes(rows=rows))
-    forward = [Torch("unit rows", 5 * cells, 7), *pair_steps(record, loss, size, dtype, formed), *reduction]
-    backward = [] if formed else pair_steps(record, loss, size, dtype, True)
+    forward = [Torch("unit rows", 5 * cells, 7), *pair_steps(record, loss, size, dtype, True), *reduction]
+    backward = [Torch("times the upstream gradient", 2 * item * (rows + columns) * features, 3)]
     backward += [Torch("unit rows", 8 * cells, 12)]
-    held = record.library.pair_rows(rows, columns) * columns
-    sums = 0 if formed else columns * features * (dtype.itemsize + 4)
-    scratch = 4 * held, 0 if formed else (4 + dtype.itemsize) * held + sums
-    return Trace(case, (rows, features), dtype, *map(Phase.of, (forward, backward), scratch))
+    at_a_time = record.library.pair_rows(rows, columns)
+    scratch = 4 * at_a_time * columns
+    if dtype != FLOAT:
+        scratch += item * min(rows, record.library.pair_gradient_rows(at_a_time, columns, item)) * columns
+        scratch += columns * features * (item + 4)
+    return Trace(case, (rows, features), dtype, Phase.of(forward, scratch), Phase.of(backward))
 
 
 def multi_similarity_loss(record, size, dtype, *_):

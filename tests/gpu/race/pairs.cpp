@@ -35,15 +35,17 @@ constexpr std::array kCases = {
 };
 
 PairCall pair_call(Memory& memory, const Case& of, const char* loss) {
-  const int64_t pairs = of.rows * of.columns;
-  PairCall call{.rows = of.rows, .columns = of.columns, .row_stride = of.columns};
+  const int64_t stride = (of.columns + 3) / 4 * 4, pairs = of.rows * stride;
+  PairCall call{.rows = of.rows, .columns = of.columns, .row_stride = stride};
   call.similarities = memory.numbers(pairs);
   call.x_labels = memory.integers(of.rows, 4);
   call.y_labels = memory.integers(of.columns, 4);
+  call.short_labels = memory.integers_32(of.columns, 4);
+  call.too_long = memory.integers_32(1, 1);
   call.self_offset = 2;
   call.excludes_self = 1;
   if (of.guided) call.guide = memory.numbers(pairs);
-  call.guide_stride = of.columns;
+  call.guide_stride = stride;
   call.guide_margin = 0.2;
   call.loss = loss;
   const auto given = kParameters.find(loss);
