@@ -110,18 +110,6 @@ PairwiseChunk<T> whole(const Problem& problem) {
   return chunk;
 }
 
-// out = a b^T in the type of statistics
-void form_similarities(const RowProducts& products, const Tensor& out, const Tensor& a, const Tensor& b) {
-#if defined(TILEWISE_CUDA)
-  if (a.scalar_type() != out.scalar_type()) {
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        aoti_torch_cuda_mm_dtype_out(out.get(), a.get(), transposed(b).get(), aoti_torch_dtype_float32()));
-    return;
-  }
-#endif
-  products.form(out, a, b);
-}
-
 template <typename T>
 void run(const PairwiseChunk<T>& chunk, [[maybe_unused]] const Tensor& like) {
 #if defined(TILEWISE_CUDA)
@@ -173,10 +161,10 @@ Gradients run_chunks(const Problem& problem, const LossOutputs& outputs, const U
     const Tensor x = rows_of(problem.x, begin, count);
     const Tensor similarities = rows_of(buffer, 0, count);
     PairwiseChunk<T> chunk = all;
-    if (m > 0) form_similarities(products, similarities, x, problem.y);
+    if (m > 0) products.form(similarities, x, problem.y);
     if (guide.has_value() && m > 0) {
       const Tensor part = rows_of(*guide, 0, count);
-      form_similarities(*guide_products, part, rows_of(*problem.guide_x, begin, count), *problem.guide_y);
+      guide_products->form(part, rows_of(*problem.guide_x, begin, count), *problem.guide_y);
       chunk.relations.guide = static_cast<const T*>(part.data_ptr());
       chunk.relations.guide_stride = m;
     }
