@@ -1,9 +1,7 @@
 """torch.ops.tilewise.clip_loss: fake, autograd and the public function."""
 
-import torch
 from torch import Tensor
 
-from tilewise.formulas.rows import statistics_dtype
 from tilewise.ops import derivatives, formed, register
 from tilewise.ops.contrastive import check_features
 from tilewise.ops.pairwise import check_number, check_pair_reduction, prepared
