@@ -1,5 +1,6 @@
-// clip_loss: the mean of InfoNCE over the rows and over the columns of z = scale S, S = X Y^T (N, N), with the positives
-// on the diagonal; a chunk of rows of S at a time. All pairs of a row or a column but its positive are its others:
+// clip_loss: the mean of InfoNCE over the rows and over the columns of z = scale S, S = X Y^T (N, N), with the
+// positives on the diagonal; a chunk of rows of S at a time. All pairs of a row or a column but its positive are its
+// others:
 //
 //   gap = log sum e^z of the others - z_ii     1 - p_ii = sigmoid(gap)
 //   loss_i = (softplus(gap of row i) + softplus(gap of column i)) / 2
@@ -49,6 +50,26 @@ struct ClipChunk {
   Dtype gradient_dtype = Dtype::kFloat32;
   void* gradient = nullptr;  // (rows, columns)
 };
+
+// Maximum and sum of e^(z - max) of some pairs.
+template <typename T>
+struct alignas(2 * sizeof(T)) ClipPart {
+  T max = -infinity<T>();
+  T sum = 0;
+};
+
+// -inf less itself is no number: where nothing but -inf was seen, 0 is taken off.
+template <typename V>
+TILEWISE_FN V clip_shift(V max) {
+  return max == -infinity<V>() ? V(0) : max;
+}
+
+template <typename T>
+TILEWISE_FN ClipPart<T> joined(const ClipPart<T>& a, const ClipPart<T>& b) {
+  const T max = b.max > a.max ? b.max : a.max;
+  const T shift = clip_shift(max);
+  return {max, a.sum * fast_exp(a.max - shift) + b.sum * fast_exp(b.max - shift)};
+}
 
 // What the forward leaves of all rows.
 template <typename T>
@@ -100,13 +121,9 @@ TILEWISE_DECLARE_KERNELS(ForTypes<ClipKernels>, clip_kernels)
 // column one band of rows after the other.
 constexpr int64_t kClipTileRows = 32, kClipTileColumns = 256;
 
-struct alignas(8) ClipPart {
-  float max, sum;
-};
-
 struct ClipParts {
-  ClipPart* rows = nullptr;     // (rows, strips)
-  ClipPart* columns = nullptr;  // (bands, columns)
+  ClipPart<float>* rows = nullptr;     // (rows, strips)
+  ClipPart<float>* columns = nullptr;  // (bands, columns)
 };
 
 constexpr int64_t clip_strips(int64_t columns) { return (columns + kClipTileColumns - 1) / kClipTileColumns; }

@@ -1,6 +1,6 @@
-// clip_loss, a chunk of rows of the similarities at a time (clip_loss.h): a product forms it, forward for its statistics
-// and backward for its gradient, which enters two more products. The gradients are those of z = S: a caller multiplies
-// them by the scale.
+// clip_loss, a chunk of rows of the similarities at a time (clip_loss.h): a product forms it, forward for its
+// statistics and backward for its gradient, which enters two more products. The gradients are those of z = S: a caller
+// multiplies them by the scale.
 #include "clip_loss/clip_loss.h"
 
 #include <algorithm>
@@ -69,9 +69,10 @@ class Statistics {
 
   void take(const ClipChunk<float>& chunk) {
     const int64_t of_rows = chunk.rows * clip_strips(chunk.columns);
-    const int64_t bytes = (of_rows + clip_bands(chunk.rows) * chunk.columns) * static_cast<int64_t>(sizeof(ClipPart));
+    const int64_t bytes =
+        (of_rows + clip_bands(chunk.rows) * chunk.columns) * static_cast<int64_t>(sizeof(ClipPart<float>));
     if (!memory_.has_value()) memory_ = new_output(like_, {bytes}, ScalarType::Byte);
-    auto* parts = static_cast<ClipPart*>(memory_->data_ptr());
+    auto* parts = static_cast<ClipPart<float>*>(memory_->data_ptr());
     require_launched(clip_statistics_cuda(chunk, {parts, parts + of_rows}, current_stream(like_)), kOp);
   }
 
@@ -134,7 +135,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& image, const Tensor& text, cons
     const ClipState<T> state = clip_state(outputs.row_state<T>(), n);
     Statistics statistics(image);
     for_chunks<T>(problem, state, [&](const ClipChunk<T>& chunk, auto&&...) { statistics.take(chunk); });
-    finish<T>({state, outputs.loss_rows<T>(), outputs.share_rows<T>(), n}, outputs.reduction<T>(), image);
+    finish(ClipLosses<T>{state, outputs.loss_rows<T>(), outputs.share_rows<T>(), n}, outputs.reduction<T>(), image);
   });
   return {outputs.loss, outputs.state};
 }

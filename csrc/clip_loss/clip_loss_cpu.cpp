@@ -14,13 +14,6 @@ constexpr int kBlockRows = 8;                // for which the sums of columns ar
 template <typename T>
 constexpr int64_t kStrip = 2048 / sizeof(T);  // columns whose maxima and sums stay in the first cache
 
-// -inf less itself is no number: nothing but -inf so far is shifted by 0.
-template <typename V>
-TILEWISE_FN V shift_of(V max) {
-  constexpr auto kNone = -infinity<Element<V>>();
-  return max == kNone ? V{} : max;
-}
-
 // z over the similarities of a row: rounded before anything is taken off it.
 template <typename T>
 T* form_row(const ClipChunk<T>& chunk, int64_t row) {
@@ -42,7 +35,7 @@ void take_rows(const ClipChunk<T>& chunk, int64_t begin, int64_t end) {
     Vector<T> maxima = Vector<T>{} + kNone;
     each_vector(z, chunk.columns, kNone, [&](Vector<T> x) { maxima = x > maxima ? x : maxima; });
     const T max = lane_max<T>(maxima);
-    const T shift = max == kNone ? T(0) : max;
+    const T shift = clip_shift(max);
     Vector<T> sums = {};
     for (int64_t j = 0; j < chunk.columns; j += kSummed<T>) {
       Vector<T> part = {};
@@ -66,7 +59,7 @@ TILEWISE_FN void join_rows(const T* z, int64_t stride, int64_t count, T* max, T*
     rows[k] = count >= kLanes<T> ? load_vector(z + k * stride) : load_some(z + k * stride, count, kNone);
     top = rows[k] > top ? rows[k] : top;
   }
-  const Vector<T> shift = shift_of(top);
+  const Vector<T> shift = top == kNone ? Vector<T>{} : top;
   Vector<T> part = {};
 #pragma GCC unroll 8
   for (int k = 0; k < kRows; ++k) part += fast_exp(rows[k] - shift);
@@ -89,15 +82,13 @@ void take_strip(const ClipChunk<T>& chunk, int64_t begin, int64_t width) {
     for (int64_t j = 0; j < width; j += kLanes<T>)
       join_rows<1>(z + row * chunk.columns + j, chunk.columns, width - j, max + j, sum + j);
   }
-  T* all_max = chunk.state.column_max + begin;
-  T* all_sum = chunk.state.column_weight + begin;
+  const ClipState<T>& state = chunk.state;
   for (int64_t j = 0; j < width; ++j) {
-    const T other = chunk.first > 0 ? all_max[j] : -infinity<T>();
-    const T top = other > max[j] ? other : max[j];
-    const T shift = top == -infinity<T>() ? T(0) : top;
-    const T joined = chunk.first > 0 ? all_sum[j] * fast_exp(other - shift) : T(0);
-    all_max[j] = top;
-    all_sum[j] = joined + sum[j] * fast_exp(max[j] - shift);
+    const ClipPart<T> found{max[j], sum[j]};
+    const ClipPart<T> before{state.column_max[begin + j], state.column_weight[begin + j]};
+    const ClipPart<T> all = chunk.first > 0 ? joined(before, found) : found;
+    state.column_max[begin + j] = all.max;
+    state.column_weight[begin + j] = all.sum;
   }
 }
 
@@ -131,7 +122,8 @@ void gradient(const ClipChunk<T>& chunk, int64_t begin, int64_t end) {
       write(j, [](const T* from) { return load_vector(from); }, [&](Vector<T> g) { store_vector(g, z + j); });
     const int64_t rest = chunk.columns - j;
     if (rest > 0)
-      write(j, [=](const T* from) { return load_some(from, rest); }, [&](Vector<T> g) { store_some<T>(g, rest, z + j); });
+      write(
+          j, [=](const T* from) { return load_some(from, rest); }, [&](Vector<T> g) { store_some<T>(g, rest, z + j); });
     z[own] = -upstream * state.share[own];
   }
 }

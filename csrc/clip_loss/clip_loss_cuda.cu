@@ -1,0 +1,262 @@
+// clip_loss on CUDA. A block brings a tile of z into shared memory, once: a thread walks each of its columns, a warp
+// some of its rows. What tiles found is merged in a fixed order. Backward, threads keep the numbers of their columns
+// while rows pass by.
+#include "clip_loss/clip_loss.h"
+#include "common/vector.cuh"
+#include "rows/rows.cuh"
+
+namespace tilewise {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / kWarp;
+constexpr int kTileRows = kClipTileRows, kTileColumns = kClipTileColumns;
+constexpr int kPiece = kVector<float>;
+constexpr int kPieces = kTileRows * kTileColumns / kPiece / kThreads;  // of a thread, all on their way together
+constexpr int kWalked = 8;                                             // rows that a column takes at a time
+constexpr int kPassing = 16;                                           // rows that pass a thread backward
+static_assert(kTileColumns == kThreads && kTileColumns / kWarp == 2 * kPiece && kTileRows % (4 * kWarps) == 0);
+
+struct Most {
+  __device__ __forceinline__ float operator()(float a, float b) const { return b > a ? b : a; }
+};
+
+// Rounded before anything is taken off it: no product that a subtraction swallows.
+__device__ __forceinline__ float score(float scale, float s) { return __fmul_rn(scale, s); }
+
+// The positive of a row, if it is among kCount columns from `column`: its z goes to its place, and -inf stands here.
+template <int kCount>
+__device__ __forceinline__ void set_positive_aside(const ClipChunk<float>& chunk, int64_t row, int64_t column,
+                                                   float (&z)[kCount]) {
+  const int64_t own = chunk.first + row - column;
+  if (own < 0 || own >= kCount) return;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    if (own != i) continue;
+    chunk.state.share[chunk.first + row] = z[i];
+    z[i] = -infinity<float>();
+  }
+}
+
+// -inf beyond the matrix.
+template <bool kAligned>
+__device__ __forceinline__ void load_tile(const ClipChunk<float>& chunk, int64_t first_row, int64_t first_column,
+                                          float* tile) {
+  constexpr int kCount = kAligned ? kPiece : 1;
+  constexpr int kAcross = kTileColumns / kCount;
+  constexpr int kTogether = kAligned ? kPieces : kTileRows / 4;
+  const float scale = *chunk.scale;
+#pragma unroll 1
+  for (int begin = 0; begin < kTileRows * kAcross; begin += kTogether * kThreads) {
+    Run<float, kCount> runs[kTogether];
+#pragma unroll
+    for (int k = 0; k < kTogether; ++k) {
+      const int place = begin + k * kThreads + static_cast<int>(threadIdx.x);
+      const int64_t row = first_row + place / kAcross, column = first_column + place % kAcross * kCount;
+      if (row >= chunk.rows || column >= chunk.columns) continue;
+      const float* from = chunk.similarities + row * chunk.columns + column;
+      if constexpr (kAligned) {
+        runs[k] = load_vectors<true, kCount>(from);
+      } else {
+        runs[k].value[0] = *from;
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < kTogether; ++k) {
+      const int place = begin + k * kThreads + static_cast<int>(threadIdx.x);
+      const int64_t row = first_row + place / kAcross, column = first_column + place % kAcross * kCount;
+      const bool inside = row < chunk.rows && column < chunk.columns;
+      float z[kCount];
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) z[i] = inside ? score(scale, runs[k].value[i]) : -infinity<float>();
+      if (inside) set_positive_aside(chunk, row, column, z);
+      memcpy(tile + place * kCount, z, sizeof(z));
+    }
+  }
+}
+
+// Of one column of the tile.
+__device__ __forceinline__ ClipPart<float> walk_column(const float* column) {
+  ClipPart<float> part;
+#pragma unroll
+  for (int begin = 0; begin < kTileRows; begin += kWalked) {
+    float z[kWalked], top = part.max;
+#pragma unroll
+    for (int i = 0; i < kWalked; ++i) {
+      z[i] = column[(begin + i) * kTileColumns];
+      top = Most()(top, z[i]);
+    }
+    const float shift = clip_shift(top);
+    float sum = part.sum * fast_exp(part.max - shift);
+#pragma unroll
+    for (int i = 0; i < kWalked; ++i) sum += fast_exp(z[i] - shift);
+    part = {top, sum};
+  }
+  return part;
+}
+
+// Of one row of the tile, by a warp.
+__device__ __forceinline__ ClipPart<float> walk_row(const float* row) {
+  float z[2 * kPiece], top = -infinity<float>();
+  const Warp warp;
+#pragma unroll
+  for (int half = 0; half < 2; ++half)
+    memcpy(z + half * kPiece, row + (half * kWarp + warp.rank()) * kPiece, kPiece * sizeof(float));
+#pragma unroll
+  for (int i = 0; i < 2 * kPiece; ++i) top = Most()(top, z[i]);
+  top = warp.all(top, Most{});
+  const float shift = clip_shift(top);
+  float sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < 2 * kPiece; ++i) sum += fast_exp(z[i] - shift);
+  return {top, warp.all_sum(sum)};
+}
+
+template <bool kAligned>
+__global__ void __launch_bounds__(kThreads)
+    clip_statistics_kernel(const __grid_constant__ ClipChunk<float> chunk, const ClipParts parts, int64_t strips) {
+  float* tile = static_cast<float*>(dynamic_shared());
+  const int64_t strip = flat_block() % strips, band = flat_block() / strips;
+  const int64_t first_row = band * kTileRows, first_column = strip * kTileColumns;
+  if (first_row >= chunk.rows) return;
+  load_tile<kAligned>(chunk, first_row, first_column, tile);
+  __syncthreads();
+  const ClipPart<float> of_column = walk_column(tile + threadIdx.x);
+  const int64_t column = first_column + threadIdx.x;
+  if (column < chunk.columns) parts.columns[band * chunk.columns + column] = of_column;
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+#pragma unroll
+  for (int turn = 0; turn < kTileRows / kWarps; ++turn) {
+    const int row = turn * kWarps + warp;
+    const ClipPart<float> of_row = walk_row(tile + row * kTileColumns);
+    if (Warp().first() && first_row + row < chunk.rows) parts.rows[(first_row + row) * strips + strip] = of_row;
+  }
+}
+
+// A warp for each row; after those blocks a thread for each column, with what earlier chunks left.
+__global__ void __launch_bounds__(kThreads)
+    clip_merge_kernel(const __grid_constant__ ClipChunk<float> chunk, const ClipParts parts, int64_t row_blocks) {
+  const ClipState<float>& state = chunk.state;
+  ClipPart<float> found;
+  if (flat_block() < row_blocks) {
+    const int64_t row = flat_block() * kWarps + threadIdx.x / kWarp, strips = clip_strips(chunk.columns);
+    if (row >= chunk.rows) return;
+    const Warp warp;
+#pragma unroll 4
+    for (int64_t strip = warp.rank(); strip < strips; strip += kWarp)
+      found = joined(found, parts.rows[row * strips + strip]);
+    const float top = warp.all(found.max, Most{});
+    const float sum = warp.all_sum(found.sum * fast_exp(found.max - clip_shift(top)));
+    if (!warp.first()) return;
+    state.row_max[chunk.first + row] = top;
+    state.row_weight[chunk.first + row] = sum;
+    return;
+  }
+  const int64_t column = (flat_block() - row_blocks) * kThreads + threadIdx.x;
+  if (column >= chunk.columns) return;
+  if (chunk.first > 0) found = {state.column_max[column], state.column_weight[column]};
+  const int64_t bands = clip_bands(chunk.rows);
+#pragma unroll 4
+  for (int64_t band = 0; band < bands; ++band) found = joined(found, parts.columns[band * chunk.columns + column]);
+  state.column_max[column] = found.max;
+  state.column_weight[column] = found.sum;
+}
+
+__global__ void __launch_bounds__(kThreads) clip_finish_kernel(const __grid_constant__ ClipLosses<float> losses) {
+  const int64_t row = flat_block() * kThreads + threadIdx.x;
+  if (row < losses.rows) finish_pair(losses, row);
+}
+
+// kCount columns of a thread: side by side where they are aligned, else a block apart.
+template <typename Storage, bool kAligned>
+__global__ void __launch_bounds__(kThreads)
+    clip_gradient_kernel(const __grid_constant__ ClipChunk<float> chunk, int64_t strips) {
+  constexpr int kCount = kVector<Storage>;
+  constexpr int kApart = kAligned ? 1 : kThreads;
+  const ClipState<float>& state = chunk.state;
+  const int64_t strip = flat_block() % strips, first_row = flat_block() / strips * kPassing;
+  const int64_t first = strip * kThreads * kCount + static_cast<int64_t>(threadIdx.x) * (kAligned ? kCount : 1);
+  float max[kCount], weight[kCount];
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const int64_t column = first + i * kApart;
+    if (column >= chunk.columns) continue;
+    max[i] = state.column_max[column];
+    weight[i] = state.column_weight[column] * (chunk.grad_loss != nullptr ? chunk.grad_loss[column] : 1.0f);
+  }
+  if (first >= chunk.columns) return;
+  const float scale = *chunk.scale;
+  const int64_t end = first_row + kPassing < chunk.rows ? first_row + kPassing : chunk.rows;
+#pragma unroll 4
+  for (int64_t row = first_row; row < end; ++row) {
+    const int64_t own = chunk.first + row;
+    const float upstream = chunk.grad_loss != nullptr ? chunk.grad_loss[own] : 1.0f;
+    const float row_max = state.row_max[own], row_weight = upstream * state.row_weight[own];
+    const float positive = -upstream * state.share[own];
+    const float* from = chunk.similarities + row * chunk.columns + first;
+    Storage* to = static_cast<Storage*>(chunk.gradient) + row * chunk.columns + first;
+    const auto gradient = [&](float s, int i) {
+      const float z = score(scale, s);
+      const float g = row_weight * fast_exp(z - row_max) + weight[i] * fast_exp(z - max[i]);
+      return own == first + i * kApart ? positive : g;
+    };
+    if constexpr (kAligned) {
+      const Run<float, kCount> run = load_vectors<true, kCount>(from);
+      float g[kCount];
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) g[i] = gradient(run.value[i], i);
+      store_vectors(to, narrow<Storage>(g));
+    } else {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        if (first + i * kApart < chunk.columns) from_float(gradient(from[i * kApart], i), to[i * kApart]);
+      }
+    }
+  }
+}
+
+bool is_aligned(const void* matrix, int64_t columns, int vector) {
+  return columns % vector == 0 && reinterpret_cast<uintptr_t>(matrix) % 16 == 0;
+}
+
+template <typename Storage>
+const char* launch_gradient(const ClipChunk<float>& chunk, void* stream) {
+  constexpr int64_t kColumns = kThreads * kVector<Storage>;
+  const int64_t strips = (chunk.columns + kColumns - 1) / kColumns;
+  const dim3 grid = flat_grid(strips * ((chunk.rows + kPassing - 1) / kPassing));
+  const bool aligned = is_aligned(chunk.similarities, chunk.columns, kVector<Storage>) &&
+                       is_aligned(chunk.gradient, chunk.columns, kVector<Storage>);
+  if (aligned) return launch(clip_gradient_kernel<Storage, true>, grid, dim3(kThreads), 0, stream, chunk, strips);
+  return launch(clip_gradient_kernel<Storage, false>, grid, dim3(kThreads), 0, stream, chunk, strips);
+}
+
+}  // namespace
+
+const char* clip_statistics_cuda(const ClipChunk<float>& chunk, const ClipParts& parts, void* stream) {
+  if (chunk.rows == 0) return nullptr;
+  constexpr size_t kShared = sizeof(float) * kTileRows * kTileColumns;
+  const int64_t strips = clip_strips(chunk.columns);
+  const dim3 grid = flat_grid(strips * clip_bands(chunk.rows));
+  const auto kernel = is_aligned(chunk.similarities, chunk.columns, kPiece) ? clip_statistics_kernel<true>
+                                                                            : clip_statistics_kernel<false>;
+  const char* error = launch(kernel, grid, dim3(kThreads), kShared, stream, chunk, parts, strips);
+  if (error != nullptr) return error;
+  const int64_t row_blocks = (chunk.rows + kWarps - 1) / kWarps;
+  const int64_t column_blocks = (chunk.columns + kThreads - 1) / kThreads;
+  return launch(clip_merge_kernel, flat_grid(row_blocks + column_blocks), dim3(kThreads), 0, stream, chunk, parts,
+                row_blocks);
+}
+
+const char* clip_finish_cuda(const ClipLosses<float>& losses, const RowReduction<float>& reduction, void* stream) {
+  const int64_t blocks = (losses.rows + kThreads - 1) / kThreads;
+  const char* error = launch(clip_finish_kernel, flat_grid(blocks), dim3(kThreads), 0, stream, losses);
+  return error != nullptr ? error : launch_row_reduction(reduction, stream);
+}
+
+const char* clip_gradient_cuda(const ClipChunk<float>& chunk, void* stream) {
+  if (chunk.rows == 0) return nullptr;
+  return with_storage(chunk.gradient_dtype,
+                      [&](auto storage) { return launch_gradient<decltype(storage)>(chunk, stream); });
+}
+
+}  // namespace tilewise
