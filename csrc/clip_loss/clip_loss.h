@@ -126,8 +126,10 @@ struct ClipParts {
   ClipPart<float>* columns = nullptr;  // (bands, columns)
 };
 
-constexpr int64_t clip_strips(int64_t columns) { return (columns + kClipTileColumns - 1) / kClipTileColumns; }
-constexpr int64_t clip_bands(int64_t rows) { return (rows + kClipTileRows - 1) / kClipTileRows; }
+TILEWISE_FN constexpr int64_t clip_strips(int64_t columns) {
+  return (columns + kClipTileColumns - 1) / kClipTileColumns;
+}
+TILEWISE_FN constexpr int64_t clip_bands(int64_t rows) { return (rows + kClipTileRows - 1) / kClipTileRows; }
 
 // A CUDA error string, or null.
 const char* clip_statistics_cuda(const ClipChunk<float>& chunk, const ClipParts& parts, void* stream);

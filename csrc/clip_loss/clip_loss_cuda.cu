@@ -12,14 +12,18 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kTileRows = kClipTileRows, kTileColumns = kClipTileColumns;
 constexpr int kPiece = kVector<float>;
-constexpr int kPieces = kTileRows * kTileColumns / kPiece / kThreads;  // of a thread, all on their way together
-constexpr int kWalked = 8;                                             // rows that a column takes at a time
-constexpr int kPassing = 16;                                           // rows that pass a thread backward
+constexpr int kWalked = 8;    // rows that a column takes at a time
+constexpr int kPassing = 16;  // rows that pass a thread backward
 static_assert(kTileColumns == kThreads && kTileColumns / kWarp == 2 * kPiece && kTileRows % (4 * kWarps) == 0);
 
-struct Most {
-  __device__ __forceinline__ float operator()(float a, float b) const { return b > a ? b : a; }
+struct Most {  // NaN is left to the sums
+  __device__ __forceinline__ float operator()(float a, float b) const { return fmaxf(a, b); }
 };
+
+// As many of `left` as a thread or a tile takes.
+__device__ __forceinline__ int up_to(int most, int64_t left) {
+  return left < 0 ? 0 : left < most ? static_cast<int>(left) : most;
+}
 
 // Rounded before anything is taken off it: no product that a subtraction swallows.
 __device__ __forceinline__ float score(float scale, float s) { return __fmul_rn(scale, s); }
@@ -38,39 +42,42 @@ __device__ __forceinline__ void set_positive_aside(const ClipChunk<float>& chunk
   }
 }
 
-// -inf beyond the matrix.
+// A thread has kCount columns of every kStep-th row; -inf beyond the matrix.
 template <bool kAligned>
 __device__ __forceinline__ void load_tile(const ClipChunk<float>& chunk, int64_t first_row, int64_t first_column,
                                           float* tile) {
   constexpr int kCount = kAligned ? kPiece : 1;
   constexpr int kAcross = kTileColumns / kCount;
-  constexpr int kTogether = kAligned ? kPieces : kTileRows / 4;
+  constexpr int kStep = kThreads / kAcross;
+  constexpr int kTogether = 8;
+  const int across = static_cast<int>(threadIdx.x) % kAcross * kCount, down = static_cast<int>(threadIdx.x) / kAcross;
+  const int64_t column = first_column + across;
+  const int rows = column < chunk.columns ? up_to(kTileRows, chunk.rows - first_row) : 0;  // that this thread finds
+  const float* from = chunk.similarities + first_row * chunk.columns + column;
+  const int64_t left = chunk.first + first_row - first_column;  // of the tile, to its positives
+  const bool crosses = left > -kTileRows && left < kTileColumns;
   const float scale = *chunk.scale;
 #pragma unroll 1
-  for (int begin = 0; begin < kTileRows * kAcross; begin += kTogether * kThreads) {
-    Run<float, kCount> runs[kTogether];
+  for (int begin = down; begin < kTileRows; begin += kTogether * kStep) {
+    Run<float, kCount> runs[kTogether] = {};
 #pragma unroll
     for (int k = 0; k < kTogether; ++k) {
-      const int place = begin + k * kThreads + static_cast<int>(threadIdx.x);
-      const int64_t row = first_row + place / kAcross, column = first_column + place % kAcross * kCount;
-      if (row >= chunk.rows || column >= chunk.columns) continue;
-      const float* from = chunk.similarities + row * chunk.columns + column;
+      const int row = begin + k * kStep;
+      if (row >= rows) continue;
       if constexpr (kAligned) {
-        runs[k] = load_vectors<true, kCount>(from);
+        runs[k] = load_vectors<true, kCount>(from + row * chunk.columns);
       } else {
-        runs[k].value[0] = *from;
+        runs[k].value[0] = from[row * chunk.columns];
       }
     }
 #pragma unroll
     for (int k = 0; k < kTogether; ++k) {
-      const int place = begin + k * kThreads + static_cast<int>(threadIdx.x);
-      const int64_t row = first_row + place / kAcross, column = first_column + place % kAcross * kCount;
-      const bool inside = row < chunk.rows && column < chunk.columns;
+      const int row = begin + k * kStep;
       float z[kCount];
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) z[i] = inside ? score(scale, runs[k].value[i]) : -infinity<float>();
-      if (inside) set_positive_aside(chunk, row, column, z);
-      memcpy(tile + place * kCount, z, sizeof(z));
+      for (int i = 0; i < kCount; ++i) z[i] = row < rows ? score(scale, runs[k].value[i]) : -infinity<float>();
+      if (crosses && row < rows) set_positive_aside(chunk, first_row + row, column, z);
+      memcpy(tile + row * kTileColumns + across, z, sizeof(z));
     }
   }
 }
@@ -113,7 +120,7 @@ __device__ __forceinline__ ClipPart<float> walk_row(const float* row) {
 }
 
 template <bool kAligned>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     clip_statistics_kernel(const __grid_constant__ ClipChunk<float> chunk, const ClipParts parts, int64_t strips) {
   float* tile = static_cast<float*>(dynamic_shared());
   const int64_t strip = flat_block() % strips, band = flat_block() / strips;
@@ -125,7 +132,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t column = first_column + threadIdx.x;
   if (column < chunk.columns) parts.columns[band * chunk.columns + column] = of_column;
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
-#pragma unroll
+#pragma unroll 2
   for (int turn = 0; turn < kTileRows / kWarps; ++turn) {
     const int row = turn * kWarps + warp;
     const ClipPart<float> of_row = walk_row(tile + row * kTileColumns);
@@ -167,49 +174,76 @@ __global__ void __launch_bounds__(kThreads) clip_finish_kernel(const __grid_cons
   if (row < losses.rows) finish_pair(losses, row);
 }
 
-// kCount columns of a thread: side by side where they are aligned, else a block apart.
+struct alignas(16) PassingRow {
+  float max, weight, positive, unused;
+};
+
+// kCount columns of a thread: side by side where they are aligned, else a block apart. Loads of several rows are on
+// their way together, which the compiler may not do: gradients may stand over the similarities.
 template <typename Storage, bool kAligned>
 __global__ void __launch_bounds__(kThreads)
     clip_gradient_kernel(const __grid_constant__ ClipChunk<float> chunk, int64_t strips) {
   constexpr int kCount = kVector<Storage>;
   constexpr int kApart = kAligned ? 1 : kThreads;
+  constexpr int kTogether = 16 / kCount;
   const ClipState<float>& state = chunk.state;
   const int64_t strip = flat_block() % strips, first_row = flat_block() / strips * kPassing;
   const int64_t first = strip * kThreads * kCount + static_cast<int64_t>(threadIdx.x) * (kAligned ? kCount : 1);
-  float max[kCount], weight[kCount];
+  const int rows = up_to(kPassing, chunk.rows - first_row), inside = up_to(kCount * kApart, chunk.columns - first);
+  auto* passing = static_cast<PassingRow*>(dynamic_shared());
+  if (static_cast<int>(threadIdx.x) < rows) {
+    const int64_t own = chunk.first + first_row + threadIdx.x;
+    const float upstream = chunk.grad_loss != nullptr ? chunk.grad_loss[own] : 1.0f;
+    passing[threadIdx.x] = {state.row_max[own], upstream * state.row_weight[own], -upstream * state.share[own], 0.0f};
+  }
+  float max[kCount] = {}, weight[kCount] = {};
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    const int64_t column = first + i * kApart;
-    if (column >= chunk.columns) continue;
-    max[i] = state.column_max[column];
-    weight[i] = state.column_weight[column] * (chunk.grad_loss != nullptr ? chunk.grad_loss[column] : 1.0f);
+    if (i * kApart >= inside) continue;
+    max[i] = state.column_max[first + i * kApart];
+    weight[i] = state.column_weight[first + i * kApart];
+    if (chunk.grad_loss != nullptr) weight[i] *= chunk.grad_loss[first + i * kApart];
   }
-  if (first >= chunk.columns) return;
   const float scale = *chunk.scale;
-  const int64_t end = first_row + kPassing < chunk.rows ? first_row + kPassing : chunk.rows;
-#pragma unroll 4
-  for (int64_t row = first_row; row < end; ++row) {
-    const int64_t own = chunk.first + row;
-    const float upstream = chunk.grad_loss != nullptr ? chunk.grad_loss[own] : 1.0f;
-    const float row_max = state.row_max[own], row_weight = upstream * state.row_weight[own];
-    const float positive = -upstream * state.share[own];
-    const float* from = chunk.similarities + row * chunk.columns + first;
-    Storage* to = static_cast<Storage*>(chunk.gradient) + row * chunk.columns + first;
-    const auto gradient = [&](float s, int i) {
-      const float z = score(scale, s);
-      const float g = row_weight * fast_exp(z - row_max) + weight[i] * fast_exp(z - max[i]);
-      return own == first + i * kApart ? positive : g;
-    };
-    if constexpr (kAligned) {
-      const Run<float, kCount> run = load_vectors<true, kCount>(from);
+  const float* from = chunk.similarities + first_row * chunk.columns + first;
+  Storage* to = static_cast<Storage*>(chunk.gradient) + first_row * chunk.columns + first;
+  const int64_t own = chunk.first + first_row - first;  // the place of row 0's positive
+  __syncthreads();
+#pragma unroll 1
+  for (int begin = 0; begin < kPassing; begin += kTogether) {
+    Run<float, kCount> runs[kTogether] = {};
+#pragma unroll
+    for (int k = 0; k < kTogether; ++k) {
+      if (begin + k >= rows) continue;
+      if constexpr (kAligned) {
+        if (inside > 0) runs[k] = load_vectors<true, kCount>(from + (begin + k) * chunk.columns);
+      } else {
+#pragma unroll
+        for (int i = 0; i < kCount; ++i)
+          if (i * kApart < inside) runs[k].value[i] = from[(begin + k) * chunk.columns + i * kApart];
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < kTogether; ++k) {
+      const int row = begin + k;
+      if (row >= rows) continue;
+      const PassingRow of_row = passing[row];
       float g[kCount];
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) g[i] = gradient(run.value[i], i);
-      store_vectors(to, narrow<Storage>(g));
-    } else {
-#pragma unroll
       for (int i = 0; i < kCount; ++i) {
-        if (first + i * kApart < chunk.columns) from_float(gradient(from[i * kApart], i), to[i * kApart]);
+        const float z = score(scale, runs[k].value[i]);
+        g[i] = of_row.weight * fast_exp(z - of_row.max) + weight[i] * fast_exp(z - max[i]);
+      }
+      if (own + row >= 0 && own + row < kCount * kApart) {
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) g[i] = own + row == i * kApart ? of_row.positive : g[i];
+      }
+      if constexpr (kAligned) {
+        if (inside > 0) store_vectors(to + row * chunk.columns, narrow<Storage>(g));
+      } else {
+#pragma unroll
+        for (int i = 0; i < kCount; ++i)
+          if (i * kApart < inside) from_float(g[i], to[row * chunk.columns + i * kApart]);
       }
     }
   }
@@ -226,8 +260,8 @@ const char* launch_gradient(const ClipChunk<float>& chunk, void* stream) {
   const dim3 grid = flat_grid(strips * ((chunk.rows + kPassing - 1) / kPassing));
   const bool aligned = is_aligned(chunk.similarities, chunk.columns, kVector<Storage>) &&
                        is_aligned(chunk.gradient, chunk.columns, kVector<Storage>);
-  if (aligned) return launch(clip_gradient_kernel<Storage, true>, grid, dim3(kThreads), 0, stream, chunk, strips);
-  return launch(clip_gradient_kernel<Storage, false>, grid, dim3(kThreads), 0, stream, chunk, strips);
+  const auto kernel = aligned ? clip_gradient_kernel<Storage, true> : clip_gradient_kernel<Storage, false>;
+  return launch(kernel, grid, dim3(kThreads), kPassing * sizeof(PassingRow), stream, chunk, strips);
 }
 
 }  // namespace

@@ -76,6 +76,10 @@ ROWS = [
     case("pairwise_kernel<*, Softmax>", BLOCK, 2 * 8 * 16, (48, 40, 32, 32)),
     case("pairwise_kernel<*, MultiSimilarity>", BLOCK, 2 * 8 * 16, (40, 40, 40, 40)),
     case("pairwise_kernel<*", BLOCK, 2 * 8 * 16, (40, 40, 32, 32)),
+    case("clip_statistics_kernel<*", BLOCK, 32 * 256 * 4, (32, 32, 32, 24)),
+    case("clip_merge_kernel", BLOCK, 0, (64, 64, 64, 48)),
+    case("clip_finish_kernel", BLOCK, 0, (64, 64, 48, 48)),
+    case("clip_gradient_kernel<*", BLOCK, 16 * 16, (32, 32, 32, 32)),
 ]
 
 MALA = [

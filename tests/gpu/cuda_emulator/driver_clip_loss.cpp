@@ -20,8 +20,8 @@ tilewise::ClipChunk<float> chunk_of(const ClipCall& call) {
 
 extern "C" const char* clip_statistics(const ClipCall& call) {
   auto* parts = static_cast<tilewise::ClipPart<float>*>(call.parts);
-  return tilewise::clip_statistics_cuda(
-      chunk_of(call), {parts, parts + call.rows * tilewise::clip_strips(call.columns)}, nullptr);
+  return tilewise::clip_statistics_cuda(chunk_of(call),
+                                        {parts, parts + call.rows * tilewise::clip_strips(call.columns)}, nullptr);
 }
 
 extern "C" const char* clip_finish(const ClipCall& call) {
