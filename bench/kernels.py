@@ -100,10 +100,10 @@ KERNELS = {
     "pairwise_kernel<.*MultiSimilarity": Kernel(47, lambda s: folds(s, 2, 99, 2, (60, 1))),
     "pairwise_kernel<.*Softmax": Kernel(47, lambda s: folds(s, 2, 99, 1, (60, 1))),  # assumed
     "pairwise_kernel<.*Sigmoid": Kernel(39, lambda s: folds(s, 1, 69, 2, (63, 2))),
-    "clip_statistics_kernel": Kernel(64, lambda s: each(s.cells, 16, 2.2, 8, bytes=(4 + 8 / 32 + 8 / 256) * s.cells)),
+    "clip_statistics_kernel": Kernel(64, lambda s: each(s.cells, 26, 2.2, 8, bytes=(4 + 8 / 32 + 8 / 256) * s.cells)),
     "clip_merge_kernel": Kernel(32, lambda s: each(s.cells / 28, 12, 2, 4, bytes=(8 / 32 + 8 / 256) * s.cells)),
     "clip_finish_kernel": Kernel(32, lambda s: each(s.rows, 150, 8, 60, bytes=48 * s.rows)),  # assumed
-    "clip_gradient_kernel": Kernel(64, lambda s: each(s.cells, 12, 2, 8, bytes=(4 + s.item) * s.cells)),
+    "clip_gradient_kernel": Kernel(64, lambda s: each(s.cells, 14, 2, 8, bytes=(4 + s.item) * s.cells)),
     # attention: a token's feature is an element
     "mala_sums_kernel": Kernel(60, lambda s: attention(s, 350, 2, 2)),  # assumed
     "mala_scan_kernel": Kernel(32, lambda s: each(s.parts, 3, bytes=4 * (1 + s.causal) * s.parts)),

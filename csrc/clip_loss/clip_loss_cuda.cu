@@ -12,8 +12,9 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kTileRows = kClipTileRows, kTileColumns = kClipTileColumns;
 constexpr int kPiece = kVector<float>;
-constexpr int kWalked = 8;    // rows that a column takes at a time
-constexpr int kPassing = 16;  // rows that pass a thread backward
+constexpr int kWalked = 8;     // rows that a column takes at a time
+constexpr int kFinished = 64;  // threads of a block, for few have much to do
+constexpr int kPassing = 16;   // rows that pass a thread backward
 static_assert(kTileColumns == kThreads && kTileColumns / kWarp == 2 * kPiece && kTileRows % (4 * kWarps) == 0);
 
 struct Most {  // NaN is left to the sums
@@ -121,11 +122,10 @@ __device__ __forceinline__ ClipPart<float> walk_row(const float* row) {
 
 template <bool kAligned>
 __global__ void __launch_bounds__(kThreads, 4)
-    clip_statistics_kernel(const __grid_constant__ ClipChunk<float> chunk, const ClipParts parts, int64_t strips) {
+    clip_statistics_kernel(const __grid_constant__ ClipChunk<float> chunk, const ClipParts parts) {
   float* tile = static_cast<float*>(dynamic_shared());
-  const int64_t strip = flat_block() % strips, band = flat_block() / strips;
+  const int64_t strip = blockIdx.x, band = blockIdx.y;
   const int64_t first_row = band * kTileRows, first_column = strip * kTileColumns;
-  if (first_row >= chunk.rows) return;
   load_tile<kAligned>(chunk, first_row, first_column, tile);
   __syncthreads();
   const ClipPart<float> of_column = walk_column(tile + threadIdx.x);
@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   for (int turn = 0; turn < kTileRows / kWarps; ++turn) {
     const int row = turn * kWarps + warp;
     const ClipPart<float> of_row = walk_row(tile + row * kTileColumns);
-    if (Warp().first() && first_row + row < chunk.rows) parts.rows[(first_row + row) * strips + strip] = of_row;
+    if (Warp().first() && first_row + row < chunk.rows) parts.rows[(first_row + row) * gridDim.x + strip] = of_row;
   }
 }
 
@@ -169,8 +169,8 @@ __global__ void __launch_bounds__(kThreads)
   state.column_weight[column] = found.sum;
 }
 
-__global__ void __launch_bounds__(kThreads) clip_finish_kernel(const __grid_constant__ ClipLosses<float> losses) {
-  const int64_t row = flat_block() * kThreads + threadIdx.x;
+__global__ void __launch_bounds__(kFinished) clip_finish_kernel(const __grid_constant__ ClipLosses<float> losses) {
+  const int64_t row = flat_block() * kFinished + threadIdx.x;
   if (row < losses.rows) finish_pair(losses, row);
 }
 
@@ -181,14 +181,14 @@ struct alignas(16) PassingRow {
 // kCount columns of a thread: side by side where they are aligned, else a block apart. Loads of several rows are on
 // their way together, which the compiler may not do: gradients may stand over the similarities.
 template <typename Storage, bool kAligned>
-__global__ void __launch_bounds__(kThreads)
-    clip_gradient_kernel(const __grid_constant__ ClipChunk<float> chunk, int64_t strips) {
+__global__ void __launch_bounds__(kThreads) clip_gradient_kernel(const __grid_constant__ ClipChunk<float> chunk) {
   constexpr int kCount = kVector<Storage>;
   constexpr int kApart = kAligned ? 1 : kThreads;
   constexpr int kTogether = 16 / kCount;
   const ClipState<float>& state = chunk.state;
-  const int64_t strip = flat_block() % strips, first_row = flat_block() / strips * kPassing;
-  const int64_t first = strip * kThreads * kCount + static_cast<int64_t>(threadIdx.x) * (kAligned ? kCount : 1);
+  const int64_t first_row = static_cast<int64_t>(blockIdx.y) * kPassing;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads * kCount +
+                        static_cast<int64_t>(threadIdx.x) * (kAligned ? kCount : 1);
   const int rows = up_to(kPassing, chunk.rows - first_row), inside = up_to(kCount * kApart, chunk.columns - first);
   auto* passing = static_cast<PassingRow*>(dynamic_shared());
   if (static_cast<int>(threadIdx.x) < rows) {
@@ -249,6 +249,11 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// A chunk with more bands than a grid has is no chunk that fits in memory: it has as many columns as rows.
+dim3 grid_of(int64_t strips, int64_t bands) {
+  return dim3(static_cast<unsigned>(strips), static_cast<unsigned>(bands));
+}
+
 bool is_aligned(const void* matrix, int64_t columns, int vector) {
   return columns % vector == 0 && reinterpret_cast<uintptr_t>(matrix) % 16 == 0;
 }
@@ -256,12 +261,11 @@ bool is_aligned(const void* matrix, int64_t columns, int vector) {
 template <typename Storage>
 const char* launch_gradient(const ClipChunk<float>& chunk, void* stream) {
   constexpr int64_t kColumns = kThreads * kVector<Storage>;
-  const int64_t strips = (chunk.columns + kColumns - 1) / kColumns;
-  const dim3 grid = flat_grid(strips * ((chunk.rows + kPassing - 1) / kPassing));
+  const dim3 grid = grid_of((chunk.columns + kColumns - 1) / kColumns, (chunk.rows + kPassing - 1) / kPassing);
   const bool aligned = is_aligned(chunk.similarities, chunk.columns, kVector<Storage>) &&
                        is_aligned(chunk.gradient, chunk.columns, kVector<Storage>);
   const auto kernel = aligned ? clip_gradient_kernel<Storage, true> : clip_gradient_kernel<Storage, false>;
-  return launch(kernel, grid, dim3(kThreads), kPassing * sizeof(PassingRow), stream, chunk, strips);
+  return launch(kernel, grid, dim3(kThreads), kPassing * sizeof(PassingRow), stream, chunk);
 }
 
 }  // namespace
@@ -269,11 +273,10 @@ const char* launch_gradient(const ClipChunk<float>& chunk, void* stream) {
 const char* clip_statistics_cuda(const ClipChunk<float>& chunk, const ClipParts& parts, void* stream) {
   if (chunk.rows == 0) return nullptr;
   constexpr size_t kShared = sizeof(float) * kTileRows * kTileColumns;
-  const int64_t strips = clip_strips(chunk.columns);
-  const dim3 grid = flat_grid(strips * clip_bands(chunk.rows));
+  const dim3 grid = grid_of(clip_strips(chunk.columns), clip_bands(chunk.rows));
   const auto kernel = is_aligned(chunk.similarities, chunk.columns, kPiece) ? clip_statistics_kernel<true>
                                                                             : clip_statistics_kernel<false>;
-  const char* error = launch(kernel, grid, dim3(kThreads), kShared, stream, chunk, parts, strips);
+  const char* error = launch(kernel, grid, dim3(kThreads), kShared, stream, chunk, parts);
   if (error != nullptr) return error;
   const int64_t row_blocks = (chunk.rows + kWarps - 1) / kWarps;
   const int64_t column_blocks = (chunk.columns + kThreads - 1) / kThreads;
@@ -282,8 +285,8 @@ const char* clip_statistics_cuda(const ClipChunk<float>& chunk, const ClipParts&
 }
 
 const char* clip_finish_cuda(const ClipLosses<float>& losses, const RowReduction<float>& reduction, void* stream) {
-  const int64_t blocks = (losses.rows + kThreads - 1) / kThreads;
-  const char* error = launch(clip_finish_kernel, flat_grid(blocks), dim3(kThreads), 0, stream, losses);
+  const int64_t blocks = (losses.rows + kFinished - 1) / kFinished;
+  const char* error = launch(clip_finish_kernel, flat_grid(blocks), dim3(kFinished), 0, stream, losses);
   return error != nullptr ? error : launch_row_reduction(reduction, stream);
 }
 
