@@ -351,8 +351,8 @@ MORE = {  # beside the sizes of bench/cases
     simplex_topk: [(65536, 256, 8)],
 }
 BENCHED = [
-    cross_entropy, z_loss, linear_cross_entropy, linear_z_loss, multi_similarity_loss, supcon, clip_loss, attention, sinkhorn,
-    sinkhorn_points, sparse_ot, sparse_ot_router, simplex_topk, wta_crs_linear,
+    cross_entropy, z_loss, linear_cross_entropy, linear_z_loss, multi_similarity_loss, supcon, clip_loss, attention,
+    sinkhorn, sinkhorn_points, sparse_ot, sparse_ot_router, simplex_topk, wta_crs_linear,
 ]  # fmt: skip
 
 
