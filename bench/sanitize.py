@@ -104,9 +104,8 @@ def pairwise(rows: int, columns: int, dtype: torch.dtype, device: str):
     check("siglip_loss", tilewise.siglip_loss(y, y.detach(), 2.0, -1.0), y)
     scale = torch.tensor(0.5, device=device, requires_grad=True)
     for reduction in ("mean", "none"):
-        loss = tilewise.clip_loss(y, y.detach().flip(0), scale, reduction=reduction)
-        check("clip_loss", loss, y)
-        check("clip_loss of its scale", loss, scale)
+        for leaf in (y, scale):
+            check("clip_loss", tilewise.clip_loss(y, y.detach().flip(0), scale, reduction=reduction), leaf)
     check("nt_xent", tilewise.nt_xent(y, y.detach().flip(0), temperature=0.5), y)
     for mine in (tilewise.multi_similarity_mine, tilewise.batch_hard_mine, tilewise.semihard_mine):
         mine(x.detach(), labels)
