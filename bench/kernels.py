@@ -106,6 +106,10 @@ KERNELS = {
     "pairwise_kernel<.*Softmax": Kernel(60, lambda s: folds(s, 2, 7.3 + 13.3, 1, (14.8, 1))),
     "pairwise_kernel<.*Sigmoid": Kernel(44, lambda s: one_walk(s, (20.4, 1), (33, 3))),
     "short_labels_kernel": Kernel(28, lambda s: each(s.columns, 20, bytes=12 * s.columns)),
+    "clip_statistics_kernel": Kernel(64, lambda s: each(s.cells, 26, 2.2, 8, bytes=(4 + 8 / 32 + 8 / 256) * s.cells)),
+    "clip_merge_kernel": Kernel(32, lambda s: each(s.cells / 28, 12, 2, 4, bytes=(8 / 32 + 8 / 256) * s.cells)),
+    "clip_finish_kernel": Kernel(32, lambda s: each(s.rows, 150, 8, 60, bytes=48 * s.rows)),  # assumed
+    "clip_gradient_kernel": Kernel(64, lambda s: each(s.cells, 14, 2, 8, bytes=(4 + s.item) * s.cells)),
     # attention: a token's feature is an element
     "mala_sums_kernel": Kernel(60, lambda s: attention(s, 350, 2, 2)),  # assumed
     "mala_scan_kernel": Kernel(32, lambda s: each(s.parts, 3, bytes=4 * (1 + s.causal) * s.parts)),

@@ -102,7 +102,10 @@ def pairwise(rows: int, columns: int, dtype: torch.dtype, device: str):
     guide = {"guide_query": x.detach(), "guide_key": y.detach()}
     check("info_nce", tilewise.info_nce(x, y, reduction="none", **guide), x)
     check("siglip_loss", tilewise.siglip_loss(y, y.detach(), 2.0, -1.0), y)
-    check("clip_loss", tilewise.clip_loss(y, y.detach().flip(0), 0.5), y)
+    scale = torch.tensor(0.5, device=device, requires_grad=True)
+    for reduction in ("mean", "none"):
+        for leaf in (y, scale):
+            check("clip_loss", tilewise.clip_loss(y, y.detach().flip(0), scale, reduction=reduction), leaf)
     check("nt_xent", tilewise.nt_xent(y, y.detach().flip(0), temperature=0.5), y)
     for mine in (tilewise.multi_similarity_mine, tilewise.batch_hard_mine, tilewise.semihard_mine):
         mine(x.detach(), labels)

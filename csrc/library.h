@@ -7,6 +7,12 @@ namespace tilewise {
 template <typename Library>
 void define_kernels(Library& m) {
   m.def(
+      "clip_loss(Tensor image, Tensor text, Tensor logit_scale, *, str reduction=\"mean\", int chunk_bytes=0) "
+      "-> (Tensor loss, Tensor state)");
+  m.def(
+      "clip_loss_backward(Tensor image, Tensor text, Tensor logit_scale, Tensor state, Tensor? grad_loss=None, *, "
+      "int chunk_bytes=0, bool image_grad=True, bool text_grad=True) -> (Tensor grad_image, Tensor grad_text)");
+  m.def(
       "cross_entropy(Tensor logits, Tensor target, Tensor? weight=None, Tensor? row_weight=None, *, "
       "int ignore_index=-100, float label_smoothing=0.0, float lse_square_scale=0.0, float? softcap=None, "
       "float logit_scale=1.0, str reduction=\"mean\", bool inplace_backward=False) -> (Tensor loss, Tensor state)");

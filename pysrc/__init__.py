@@ -2,7 +2,8 @@
 
 from tilewise import nn, reference, weighting
 from tilewise.backend import backend, start
-from tilewise.ops.contrastive import clip_loss, info_nce, nt_xent, siglip_loss, supcon
+from tilewise.ops.clip_loss import clip_loss
+from tilewise.ops.contrastive import info_nce, nt_xent, siglip_loss, supcon
 from tilewise.ops.cross_entropy import CrossEntropyStats, cross_entropy
 from tilewise.ops.linear_cross_entropy import linear_cross_entropy
 from tilewise.ops.linear_z_loss import linear_spherical_softmax_loss, linear_taylor_softmax_loss, linear_z_loss

@@ -79,8 +79,15 @@ class RowProducts {
     packed_ = new_output(like, {like.size(1), std::min(rows, columns)}, like.scalar_type());
   }
 
-  // out = a b^T, plus start (columns,) in every row.
+  // out = a b^T, plus start (columns,) in every row. On a GPU out may be float32 where the factors have 16 bits.
   void form(const Tensor& out, const Tensor& a, const Tensor& b, const std::optional<Tensor>& start = {}) const {
+#if defined(TILEWISE_CUDA)
+    if (a.scalar_type() != out.scalar_type()) {
+      STABLE_TORCH_ERROR_CODE_CHECK(
+          aoti_torch_cuda_mm_dtype_out(out.get(), a.get(), transposed(b).get(), aoti_torch_dtype_float32()));
+      return;
+    }
+#endif
     const Tensor first = start.has_value() ? torch::stable::unsqueeze(*start, 0) : out;
     const double beta = start.has_value() ? 1.0 : 0.0;
     if (!packed_.has_value()) return add_product(out, first, a, transposed(b), beta);

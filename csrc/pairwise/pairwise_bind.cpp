@@ -140,18 +140,6 @@ Tensor row_buffer(const Tensor& like, int64_t rows, int64_t columns, ScalarType 
   return whole == columns ? buffer : columns_of(buffer, 0, columns);
 }
 
-// out = a b^T in the type of statistics
-void form_similarities(const RowProducts& products, const Tensor& out, const Tensor& a, const Tensor& b) {
-#if defined(TILEWISE_CUDA)
-  if (a.scalar_type() != out.scalar_type()) {
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        aoti_torch_cuda_mm_dtype_out(out.get(), a.get(), transposed(b).get(), aoti_torch_dtype_float32()));
-    return;
-  }
-#endif
-  products.form(out, a, b);
-}
-
 template <typename T>
 void run(const PairwiseChunk<T>& chunk, [[maybe_unused]] const Tensor& like) {
 #if defined(TILEWISE_CUDA)
@@ -242,10 +230,10 @@ Gradients run_chunks(const Problem& problem, const LossOutputs& outputs, const U
     const int64_t count = std::min(rows, n - begin);
     const Tensor similarities = rows_of(buffer, 0, count);
     PairwiseChunk<T> chunk = all;
-    if (m > 0) form_similarities(products, similarities, rows_of(problem.x, begin, count), problem.y);
+    if (m > 0) products.form(similarities, rows_of(problem.x, begin, count), problem.y);
     if (guide.has_value() && m > 0) {
       const Tensor part = rows_of(*guide, 0, count);
-      form_similarities(*guide_products, part, rows_of(*problem.guide_x, begin, count), *problem.guide_y);
+      guide_products->form(part, rows_of(*problem.guide_x, begin, count), *problem.guide_y);
       chunk.relations.guide = static_cast<const T*>(part.data_ptr());
       chunk.relations.guide_stride = part.stride(0);
     }

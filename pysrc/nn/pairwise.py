@@ -5,7 +5,8 @@ from torch import Tensor
 
 from tilewise.nn.losses import LossModule
 from tilewise.ops import rows
-from tilewise.ops.contrastive import clip_loss, info_nce, nt_xent, siglip_loss, supcon
+from tilewise.ops.clip_loss import clip_loss
+from tilewise.ops.contrastive import info_nce, nt_xent, siglip_loss, supcon
 from tilewise.ops.mining import multi_similarity_mine
 from tilewise.ops.multi_similarity_loss import multi_similarity_loss
 from tilewise.ops.pair_weighted_loss import pair_weighted_loss

@@ -1,4 +1,4 @@
-"""The contrastive family: info_nce, nt_xent, supcon, clip_loss, siglip_loss."""
+"""The contrastive family: info_nce, nt_xent, supcon, siglip_loss, and what clip_loss checks like the last."""
 
 import torch
 from torch import Tensor
@@ -227,39 +227,6 @@ def check_features(op: str, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor
             f"tilewise.{op}: expected text to have shape {tuple(image.shape)} like image, got {tuple(text.shape)}"
         )
     return image, text
-
-
-def clip_loss(image: Tensor, text: Tensor, logit_scale: float | Tensor, *, reduction: str = "mean") -> Tensor:
-    r"""CLIP's loss: the mean of InfoNCE from images to texts and from texts to images.
-
-    From "Learning Transferable Visual Models From Natural Language Supervision" (Radford et al., 2021).
-
-    Args:
-        image: (N, d) features as they are compared (normalise them before), float64 (on a CPU), float32, bfloat16 or
-            float16.
-        text: (N, d) of the same dtype; text i belongs to image i.
-        logit_scale: the factor of similarities (the exponential of CLIP's parameter); a tensor gets its gradient.
-        reduction: ``"mean"``, ``"sum"``, ``"none"``, or ``"mean_active"`` (here the mean).
-
-    Returns:
-        () or (N,) in the dtype of the similarities.
-
-    Raises:
-        ValueError: a shape or an option is not as above.
-        TypeError: a dtype is not as above.
-
-    Example:
-        >>> import torch, tilewise
-        >>> image, text = torch.nn.functional.normalize(torch.randn(2, 8, 16), dim=-1).unbind()
-        >>> loss = tilewise.clip_loss(image, text, torch.tensor(14.3, requires_grad=True))
-    """
-    op = "clip_loss"
-    image, text = check_features(op, image, text)
-    scale = check_number(op, "logit_scale", logit_scale, image)
-    index = _indices(image)
-    options = {"loss": "softmax", "scale": scale, "reduction": reduction}
-    rows_of_images = pairwise_loss(op, image, text, index, index, **options)
-    return (rows_of_images + pairwise_loss(op, text, image, index, index, **options)) / 2
 
 
 def siglip_loss(

@@ -20,7 +20,8 @@ def take(ctx, wanted: list[bool]) -> list[Tensor | None] | None:
 
 
 def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
-    """In place, but for tracers (whose tensors are subclasses) and transforms, which choose the place themselves."""
-    if type(gradient) is Tensor and not register.transforms_active():
+    """In place, but for tracers (whose tensors are subclasses) and transforms, which choose the place themselves, and
+    where the product is recorded."""
+    if type(gradient) is Tensor and not torch.is_grad_enabled() and not register.transforms_active():
         return gradient.mul_(factor)
     return (gradient * factor).to(gradient.dtype)

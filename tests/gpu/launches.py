@@ -77,6 +77,10 @@ ROWS = [
     case("pairwise_kernel<*, MultiSimilarity>", BLOCK, 2 * 8 * 16, (32, 32, 32, 32)),
     case("pairwise_kernel<*", BLOCK, 2 * 8 * 16, (32, 32, 32, 32)),
     case("short_labels_kernel", (64, 1), 0, (64, 64, 64, 32)),
+    case("clip_statistics_kernel<*", BLOCK, 32 * 256 * 4, (32, 32, 32, 24)),
+    case("clip_merge_kernel", BLOCK, 0, (64, 64, 64, 48)),
+    case("clip_finish_kernel", (64, 1), 0, (48, 48, 48, 32)),
+    case("clip_gradient_kernel<*", BLOCK, 16 * 16, (32, 32, 32, 32)),
 ]
 
 MALA = [

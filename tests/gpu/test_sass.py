@@ -17,7 +17,7 @@ DOUBLES += ["wta_crs_norms", "wta_crs_sample"]
 TENSOR_CORES = ["product_half_step"]  # other matrix products are the BLAS's, or not yet there
 # Once a call, over rows or columns of a problem, or few numbers of each.
 NO_HOT_LOOP = ["merge_parts", "prepare", "decide", "finish", "sparse_begin", "sparse_step", "sparse_accept"]
-NO_HOT_LOOP += ["sparse_finish", "small_plan", "small_apply", "short_labels"]
+NO_HOT_LOOP += ["sparse_finish", "small_plan", "small_apply", "short_labels", "clip_merge", "clip_finish"]
 
 
 def kernels(arch: str):

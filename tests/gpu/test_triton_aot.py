@@ -106,6 +106,16 @@ def run_pairwise(dtype):
         OPS["pairwise_loss_backward"](number, x, x, labels, labels, number, number, *guides, number, **options, **flags)
 
 
+def run_clip_loss(dtype):
+    """A mean, whose rows have one upstream gradient, and losses of rows; two chunks, joined."""
+    from tilewise.triton_kernels.clip_loss import OPS
+
+    x, number = torch.empty(ROWS, 128, dtype=dtype, device="meta"), torch.empty((), device="meta")
+    _, state = OPS["clip_loss"](x, x, number, chunk_bytes=2 * ROWS * ROWS)
+    for grad_loss in (None, torch.empty(ROWS, device="meta")):
+        OPS["clip_loss_backward"](x, x, number, state, grad_loss)
+
+
 def run_mala(dtype, *, D, DV, causal, rope, packed):
     from tilewise.triton_kernels import mala, mala_backward
 
@@ -204,6 +214,7 @@ def run_operators(dtype):
     run_linear_cross_entropy(dtype, D=512, V=50257, options=ALL_OPTIONS, everything=True)
     run_linear_cross_entropy(dtype, D=512, V=50257, options=ALL_OPTIONS, probabilities=True)
     run_pairwise(dtype)
+    run_clip_loss(dtype)
     run_wta_crs(dtype)
     if dtype == torch.float32:
         run_sinkhorn()
@@ -284,6 +295,7 @@ def test_kernels_fit(reports, arch, dtype):
     """Registers do not spill, shared memory is within the limit, every kernel is present."""
     compiled = [r for r in reports if (r["arch"], r["dtype"]) == (arch, dtype)]
     assert {r["kernel"] for r in compiled} == {
+        *(f"clip_{part}_kernel" for part in ("statistics", "merge", "finish", "gradient")),
         "cross_entropy_forward_kernel",
         "cross_entropy_backward_kernel",
         "linear_cross_entropy_forward_kernel",

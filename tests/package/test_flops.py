@@ -42,6 +42,15 @@ def test_pairs(loss):
     assert same == between == 6 * N * N * D
 
 
+def test_both_directions_of_clip_loss_share_their_similarities():
+    """One product forward, three backward; two where one side is frozen."""
+    loss = tilewise.clip_loss
+    assert counted(lambda x, y: loss(x, y, 2.0), (N, D), (N, D)) == 4 * 2 * N * N * D
+    assert counted(lambda x, y: loss(x, y, 2.0), (N, D), (N, D), backward=False) == 2 * N * N * D
+    text, scale = torch.randn(N, D), torch.ones((), requires_grad=True)
+    assert counted(lambda x: loss(x, text, scale), (N, D)) == 3 * 2 * N * N * D
+
+
 def test_guided_pairs():
     guide = torch.randn(N, 4)
     guided = counted(lambda x, y: tilewise.info_nce(x, y, guide_query=guide, guide_key=guide), (N, D), (N, D))

@@ -49,6 +49,16 @@ struct PairCall {
   float* bias_rows;
 };
 
+// One chunk of clip_loss, or its end; state is that of all `columns` pairs.
+struct ClipCall {
+  int64_t first, rows, columns;
+  float *similarities, *scale, *state;
+  void* parts;  // of rows, then of columns
+  float *loss_rows, *share_rows, *loss, *total, *grad_loss;
+  int64_t gradient_dtype;
+  void* gradient;
+};
+
 struct TokenCall {
   void* data;
   int64_t batch, head, token;
@@ -105,6 +115,9 @@ const char* z_loss_forward(const Call& call);
 const char* z_loss_backward(const Call& call);
 const char* accumulate(int64_t dtype, const void* part, float* sum, void* out, int64_t count, int first, int last);
 const char* pairwise(const PairCall& call);
+const char* clip_statistics(const ClipCall& call);
+const char* clip_finish(const ClipCall& call);
+const char* clip_gradient(const ClipCall& call);
 const char* attention(const AttentionCall& call);
 const char* transport_solve(const TransportCall& call);
 const char* transport_apply(const TransportCall& call, int plan);

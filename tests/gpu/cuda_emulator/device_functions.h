@@ -57,6 +57,8 @@ inline unsigned atomicAdd(unsigned* address, unsigned value) {
   return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
 }
 
+inline float __fmul_rn(float a, float b) { return a * b; }
+
 inline uint4 __ldg(const uint4* address) { return emulator::load(address); }
 inline uint4 __ldcs(const uint4* address) { return emulator::load(address); }
 template <typename Vector>

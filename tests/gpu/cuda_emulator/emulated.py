@@ -75,6 +75,18 @@ class PairCall(ctypes.Structure):
     ]
 
 
+class ClipCall(ctypes.Structure):
+    """Mirrors `ClipCall` of calls.h."""
+
+    _fields_ = [
+        *[(name, c_int64) for name in ("first", "rows", "columns")],
+        *[(name, c_void_p) for name in ("similarities", "scale", "state", "parts", "loss_rows", "share_rows", "loss")],
+        *[(name, c_void_p) for name in ("total", "grad_loss")],
+        ("gradient_dtype", c_int64),
+        ("gradient", c_void_p),
+    ]
+
+
 class TokenCall(ctypes.Structure):
     _fields_ = [("data", c_void_p), *[(name, c_int64) for name in ("batch", "head", "token")]]
 
@@ -168,6 +180,8 @@ def build() -> ctypes.CDLL:
     for function in (loaded.wta_crs_norms, loaded.wta_crs_gather, loaded.wta_crs_sample):
         function.argtypes, function.restype = [ctypes.POINTER(RowsCall)], c_char_p
     loaded.wta_crs_sample.argtypes += [c_void_p] * 4 + [c_int64] * 2
+    for function in (loaded.clip_statistics, loaded.clip_finish, loaded.clip_gradient):
+        function.argtypes, function.restype = [ctypes.POINTER(ClipCall)], c_char_p
     loaded.pairwise.argtypes = [ctypes.POINTER(PairCall)]
     loaded.pairwise.restype = c_char_p
     loaded.accumulate.argtypes = [c_int64, c_void_p, c_void_p, c_void_p, c_int64, c_int, c_int]

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import emulated
 import torch
-from emulated import AttentionCall, Call, Matrix, PairCall, RowsCall, SparseCall, TokenCall, TransportCall
+from emulated import AttentionCall, Call, ClipCall, Matrix, PairCall, RowsCall, SparseCall, TokenCall, TransportCall
 from recorded import SOMEWHERE, Launch, Phase, Product, Recorder, Sizes, Step, Torch
 
 BFLOAT, FLOAT = torch.bfloat16, torch.float32
@@ -189,6 +189,29 @@ def siglip_loss(record, size, dtype, *_):
     return pairs(record, "siglip_loss", "sigmoid", (size[0], size[0], size[1]), dtype)
 
 
+def clip_loss(record, size, dtype, *_):
+    """A product forward, three backward; gradients are scaled once they are formed."""
+    rows, features = size
+    item, narrow, held = dtype.itemsize, dtype != FLOAT, record.library.pair_rows(rows, rows)
+    forward, backward = [], []
+    for count in parts(rows, held):
+        call = ClipCall(rows=count, columns=rows, gradient_dtype=emulated.DTYPES[dtype], gradient=SOMEWHERE)
+        call.similarities = SOMEWHERE
+        sizes = Sizes(rows=count, columns=rows, item=item, gradient=True)
+        formed = Product(count, rows, features, item, 4)
+        forward += [formed, *record("clip_statistics", byref(call), sizes=sizes)]
+        backward += [formed, *record("clip_gradient", byref(call), sizes=sizes)]
+        backward += [Product(count, features, rows, item, item)]
+        backward += [Product(rows, features, count, item, item if narrow else 2 * item)]
+        backward += accumulate(record, rows * features, dtype) if narrow else []
+    forward += record("clip_finish", byref(ClipCall(columns=rows)), sizes=Sizes(rows=rows))
+    backward += [Torch("times the upstream gradient", 4 * item * rows * features, 4)]
+    tiles = 8 * (held * (rows // 256) + rows * (held // 32))
+    sums = rows * features * (item + 4) + item * held * rows if narrow else 0
+    scratch = 4 * held * rows + tiles, 4 * held * rows + sums
+    return Trace("clip_loss", size, dtype, *map(Phase.of, (forward, backward), scratch))
+
+
 # ---- attention
 
 
@@ -338,8 +361,8 @@ MORE = {  # beside the sizes of bench/cases
     simplex_topk: [(65536, 256, 8)],
 }
 BENCHED = [
-    cross_entropy, z_loss, linear_cross_entropy, linear_z_loss, multi_similarity_loss, supcon, attention, sinkhorn,
-    sinkhorn_points, sparse_ot, sparse_ot_router, simplex_topk, wta_crs_linear,
+    cross_entropy, z_loss, linear_cross_entropy, linear_z_loss, multi_similarity_loss, supcon, clip_loss, attention,
+    sinkhorn, sinkhorn_points, sparse_ot, sparse_ot_router, simplex_topk, wta_crs_linear,
 ]  # fmt: skip
 
 

@@ -23,6 +23,7 @@ constexpr Group kGroups[] = {
     {"z_loss", z_loss_calls},
     {"accumulate", accumulate_calls},
     {"pairwise", pairwise_calls},
+    {"clip_loss", clip_loss_calls},
     {"mala", attention_calls},
     {"sinkhorn", sinkhorn_calls},
     {"sinkhorn_apply", sinkhorn_apply_calls},

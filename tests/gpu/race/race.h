@@ -23,6 +23,7 @@ void cross_entropy_calls();
 void z_loss_calls();
 void accumulate_calls();
 void pairwise_calls();
+void clip_loss_calls();
 void attention_calls();
 void sinkhorn_calls();
 void sinkhorn_apply_calls();
