@@ -167,7 +167,7 @@ def build() -> ctypes.CDLL:
     loaded.simplex_topk.restype = loaded.sparse_transport.restype = c_char_p
     for function in (loaded.wta_crs_norms, loaded.wta_crs_gather, loaded.wta_crs_sample):
         function.argtypes, function.restype = [ctypes.POINTER(RowsCall)], c_char_p
-    loaded.wta_crs_sample.argtypes += [c_void_p] * 4 + [c_int64] * 2
+    loaded.wta_crs_sample.argtypes += [c_void_p] * 3 + [c_int64] * 2
     loaded.pairwise.argtypes = [ctypes.POINTER(PairCall)]
     loaded.pairwise.restype = c_char_p
     loaded.accumulate.argtypes = [c_int64, c_void_p, c_void_p, c_void_p, c_int64, c_int, c_int]

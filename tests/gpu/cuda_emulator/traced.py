@@ -308,7 +308,7 @@ def wta_crs_linear(record, dtype, rows, width, layers, *_, ratio):
     sizes = Sizes(rows=rows, columns=width, item=item, k=k)
     whole, gather = Product(rows, width, width, item, item), record("wta_crs_gather", byref(call), sizes=sizes)
     layer: list[Step] = [*record("wta_crs_norms", byref(call), sizes=sizes)]
-    layer += record("wta_crs_sample", byref(call), None, None, None, None, 0, 3277, sizes=sizes)
+    layer += record("wta_crs_sample", byref(call), None, None, None, 0, 3277, sizes=sizes)
     layer += [*gather, whole]
     back = [*gather, whole, Product(width, width, k, item, item)]
     cells = rows * width * item
