@@ -7,9 +7,9 @@ from tilewise.formulas.rows import statistics_dtype
 from tilewise.ops import register
 
 
-def keep(ctx, like: Tensor, gradients: list[Tensor], asked: list[bool]) -> None:
-    """Not by save_for_backward: the backward writes to them."""
-    formed = ctx.options["reduction"] != "none" and like.dtype == statistics_dtype(like)
+def keep(ctx, like: Tensor, gradients: list[Tensor], asked: list[bool], *narrow: torch.dtype) -> None:
+    """Of float32, float64 and the dtypes of `narrow`. Not by save_for_backward: the backward writes to them."""
+    formed = ctx.options["reduction"] != "none" and like.dtype in (statistics_dtype(like), *narrow)
     ctx.formed = [g if formed and wish else None for g, wish in zip(gradients, asked, strict=True)]
 
 
@@ -23,6 +23,7 @@ def take(ctx, wanted: list[bool]) -> list[Tensor | None] | None:
 
 def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
     """In place, but for tracers (whose tensors are subclasses) and transforms, which choose the place themselves."""
+    factor = factor.reshape(1)  # a factor of no dimension would be rounded to the gradient's type before
     if type(gradient) is Tensor and not register.transforms_active():
-        return gradient.mul_(factor)
+        return torch.mul(gradient, factor, out=gradient)
     return (gradient * factor).to(gradient.dtype)

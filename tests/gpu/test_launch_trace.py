@@ -118,3 +118,18 @@ def test_the_table_shows_every_case(found):
     line = next(line for line in text.splitlines() if "sparse_lists_kernel" in line and line.endswith("52%"))
     assert line.split()[:5] == ["1", "sparse_lists_kernel", "64", "1024", "256"]
     assert "64 blocks: sparse_(guess|long_cut|lists)_kernel" in launch_trace.exceptions(found)
+
+
+@pytest.mark.parametrize("item", [2, 4])
+@pytest.mark.parametrize(("rows", "classes"), [(8192, 256000), (8192, 128256), (5000, 50257), (300, 900), (40, 10**7)])
+def test_chunks_of_logits_are_whole_tiles(record, rows, classes, item):
+    """Of rows and of classes: within 512 MiB but for the least of each, and the same with Triton."""
+    for count, length, least, function in (
+        (rows, classes, 64, record.library.logit_rows),
+        (classes, rows, 256, record.library.logit_classes),
+    ):
+        held = function(rows, classes, item)
+        assert held == count or held % 256 == 0 or 256 * length * item > 512 << 20
+        assert held * length * item <= 512 << 20 or held <= least
+        twin = pytest.importorskip("tilewise.triton_kernels.linear_cross_entropy")
+        assert held == twin.lines_at_a_time(count, length, item, 0, least)
