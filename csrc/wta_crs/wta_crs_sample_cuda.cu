@@ -103,27 +103,21 @@ __device__ __forceinline__ void keep_certain(const Team& team, const RowSample& 
   }
 }
 
-// From the certain rows of each part what is before it.
+// From the certain rows of each part what is before it. There are as many threads as parts, or more.
 __device__ __forceinline__ void add_up(const Team& team, const RowSample& call, const RowPart* parts,
                                        const Shares& shares, int64_t start, Before* before) {
-  Before base{0, 0, 0};
-  for (int64_t first = 0; first < parts_of(call.rows); first += team.size()) {
-    const int64_t part = first + team.rank();
-    const bool inside = part < parts_of(call.rows);
-    Before own{0, 0, 0};
-    if (inside) {
-      const PartRows rows(call, part);
-      own = before[part];
-      own.weight = (rows.last - rows.first) * shares.of_all + parts[part].own - own.weight;
-    }
-    int64_t kept, weight;
-    const int64_t kept_before = base.kept + team.sum_before(own.kept, kept);
-    const int64_t weight_before = base.weight + team.sum_before(own.weight, weight);
-    const int64_t points = call.sums == nullptr ? points_before(shares, start, weight_before) : 0;
-    if (inside) before[part] = {kept_before, points, weight_before};
-    base.kept += kept;
-    base.weight += weight;
+  static_assert(kMostParts <= kManyThreads);
+  const int64_t part = team.rank();
+  const bool inside = part < parts_of(call.rows);
+  Before own{0, 0, 0};
+  if (inside) {
+    const PartRows rows(call, part);
+    own = before[part];
+    own.weight = (rows.last - rows.first) * shares.of_all + parts[part].own - own.weight;
   }
+  int64_t total;
+  const int64_t kept = team.sum_before(own.kept, total), weight = team.sum_before(own.weight, total);
+  if (inside) before[part] = {kept, call.sums == nullptr ? points_before(shares, start, weight) : 0, weight};
 }
 
 __device__ __forceinline__ int64_t start_of(const RowSample& call, const Shares& shares, int64_t problem) {

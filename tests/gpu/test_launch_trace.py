@@ -62,13 +62,13 @@ def test_every_case_is_traced(found):
 
 def test_chunks_are_those_of_the_bindings(record):
     """As csrc/pairwise/chunks.h and csrc/linear_cross_entropy/chunks.h have them: 128 MiB of float32 similarities; a
-    22nd of the logits, from 128 to 512 MiB, in blocks of one size."""
+    22nd of the logits, from 128 to 512 MiB, in blocks of one size and whole tiles."""
     library = record.library
     assert library.pair_rows(65536, 65536) == 512
     assert library.pair_rows(100, 65536) == 100
     assert library.pair_rows(65537, 65536) == 509  # 129 chunks, none of which is a rest of one row
-    assert library.logit_rows(8192, 256000, 2) == 357
-    assert library.logit_classes(8192, 256000, 2) == 11131
+    assert library.logit_rows(8192, 256000, 2) == 512
+    assert library.logit_classes(8192, 256000, 2) == 11776
     assert library.logit_rows(64, 1000, 4) == 64
     products = [s for s in traced.siglip_loss(record, (65536, 768), torch.bfloat16).forward.steps if type(s) is Product]
     assert products == [Product(512, 65536, 768, 2, 4)]
