@@ -15,6 +15,7 @@ from typing import NamedTuple
 CUT_PASSES, TOPK_PASSES = 30, 11  # of a warp over the numbers of a row that it holds: levels, then Newton's steps
 NARROW_PASSES, NEWTON_PASSES = 7, 3  # of a block over the numbers that it keeps of a long column
 KEPT = 0.12  # of a long column: what is above the hint
+SHARING_PASSES = 2  # over all weights, until the rows that are certain are found
 EVALUATIONS = 130  # of sparse_ot until its tolerance; the launches after them return at once
 
 
@@ -91,6 +92,13 @@ def of_kept(s: SimpleNamespace) -> Work:
     return each(numbers, 4.7 * passes + 20, 0.05, bytes=4 * numbers, rounds=s.searched * (4 * passes + 12))
 
 
+def of_weights(s: SimpleNamespace) -> Work:
+    """Weights of rows, by all blocks; then the last block looks for certain rows, two parts of a warp at a time."""
+    parts = min(1024, ceil(s.rows / 32))
+    looks = SHARING_PASSES * ceil(parts / 64) * (ceil(s.rows / 32 / parts) + 2)
+    return each(s.rows, 60, bytes=12 * s.rows, rounds=20 + looks)
+
+
 # The first pattern that the name of a kernel begins with counts.
 KERNELS = {
     # rows of logits
@@ -148,9 +156,13 @@ KERNELS = {
     "simplex_topk_long_kernel": Kernel(48, lambda s: each(s.cells, 4 * 12 + 20, bytes=2 * s.read)),  # assumed
     "simplex_topk_long_backward_kernel": Kernel(28, lambda s: each(s.cells, 20, bytes=3 * s.read)),  # assumed
     # sampled products
-    "wta_crs_norms_kernel": Kernel(37, lambda s: each(s.cells, 6, 0, 2, bytes=s.read)),  # assumed
+    "wta_crs_norms_kernel": Kernel(64, lambda s: each(s.cells, 3.8, 0, 2, bytes=s.read)),
     "wta_crs_gather_kernel": Kernel(46, lambda s: each(s.taken, 6, bytes=2 * s.item * s.taken)),  # assumed
-    "wta_crs_sample_kernel": Kernel(60, lambda s: each(s.rows, 400, bytes=8 * s.rows, rounds=s.rows / 30)),  # assumed
+    "wta_crs_sample_kernel": Kernel(96, lambda s: each(s.rows, 400, bytes=8 * s.rows, rounds=s.rows / 30)),  # assumed
+    "wta_crs_sizes_kernel": Kernel(32, lambda s: each(s.rows, 24, bytes=8 * s.rows, rounds=6)),
+    "wta_crs_weigh_kernel": Kernel(64, of_weights),  # assumed
+    "wta_crs_place_kernel": Kernel(56, lambda s: each(s.rows, 110, bytes=4 * s.rows, rounds=8)),  # assumed
+    "wta_crs_draw_kernel": Kernel(30, lambda s: each(s.k, 20 * 17, bytes=24 * s.k, rounds=20)),  # assumed
 }  # fmt: skip
 
 

@@ -2,8 +2,8 @@
 
 The losses come from one fused kernel: a program owns some rows and a share of the classes, forms tiles of logits on the
 tensor cores and merges them into the running (m, sum of exp(x - m) less m's own 1, W, sum of c (x - m)) of
-cross_entropy; a second, tiny kernel merges the shares. Where the gradient is formed with the loss (float32, reduced), a
-chunk of rows of logits is written after all, for it becomes the gradient G of two more products:
+cross_entropy; a second, tiny kernel merges the shares. Where the gradient is formed with the loss (reduced, not in
+float16), a chunk of rows of logits is written after all, for it becomes the gradient G of two more products:
 
     grad_input = G W    grad_weight += G^T X    grad_bias += 1^T G
 
@@ -36,6 +36,7 @@ from .rows import (
 )
 
 MIN_BYTES, MAX_BYTES, SHARE, MIN_ROWS, MIN_CLASSES = 128 << 20, 512 << 20, 22, 64, 256
+TILE_LINES = 256  # rows or columns of a product's tile
 STATISTICS = 5  # m, sum of exp(x - m) less m's own 1, W, sum of c (x - m), the target's logit
 FULL_GRID = 512  # programs that fill a large GPU
 
@@ -187,11 +188,20 @@ def fused_forward(out, input, linear_weight, linear_bias, target, options):
 
 
 def lines_at_a_time(count: int, length: int, element_size: int, chunk_bytes: int, min_lines: int) -> int:
-    """How many of `count` lines of `length` logits are formed at a time, in parts of about equal size."""
+    """How many of `count` lines of `length` logits are formed at a time, in parts of about equal size: whole tiles,
+    where nothing else is asked for."""
     line = max(1, length * element_size)
     held = chunk_bytes or min(max(count * line // SHARE, MIN_BYTES), MAX_BYTES)
     lines = min(max(held // line, min(min_lines, count)), count)
-    return triton.cdiv(count, triton.cdiv(count, lines))
+    most = MAX_BYTES // line // TILE_LINES * TILE_LINES
+    if chunk_bytes or not most:
+        return triton.cdiv(count, triton.cdiv(count, lines))
+    parts = triton.cdiv(count, min(whole_tiles(lines), most))
+    return min(whole_tiles(triton.cdiv(count, parts)), count)
+
+
+def whole_tiles(lines: int) -> int:
+    return triton.cdiv(lines, TILE_LINES) * TILE_LINES
 
 
 def form_logits(out, input, linear_weight, linear_bias):
@@ -199,6 +209,11 @@ def form_logits(out, input, linear_weight, linear_bias):
     if linear_bias is None:
         return torch.mm(input, linear_weight.t(), out=out)
     return torch.addmm(linear_bias, input, linear_weight.t(), out=out)
+
+
+def add_product(out, a, b):
+    """out += a @ b, whose rounding is that of its factors."""
+    return out.addmm_(a, b) if a.dtype == out.dtype else out.add_(a @ b)
 
 
 def rows_of_target(target: Target, part: slice) -> Target:
@@ -215,11 +230,12 @@ def classes_of_target(target: Target, part: slice) -> Target:
 def forward_with_gradients(out, input, linear_weight, linear_bias, target, options, needs_grad, chunk_bytes):
     """Losses, row state and the gradients of the summed loss, by chunks of rows."""
     N, V = len(input), len(linear_weight)
-    dx = torch.empty_like(input, memory_format=torch.contiguous_format) if needs_grad[0] else None
-    dw = torch.zeros(linear_weight.shape, dtype=input.dtype, device=input.device) if needs_grad[1] else None
-    db = input.new_zeros(V) if needs_grad[2] else None
-    one = torch.ones_like(out.loss[:1]).squeeze(0) if N else None
     rows = lines_at_a_time(max(N, 1), V, input.element_size(), chunk_bytes, 1 if chunk_bytes else MIN_ROWS)
+    dx = torch.empty_like(input, memory_format=torch.contiguous_format) if needs_grad[0] else None
+    sums = {"dtype": input.dtype if rows >= N else torch.float32, "device": input.device}
+    dw = torch.zeros(linear_weight.shape, **sums) if needs_grad[1] else None
+    db = torch.zeros(V, **sums) if needs_grad[2] else None
+    one = torch.ones_like(out.loss[:1]).squeeze(0) if N else None
     buffer = input.new_empty(rows, V)
     for begin in range(0, N, rows):
         part = slice(begin, begin + rows)
@@ -230,10 +246,10 @@ def forward_with_gradients(out, input, linear_weight, linear_bias, target, optio
         if dx is not None:
             torch.mm(logits, linear_weight, out=dx[part])
         if dw is not None:
-            dw.addmm_(logits.t(), x)
+            add_product(dw, logits.t(), x)
         if db is not None:
-            db += logits.sum(0)
-    return dx, dw, db
+            db += logits.sum(0, dtype=torch.float32)
+    return dx, *(None if g is None else g.to(input.dtype) for g in (dw, db))
 
 
 def linear_cross_entropy(
@@ -252,7 +268,7 @@ def linear_cross_entropy(
     options = options_of(ignore_index, label_smoothing, lse_square_scale, softcap)
     needs_grad = (form_input_grad, form_weight_grad, form_bias_grad and linear_bias is not None)
     gradients = (None, None, None)
-    if any(needs_grad) and reduction != "none" and input.dtype == torch.float32:
+    if any(needs_grad) and reduction != "none" and input.dtype != torch.float16:
         gradients = forward_with_gradients(*arguments, options, needs_grad, chunk_bytes)
     else:
         fused_forward(*arguments, options)

@@ -298,7 +298,7 @@ def pairwise_loss(
 ):  # fmt: skip
     """(loss, total, grad_x, grad_y, grad_bias); gradients of the summed loss, or empty."""
     wanted = (form_x_grad, form_y_grad, form_bias_grad)
-    if reduction == "none" or x.dtype == torch.float16:  # as forms_gradients of pysrc/ops/pairwise.py has it
+    if reduction == "none" or x.dtype == torch.float16:  # as forms_gradients of pysrc/ops/formed.py has it
         wanted = (False, False, False)
     problem = Problem(x, y, x_labels, y_labels, scale, bias, guide_x, guide_y, **options)
     rows, active, *gradients = run_chunks(problem, Upstream(None, 0, None, 1.0), wanted)

@@ -105,18 +105,18 @@ class RowProducts {
   std::optional<Tensor> packed_;
 };
 
-// out = the sum of products a b, one a call; that of 16-bit products is kept in float32.
+// out = the sum of products a b, one a call; that of 16-bit products is kept in float32, where there are several.
 class ProductSum {
  public:
   explicit ProductSum(const Tensor& out)
-      : out_(out), rounded_(out.scalar_type() != ScalarType::Float && out.scalar_type() != ScalarType::Double) {
-    if (!rounded_) return;
-    part_ = new_output(out, {out.size(0), out.size(1)}, out.scalar_type());
-    sum_ = new_output(out, {out.size(0), out.size(1)}, ScalarType::Float);
-  }
+      : out_(out), rounded_(out.scalar_type() != ScalarType::Float && out.scalar_type() != ScalarType::Double) {}
 
   void add(const Tensor& a, const Tensor& b, bool first, bool last) {
-    if (!rounded_) return add_product(out_, out_, a, b, first ? 0.0 : 1.0);
+    if (!rounded_ || (first && last)) return add_product(out_, out_, a, b, first ? 0.0 : 1.0);
+    if (first) {
+      part_ = new_output(out_, {out_.size(0), out_.size(1)}, out_.scalar_type());
+      sum_ = new_output(out_, {out_.size(0), out_.size(1)}, ScalarType::Float);
+    }
     add_product(*part_, *part_, a, b, 0.0);
     accumulate({.dtype = *storage_of(out_),
                 .part = part_->data_ptr(),

@@ -23,6 +23,28 @@ struct Plus {
   }
 };
 
+// The sum over the lanes of a warp up to this one.
+template <typename T>
+__device__ __forceinline__ T sum_up_to_lane(T value) {
+#pragma unroll
+  for (int lanes = 1; lanes < kWarp; lanes *= 2) {
+    const T other = __shfl_up_sync(0xffffffffu, value, lanes);
+    if (threadIdx.x % kWarp >= lanes) value += other;
+  }
+  return value;
+}
+
+// Whether all of so many blocks have written what they have to, and this was the last. shared: one number.
+__device__ __forceinline__ bool is_last_block(unsigned* ticket, int64_t blocks, unsigned* shared) {
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) *shared = atomicAdd(ticket, 1u) % static_cast<unsigned>(blocks);
+  __syncthreads();
+  const bool last = *shared == static_cast<unsigned>(blocks) - 1;
+  if (last) __threadfence();
+  return last;
+}
+
 // A warp alone, of which a block may hold several.
 class Warp {
  public:
@@ -141,12 +163,7 @@ class Team {
   // The sum over the threads before this one; `total` becomes that of all.
   template <typename T>
   __device__ __forceinline__ T sum_before(T value, T& total) const {
-    T sum = value;
-#pragma unroll
-    for (int lanes = 1; lanes < kWarp; lanes *= 2) {
-      const T other = __shfl_up_sync(0xffffffffu, sum, lanes);
-      if (threadIdx.x % kWarp >= lanes) sum += other;
-    }
+    T sum = sum_up_to_lane(value);
     T* of_warps = static_cast<T*>(shared_);
     if (threadIdx.x % kWarp == kWarp - 1) of_warps[threadIdx.x / kWarp] = sum;
     __syncthreads();

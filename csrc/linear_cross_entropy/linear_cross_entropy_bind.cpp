@@ -5,9 +5,11 @@
 //
 //   G = d(sum of losses)/d logits    grad_input = G W    grad_weight += G^T X    grad_bias += 1^T G
 //
-// Backward, by classes, for all that the forward could not form (a reduction of "none" has one upstream gradient per
-// row; 16-bit gradients are rounded once, so that no sum over chunks may be kept in 16 bits): a block of logits of all
-// rows is formed again, and its part of grad_weight is one product.
+// Backward, by classes, for all that the forward does not form: a block of logits of all rows is formed again, and its
+// part of grad_weight is one product. A reduction of "none" has one upstream gradient per row. Of float16 gradients
+// underflow that the loss's scale has not reached yet. Of bfloat16 a (V, d) sum in float32 would go through memory with
+// every chunk, which takes longer than the fourth product: callers ask for those of few logits
+// (pysrc/ops/linear_cross_entropy.py).
 #include <algorithm>
 
 #include "common/gemm.h"
@@ -72,8 +74,8 @@ void form_logits(const RowProducts& products, const Tensor& out, const Layer& la
   products.form(out, input, rows_of(layer.weight, first_class, classes), bias);
 }
 
-Tensor ones(const Tensor& like, int64_t columns) {
-  Tensor row = new_output(like, {1, columns}, like.scalar_type());
+Tensor ones(const Tensor& like, int64_t columns, ScalarType dtype) {
+  Tensor row = new_output(like, {1, columns}, dtype);
   torch::stable::fill_(row, 1.0);
   return row;
 }
@@ -175,7 +177,9 @@ ForwardResult forward_as(const Layer& layer, const Tensor& target, const std::op
   const Tensor buffer = new_output(layer.input, {rows, v}, layer.input.scalar_type());
   const RowProducts products(layer.input, rows, v);
   const Gradients gradients = new_gradients(layer, needs_grad);
-  const Tensor one = ones(layer.input, needs_grad.any() ? std::max<int64_t>(rows, 1) : 1);
+  const Tensor upstream = ones(layer.input, 1, statistics_type(layer.input));
+  const Tensor one = ones(layer.input, needs_grad.bias ? rows : 1, layer.input.scalar_type());
+  ProductSum of_weight(gradients.weight), of_bias(torch::stable::unsqueeze(gradients.bias, 0));
   for_blocks(n, rows, [&](int64_t begin, int64_t count) {
     const Tensor input = rows_of(layer.input, begin, count);
     const Tensor chunk = rows_of(buffer, 0, count);
@@ -184,24 +188,21 @@ ForwardResult forward_as(const Layer& layer, const Tensor& target, const std::op
     run(part, layer.input, kOp);
     if (!needs_grad.any()) return;
     CrossEntropyBackward<T> backward = backward_op(part, part.row_state);
-    backward.upstream.grad_loss = static_cast<const T*>(one.data_ptr());
+    backward.upstream.grad_loss = static_cast<const T*>(upstream.data_ptr());
     run(part_of_classes(backward, 0, chunk), layer.input, kOp);
     if (needs_grad.input) {
       const Tensor out = rows_of(gradients.input, begin, count);
       add_product(out, out, chunk, layer.weight, 0.0);
     }
-    const double beta = begin == 0 ? 0.0 : 1.0;
-    if (needs_grad.weight) add_product(gradients.weight, gradients.weight, transposed(chunk), input, beta);
-    if (needs_grad.bias) {
-      const Tensor out = torch::stable::unsqueeze(gradients.bias, 0);
-      add_product(out, out, columns_of(one, 0, count), chunk, beta);
-    }
+    const bool first = begin == 0, last = begin + count == n;
+    if (needs_grad.weight) of_weight.add(transposed(chunk), input, first, last);
+    if (needs_grad.bias) of_bias.add(columns_of(one, 0, count), chunk, first, last);
   });
   run(outputs.reduction<T>(), layer.input, kOp);
   return {outputs.loss, outputs.state, gradients.input, gradients.weight, gradients.bias};
 }
 
-// form_* ask for the gradients of the summed loss. Only float32 and float64 reduced losses have them (else: empty).
+// form_* ask for the gradients of the summed loss. Reduced losses have them, but of float16 (else: empty).
 ForwardResult forward(const Tensor& input, const Tensor& linear_weight, const Tensor& target,
                       const std::optional<Tensor>& linear_bias, const std::optional<Tensor>& weight,
                       int64_t ignore_index, double label_smoothing, double lse_square_scale,
@@ -211,7 +212,7 @@ ForwardResult forward(const Tensor& input, const Tensor& linear_weight, const Te
   const DeviceScope scope(input);
   const CrossEntropyOptions options =
       checked_options(ignore_index, label_smoothing, lse_square_scale, softcap, 1.0, reduction, kOp);
-  const bool in_forward = options.reduction != Reduction::kNone && input.scalar_type() == statistics_type(input);
+  const bool in_forward = options.reduction != Reduction::kNone && input.scalar_type() != ScalarType::Half;
   const NeedsGrad needs_grad{in_forward && form_input_grad, in_forward && form_weight_grad,
                              in_forward && form_bias_grad && linear_bias.has_value()};
   return with_statistics(
@@ -232,7 +233,7 @@ Gradients backward_as(const Tensor& grad_loss, const Layer& layer, const Tensor&
   const int64_t classes = lines_at_a_time(layer, v, n, kMinClasses);
   const Tensor buffer = new_output(layer.input, {n, classes}, layer.input.scalar_type());
   const RowProducts products(layer.input, n, classes);
-  const Tensor one = ones(layer.input, needs_grad.bias ? n : 1);
+  const Tensor one = ones(layer.input, needs_grad.bias ? n : 1, layer.input.scalar_type());
   std::optional<ProductSum> input_gradient;
   if (needs_grad.input) input_gradient.emplace(gradients.input);
   for_blocks(v, classes, [&](int64_t first, int64_t width) {

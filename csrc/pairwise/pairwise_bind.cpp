@@ -291,7 +291,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
   check(problem);
   const DeviceScope scope(x);
   const Reduced reduced = parse_pair_reduction(reduction, x.size(0));
-  // As forms_gradients of pysrc/ops/pairwise.py has it.
+  // As forms_gradients of pysrc/ops/formed.py has it.
   const bool formed = reduced.kind != Reduction::kNone && x.scalar_type() != ScalarType::Half;
   const Wanted wanted{formed && form_x_grad, formed && form_y_grad, formed && form_bias_grad};
   const LossOutputs outputs(x, reduced.kind, 0);

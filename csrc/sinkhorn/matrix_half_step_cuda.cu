@@ -138,17 +138,6 @@ __device__ __forceinline__ RowSum sum_of_row(const Block& block, RowSum* shared)
   return sum;
 }
 
-// Whether all parts of a strip have left their sums, and this was the last.
-__device__ __forceinline__ bool is_last_part(unsigned* ticket, int64_t parts, unsigned* shared) {
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) *shared = atomicAdd(ticket, 1u) % static_cast<unsigned>(parts);
-  __syncthreads();
-  const bool last = *shared == static_cast<unsigned>(parts) - 1;
-  if (last) __threadfence();
-  return last;
-}
-
 template <bool kAcross, bool kByQuads>
 __global__ void __launch_bounds__(kThreads, kByQuads ? 4 : 3)
     matrix_half_step_kernel(const __grid_constant__ SinkhornHalfStep step) {
@@ -189,7 +178,7 @@ __global__ void __launch_bounds__(kThreads, kByQuads ? 4 : 3)
     RowSum* sums = step.sums + problem * parts.parts * pairs.rows + i;
     if (has_row) sums[part * pairs.rows] = sum;
     unsigned* ticket = step.tickets + problem * parts.strips + strip;
-    if (!is_last_part(ticket, parts.parts, reinterpret_cast<unsigned*>(offsets))) return;
+    if (!is_last_block(ticket, parts.parts, reinterpret_cast<unsigned*>(offsets))) return;
     sum = {kLowest, 0.0f};
     for (int64_t p = 0; has_row && p < parts.parts; ++p) {
       const RowSum* other = sums + p * pairs.rows;  // not from a cache that may be older

@@ -33,7 +33,8 @@ struct RowSample {
   const float* x_norms = nullptr;  // (batch, rows)
   const float* y_norms = nullptr;  // likewise, or null: all equal
   const int64_t* seed = nullptr;
-  int64_t* weights = nullptr;  // (batch, rows), scratch
+  uint32_t* own = nullptr;     // (batch, rows), scratch: of the weights what is not alike
+  int64_t* sums = nullptr;     // likewise: running sums of the rest, or null where rows are drawn apart
   int32_t* indices = nullptr;  // (batch, k)
   float* scales = nullptr;     // likewise; NaN where a norm was negative or no number
 };
@@ -41,7 +42,8 @@ struct RowSample {
 TILEWISE_FN RowSample problem_of(RowSample call, int64_t problem) {
   call.x_norms += problem * call.rows;
   if (call.y_norms != nullptr) call.y_norms += problem * call.rows;
-  call.weights += problem * call.rows;
+  call.own += problem * call.rows;
+  if (call.sums != nullptr) call.sums += problem * call.rows;
   call.indices += problem * call.k;
   call.scales += problem * call.k;
   return call;
@@ -95,23 +97,47 @@ TILEWISE_FN double size_of(const RowSample& call, int64_t row) {
 
 TILEWISE_FN bool is_size(double size) { return size >= 0 && size < infinity<double>(); }
 
-// The size in units of which the largest has 2^bits.
+// NaN where one of them is no size.
+TILEWISE_FN double larger(double a, double b) {
+  if (!is_size(a) || !is_size(b)) return quiet_nan<double>();
+  return a > b ? a : b;
+}
+
+// The size in units of which the largest has 2^bits; none where that is NaN.
 TILEWISE_FN int64_t units_of(double size, double largest, int64_t bits) {
   return largest > 0 ? static_cast<int64_t>(size / largest * static_cast<double>(int64_t{1} << bits)) : 0;
 }
 
-// At least 1: rows of no size may have got one since their norms were taken.
-TILEWISE_FN int64_t weight_of(int64_t units, int64_t mean, int64_t mix) {
-  return 1 + (mean * mix >> kMixBits) + (units * ((int64_t{1} << kMixBits) - mix) >> kMixBits);
+// A weight is what all rows have, of the mean of units, and what a row has of its own, below 2^31. At least 1: rows of
+// no size may have got one since their norms were taken.
+TILEWISE_FN int64_t weight_of_all(int64_t mean, int64_t mix) { return 1 + (mean * mix >> kMixBits); }
+TILEWISE_FN uint32_t own_weight(int64_t units, int64_t mix) {
+  return static_cast<uint32_t>(units * ((int64_t{1} << kMixBits) - mix) >> kMixBits);
 }
 
 // How the k places are shared out: `kept` to rows that are certain, `left` to draws from rows of weight `rest`.
 struct Shares {
+  bool usable;   // all sizes
   bool certain;  // whether rows may be
+  int64_t of_all;
+  int64_t total;
   int64_t kept;
   int64_t left;
   int64_t rest;
 };
+
+// The draws of all rows, with the sums of their units and of what they weigh of their own.
+TILEWISE_FN Shares none_certain(const RowSample& call, double largest, int64_t units, int64_t own) {
+  const int64_t of_all = weight_of_all(units / call.rows, call.mix), total = call.rows * of_all + own;
+  return {is_size(largest), call.method != SampleMethod::kCrs, of_all, total, 0, call.k, total};
+}
+
+// Takes in `kept` certain rows, of weight `heavy` in all.
+TILEWISE_FN void keep(Shares& shares, int64_t kept, int64_t heavy) {
+  shares.left -= kept - shares.kept;
+  shares.kept = kept;
+  shares.rest = shares.total - heavy;
+}
 
 // Whether a row is certain. Begin with none kept and take in what this says until nothing changes: with every row that
 // comes in rest / left falls, so that no other has to go, and in the end no c has a lower one.
@@ -161,9 +187,9 @@ TILEWISE_FN int64_t row_at(const int64_t* sums, int64_t rows, int64_t point) {
   return first;
 }
 
-TILEWISE_FN void put(const RowSample& call, int64_t place, int64_t row, float scale, bool usable) {
+TILEWISE_FN void put(const RowSample& call, const Shares& shares, int64_t place, int64_t row, float scale) {
   call.indices[place] = static_cast<int32_t>(row);
-  call.scales[place] = usable ? scale : quiet_nan<float>();
+  call.scales[place] = shares.usable ? scale : quiet_nan<float>();
 }
 
 // What lies before a row: certain rows, points, and weights of the rest.
@@ -173,29 +199,25 @@ struct Before {
   int64_t weight;
 };
 
-// Puts the rows of [first, last) that are certain, or drawn apart, to their places, all in the order of rows. Running
-// sums of the rest take the place of the weights.
-TILEWISE_FN void put_rows(const RowSample& call, const Shares& shares, int64_t start, Before before, int64_t first,
-                          int64_t last, bool usable) {
-  const bool apart = call.method == SampleMethod::kSystematic;
-  for (int64_t row = first; row < last; ++row) {
-    const int64_t weight = call.weights[row];
-    if (keeps(shares, weight)) {
-      put(call, before.kept++ + before.points, row, 1.0f, usable);
-    } else {
-      before.weight += weight;
-      if (apart && passes(shares, start, before.weight, before.points))
-        put(call, before.kept + before.points++, row, scale_of(shares, weight), usable);
-    }
-    call.weights[row] = before.weight;
+// Puts a row that is certain, or drawn apart, to its place, all in the order of rows; with replacement the running sum
+// is noted.
+TILEWISE_FN void put_row(const RowSample& call, const Shares& shares, int64_t start, int64_t row, Before& before) {
+  const int64_t weight = shares.of_all + call.own[row];
+  if (keeps(shares, weight)) {
+    put(call, shares, before.kept++ + before.points, row, 1.0f);
+  } else {
+    before.weight += weight;
+    if (call.sums == nullptr && passes(shares, start, before.weight, before.points))
+      put(call, shares, before.kept + before.points++, row, scale_of(shares, weight));
   }
+  if (call.sums != nullptr) call.sums[row] = before.weight;
 }
 
 // The draw `index` of those with replacement, from the running sums.
-TILEWISE_FN void put_draw(const RowSample& call, const Shares& shares, int64_t stream, int64_t index, bool usable) {
-  const int64_t row = row_at(call.weights, call.rows, random_below(shares.rest, *call.seed, stream + index));
-  const int64_t weight = call.weights[row] - (row > 0 ? call.weights[row - 1] : 0);
-  put(call, shares.kept + index, row, scale_of(shares, weight), usable);
+TILEWISE_FN void put_draw(const RowSample& call, const Shares& shares, int64_t stream, int64_t index) {
+  const int64_t row = row_at(call.sums, call.rows, random_below(shares.rest, *call.seed, stream + index));
+  const int64_t weight = call.sums[row] - (row > 0 ? call.sums[row - 1] : 0);
+  put(call, shares, shares.kept + index, row, scale_of(shares, weight));
 }
 
 template <typename Function>
@@ -217,7 +239,6 @@ struct WtaCrsKernels {
 TILEWISE_DECLARE_KERNELS(WtaCrsKernels, wta_crs_kernels)
 
 const char* wta_crs_norms_cuda(const RowNorms& call, void* stream);
-const char* wta_crs_sample_cuda(const RowSample& call, void* stream);
 const char* wta_crs_gather_cuda(const RowGather& call, void* stream);
 
 }  // namespace tilewise

@@ -4,6 +4,7 @@
 
 #include "common/operator.h"
 #include "wta_crs/wta_crs.h"
+#include "wta_crs/wta_crs_launch.h"
 
 namespace tilewise {
 namespace {
@@ -69,17 +70,23 @@ std::tuple<Tensor, Tensor> wta_crs_sample(const Tensor& x_norms, const std::opti
   const DeviceScope scope(x_norms);
   const Tensor indices = torch::stable::new_empty(x_norms, places, ScalarType::Int);
   const Tensor scales = torch::stable::new_empty(x_norms, places, ScalarType::Float);
-  const Tensor weights = torch::stable::new_empty(x_norms, shape, ScalarType::Long);
   call.indices = static_cast<int32_t*>(indices.data_ptr());
   call.scales = static_cast<float*>(scales.data_ptr());
-  call.weights = static_cast<int64_t*>(weights.data_ptr());
   if (call.batch == 0) return {indices, scales};
   if constexpr (kOnGpu) {
-    require_launched(wta_crs_sample_cuda(call, current_stream(x_norms)), op);
+    const Tensor scratch = torch::stable::new_empty(x_norms, {WtaCrsLaunches::bytes(call)}, ScalarType::Byte);
+    require_launched(WtaCrsLaunches(call, scratch.data_ptr()).sample(current_stream(x_norms)), op);
   } else {
     for (int64_t i = 0; call.y_norms != nullptr && i < norms->numel(); ++i)
       require(call.y_norms[i] >= 0 && std::isfinite(call.y_norms[i]), op,
               "expected norms to hold finite numbers >= 0, got ", call.y_norms[i]);
+    const Tensor own = torch::stable::new_empty(x_norms, shape, ScalarType::UInt32);
+    call.own = static_cast<uint32_t*>(own.data_ptr());
+    std::optional<Tensor> sums;
+    if (call.method != SampleMethod::kSystematic) {
+      sums = torch::stable::new_empty(x_norms, shape, ScalarType::Long);
+      call.sums = static_cast<int64_t*>(sums->data_ptr());
+    }
     share(call.batch, call.rows, selected_wta_crs_kernels().sample, call);
   }
   return {indices, scales};

@@ -64,52 +64,43 @@ void gather(const RowGather& call, int64_t begin, int64_t end) {
   with_elements(call.x.dtype, [&](auto zero) { gather_of<decltype(zero)>(call, begin, end); });
 }
 
-// Fills in the weights and returns their sum; `usable` says whether all norms are.
-int64_t weigh(const RowSample& call, int64_t* weights, bool& usable) {
+Shares weigh(const RowSample& call) {
   double largest = 0.0;
-  usable = true;
+  for (int64_t i = 0; i < call.rows; ++i) largest = larger(largest, size_of(call, i));
+  int64_t units = 0, own = 0;
   for (int64_t i = 0; i < call.rows; ++i) {
-    const double size = size_of(call, i);
-    usable = usable && is_size(size);
-    largest = size > largest ? size : largest;
+    const int64_t of_row = units_of(size_of(call, i), largest, call.bits);
+    call.own[i] = own_weight(of_row, call.mix);
+    units += of_row;
+    own += call.own[i];
   }
-  int64_t all = 0, total = 0;
-  for (int64_t i = 0; i < call.rows; ++i) {
-    weights[i] = usable ? units_of(size_of(call, i), largest, call.bits) : 0;
-    all += weights[i];
-  }
-  for (int64_t i = 0; i < call.rows; ++i) {
-    weights[i] = weight_of(weights[i], all / call.rows, call.mix);
-    total += weights[i];
-  }
-  return total;
+  return none_certain(call, largest, units, own);
 }
 
-Shares share_out(const RowSample& call, const int64_t* weights, int64_t total) {
-  Shares shares{call.method != SampleMethod::kCrs, 0, call.k, total};
+void keep_certain(const RowSample& call, Shares& shares) {
   while (shares.certain) {
     int64_t kept = 0, heavy = 0;
 #pragma omp simd reduction(+ : kept, heavy)
     for (int64_t i = 0; i < call.rows; ++i) {
-      const bool keep = keeps(shares, weights[i]);
-      kept += keep ? 1 : 0;
-      heavy += keep ? weights[i] : 0;
+      const int64_t weight = shares.of_all + call.own[i];
+      const bool is_kept = keeps(shares, weight);
+      kept += is_kept ? 1 : 0;
+      heavy += is_kept ? weight : 0;
     }
     if (kept == shares.kept) break;
-    shares = {true, kept, call.k - kept, total - heavy};
+    keep(shares, kept, heavy);
   }
-  return shares;
 }
 
 void sample_one(const RowSample& call, int64_t problem) {
-  bool usable;
-  const int64_t total = weigh(call, call.weights, usable);
-  const Shares shares = share_out(call, call.weights, total);
+  Shares shares = weigh(call);
+  keep_certain(call, shares);
   const int64_t stream = problem * call.k;
   const int64_t start = random_below(shares.rest, *call.seed, stream);
-  put_rows(call, shares, start, {0, 0, 0}, 0, call.rows, usable);
-  if (call.method == SampleMethod::kSystematic) return;
-  for (int64_t i = 0; i < shares.left; ++i) put_draw(call, shares, stream, i, usable);
+  Before before{0, 0, 0};
+  for (int64_t row = 0; row < call.rows; ++row) put_row(call, shares, start, row, before);
+  if (call.sums == nullptr) return;
+  for (int64_t i = 0; i < shares.left; ++i) put_draw(call, shares, stream, i);
 }
 
 void sample(const RowSample& call, int64_t begin, int64_t end) {

@@ -8,6 +8,7 @@ from tilewise.formulas.rows import statistics_dtype
 from tilewise.ops import autocast, derivatives, formed, register, rows
 
 OP = "linear_cross_entropy"
+FEW_BYTES = 512 << 20  # of bfloat16 logits that a GPU holds at once
 _forward, _gradients = map(register.operator, (OP, f"{OP}_backward"))
 
 
@@ -34,9 +35,11 @@ def linear_cross_entropy(
     A reduced float32 or float64 loss that needs gradients forms them on the way, three matrix products in all. The
     first backward hands them out, scaled by what arrived from above; a further one (``retain_graph=True``), a
     reduction of "none" and 16-bit inputs form the logits a second time, four products, and round 16-bit gradients
-    once. Beside inputs and gradients a call holds one chunk of logits: 1/22 of them, but at least 16 MiB and at most
-    128 MiB on a CPU, 128 MiB and 512 MiB on a GPU (64 rows, or 256 classes of all rows, where that is more); for
-    16-bit inputs also two (N, d) sums.
+    once. On a GPU bfloat16 gradients, too, are formed on the way, and rounded twice, where the logits take at most
+    512 MiB (or ``chunk_bytes``) and are held at once, or where only the input needs a gradient. Beside inputs and
+    gradients other calls hold one chunk of logits: 1/22 of them, but at least 16 MiB and at most 128 MiB on a CPU, 128
+    MiB and 512 MiB on a GPU, there in multiples of 256 rows or classes (64 rows, or 256 classes of all rows, where
+    that is more); for 16-bit inputs also two (N, d) sums.
 
     Args:
         input: (N, d) or (d,), float32, bfloat16, float16 or (on the CPU) float64.
@@ -136,19 +139,40 @@ def _call(input, linear_weight, target, linear_bias, weight, **options) -> tuple
         target = rows.check_probabilities(OP, target, shape, options["ignore_index"], input)
     else:
         target = rows.check_class_index(OP, target, input)
-    grad = torch.is_grad_enabled()
-    loss, state, *_ = _forward(
-        input,
-        linear_weight,
-        target,
-        linear_bias,
-        rows.check_vector(OP, "weight", weight, shape[1], input),
-        **options,
-        form_input_grad=grad and input.requires_grad,
-        form_weight_grad=grad and linear_weight.requires_grad,
-        form_bias_grad=grad and linear_bias is not None and linear_bias.requires_grad,
-    )
+    asked = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in (input, linear_weight, linear_bias)]
+    if options["reduction"] != "none":
+        asked, options["chunk_bytes"] = _formed_on_the_way(input, linear_weight, asked, options["chunk_bytes"])
+    weight = rows.check_vector(OP, "weight", weight, shape[1], input)
+    options |= dict(zip(FORMED, asked, strict=True))
+    loss, state, *_ = _forward(input, linear_weight, target, linear_bias, weight, **options)
     return loss, state[-1]
+
+
+def _formed_on_the_way(input, linear_weight, asked: list[bool], chunk_bytes: int) -> tuple[list[bool], int]:
+    """Of the gradients that are asked for those that the forward is to form, and the bytes of its chunks. Of bfloat16
+    none is to be a sum over chunks, which would be one in float32, and on a CPU the backward forms all."""
+    if input.dtype != torch.bfloat16:
+        return asked, chunk_bytes
+    if not _forms_bfloat16(input):
+        return [False] * 3, chunk_bytes
+    if not (asked[1] or asked[2]):
+        return asked, chunk_bytes
+    held = chunk_bytes or FEW_BYTES
+    logits = input.shape[0] * linear_weight.shape[0] * input.element_size()
+    return (asked, held) if _is_known(logits <= held) else ([False] * 3, chunk_bytes)
+
+
+def _is_known(fact: bool) -> bool:
+    """Sizes that change are not guarded for it."""
+    if not torch.compiler.is_compiling():
+        return fact
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # its import takes half a second
+
+    return statically_known_true(fact)
+
+
+def _forms_bfloat16(input: Tensor) -> bool:
+    return input.device.type != "cpu"
 
 
 def _positions(input, linear_weight, target, linear_bias, weight, *, reduction, **options) -> Tensor:
@@ -193,7 +217,7 @@ def _forward_fake(
 ):
     n = input.shape[0]
     loss = input.new_empty((n,) if reduction == "none" else (), dtype=statistics_dtype(input))
-    reduced = reduction != "none" and loss.dtype == input.dtype
+    reduced = formed.forms_gradients(input, reduction)
     return (
         loss,
         loss.new_empty(3 * n + 1),
@@ -221,8 +245,7 @@ def _setup_context(ctx, inputs, options, output):
     _, state, *gradients = output
     asked = [options.pop(name) for name in FORMED]
     ctx.options = options
-    is_formed = options["reduction"] != "none" and inputs[0].dtype == statistics_dtype(inputs[0])
-    formed.keep(ctx, is_formed, gradients, asked)
+    formed.keep(ctx, inputs[0], gradients, asked)
     ctx.save_for_backward(*inputs, state)
 
 

@@ -174,13 +174,6 @@ def pairwise_loss(
     )[0]
 
 
-def forms_gradients(x: Tensor, reduction: str) -> bool:
-    """Whether the forward forms the gradients of the summed loss, which the backward scales. Not those of rows that get
-    an upstream each; nor in float16, where they come before a loss scale and would vanish: bfloat16 has the range of
-    float32."""
-    return reduction != "none" and x.dtype != torch.float16
-
-
 FORMED = ("form_x_grad", "form_y_grad", "form_bias_grad")
 WANTED = ("x_grad", "y_grad", "bias_grad")
 
@@ -195,7 +188,7 @@ def _gradient_shapes(x: Tensor, y: Tensor, wanted: list[bool]) -> tuple[Tensor, 
 
 @register.fake("pairwise_loss")
 def _forward_fake(x, y, x_labels, y_labels, scale, *tensors, reduction, **options):
-    wanted = [forms_gradients(x, reduction) and options[name] for name in FORMED]
+    wanted = [formed.forms_gradients(x, reduction) and options[name] for name in FORMED]
     loss = scale.new_empty(x.shape[:1] if reduction == "none" else ())
     return loss, scale.new_empty(()), *_gradient_shapes(x, y, wanted)
 
@@ -209,7 +202,7 @@ def _setup_context(ctx, inputs, options, output):
     _, total, *gradients = output
     asked = [options.pop(name) for name in FORMED]
     ctx.options = options
-    formed.keep(ctx, forms_gradients(inputs[0], options["reduction"]), gradients, asked)
+    formed.keep(ctx, inputs[0], gradients, asked)
     ctx.save_for_backward(*inputs, total)
 
 

@@ -169,9 +169,13 @@ SPARSE = [
 ]
 
 SAMPLING = [
-    case("wta_crs_norms_kernel<*", BLOCK, TEAM_BYTES, (48, 48, 48, 48)),
+    case("wta_crs_norms_kernel<*", BLOCK, TEAM_BYTES, (32, 32, 32, 32)),
     case("wta_crs_gather_kernel<*", BLOCK, 0, (64, 64, 64, 48)),
-    case("wta_crs_sample_kernel", (1024, 1), TEAM_BYTES, (32, 32, 32, 32)),
+    case("wta_crs_sample_kernel", (512, 1), TEAM_BYTES, (16, 16, 16, 16)),
+    case("wta_crs_sizes_kernel", BLOCK, TEAM_BYTES, (64, 64, 64, 48)),
+    case("wta_crs_weigh_kernel", (1024, 1), TEAM_BYTES, (32, 32, 32, 32)),
+    case("wta_crs_place_kernel", BLOCK, 0, (32, 32, 32, 32)),
+    case("wta_crs_draw_kernel", BLOCK, 0, (64, 64, 64, 48)),
 ]
 
 CASES = [*ROWS, *MALA, *SINKHORN, *SPARSE, *SAMPLING]

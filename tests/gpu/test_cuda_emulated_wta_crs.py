@@ -24,31 +24,46 @@ def rows_call(x, **fields):
     return call
 
 
+def norms_of(kind, rows):
+    norms, other = (3 * torch.randn(2, rows)).exp(), torch.rand(2, rows)
+    if kind == "few":
+        norms = norms * (torch.rand(2, rows) < 0.05)
+    elif kind == "zero":
+        norms, other = torch.zeros(2, rows), None
+    elif kind == "wrong":
+        norms[1, rows // 2] = torch.nan
+    return norms, other
+
+
+def check_sample(library, kind, rows, k, method, mix):
+    guards, (norms, other), seed = Guards(), norms_of(kind, rows), torch.randint(2**63 - 1, (1,))
+    expected = REFERENCE["wta_crs_sample"](norms, other, seed, k=k, method=method, mix=mix)
+    indices, scales = guards.empty(2, k, dtype=torch.int32), guards.empty(2, k)
+    call = RowsCall(batch=2, rows=rows, k=k, indices=pointer(indices), scales=pointer(scales))
+    held = [None if t is None else guards.put(t) for t in (norms, other, seed)]
+    checked(library.wta_crs_sample(call, *map(pointer, held), METHODS.index(method), int(mix * 2**MIX_BITS)))
+    assert torch.equal(indices, expected[0])
+    torch.testing.assert_close(scales, expected[1], rtol=0, atol=0, equal_nan=True)
+    guards.check()
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("rows", [1, 2, 100, 700, 2500])
 def test_sample(library, rows, method):
     torch.manual_seed(0)
     for k in sorted({1, (rows + 9) // 10, rows // 2 + 1, rows}):
         for mix, kind in ((0.05, "heavy"), (0.0, "few"), (0.5, "zero"), (0.05, "wrong")):
-            guards = Guards()
-            norms, other = (3 * torch.randn(2, rows)).exp(), torch.rand(2, rows)
-            if kind == "few":
-                norms = norms * (torch.rand(2, rows) < 0.05)
-            elif kind == "zero":
-                norms, other = torch.zeros(2, rows), None
-            elif kind == "wrong":
-                norms[1, rows // 2] = torch.nan
-            seed = torch.randint(2**63 - 1, (1,))
-            expected = REFERENCE["wta_crs_sample"](norms, other, seed, k=k, method=method, mix=mix)
-            indices, scales = guards.empty(2, k, dtype=torch.int32), guards.empty(2, k)
-            weights = guards.empty(2, rows, dtype=torch.int64)
-            call = RowsCall(batch=2, rows=rows, k=k, indices=pointer(indices), scales=pointer(scales))
-            held = [None if t is None else guards.put(t) for t in (norms, other, seed)]
-            values = [pointer(t) for t in (*held, weights)]
-            checked(library.wta_crs_sample(call, *values, METHODS.index(method), int(mix * 2**MIX_BITS)))
-            assert torch.equal(indices, expected[0])
-            torch.testing.assert_close(scales, expected[1], rtol=0, atol=0, equal_nan=True)
-            guards.check()
+            check_sample(library, kind, rows, k, method, mix)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("rows", "kinds"), [(4097, ["heavy", "few", "zero", "wrong"]), (40000, ["heavy"])])
+def test_rows_of_many_blocks(library, rows, kinds, method):
+    """Parts of 32 and of 64 rows, the last one smaller; most have no certain row, or all are certain."""
+    torch.manual_seed(0)
+    for kind in kinds:
+        for k in {rows // 10, rows} if kind == "heavy" else {rows // 3}:
+            check_sample(library, kind, rows, k, method, 0.05)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -63,7 +63,7 @@ def test_every_case_is_traced(found):
 def test_chunks_are_those_of_the_bindings(record):
     """As csrc/pairwise/chunks.h and csrc/linear_cross_entropy/chunks.h have them: 128 MiB of float32 similarities, and
     up to 4,096 rows of 16-bit gradients within 512 MiB; a 22nd of the logits, from 128 to 512 MiB, in blocks of one
-    size."""
+    size and whole tiles."""
     library = record.library
     assert library.pair_rows(65536, 65536) == 512
     assert library.pair_rows(100, 65536) == 100
@@ -73,8 +73,8 @@ def test_chunks_are_those_of_the_bindings(record):
     assert library.pair_gradient_rows(128, 262144, 2) == 1024
     assert library.pair_gradient_rows(2048, 16384, 2) == 4096
     assert library.pair_gradient_rows(96, 10**9, 2) == 96
-    assert library.logit_rows(8192, 256000, 2) == 357
-    assert library.logit_classes(8192, 256000, 2) == 11131
+    assert library.logit_rows(8192, 256000, 2) == 512
+    assert library.logit_classes(8192, 256000, 2) == 11776
     assert library.logit_rows(64, 1000, 4) == 64
     steps = traced.siglip_loss(record, (65536, 768), torch.bfloat16).forward.steps
     assert {step: count for step, count in steps.items() if type(step) is Product} == {
@@ -128,3 +128,18 @@ def test_the_table_shows_every_case(found):
     line = next(line for line in text.splitlines() if "sparse_lists_kernel" in line and line.endswith("52%"))
     assert line.split()[:5] == ["1", "sparse_lists_kernel", "64", "1024", "256"]
     assert "64 blocks: sparse_(guess|long_cut|lists)_kernel" in launch_trace.exceptions(found)
+
+
+@pytest.mark.parametrize("item", [2, 4])
+@pytest.mark.parametrize(("rows", "classes"), [(8192, 256000), (8192, 128256), (5000, 50257), (300, 900), (40, 10**7)])
+def test_chunks_of_logits_are_whole_tiles(record, rows, classes, item):
+    """Of rows and of classes: within 512 MiB but for the least of each, and the same with Triton."""
+    for count, length, least, function in (
+        (rows, classes, 64, record.library.logit_rows),
+        (classes, rows, 256, record.library.logit_classes),
+    ):
+        held = function(rows, classes, item)
+        assert held == count or held % 256 == 0 or 256 * length * item > 512 << 20
+        assert held * length * item <= 512 << 20 or held <= least
+        twin = pytest.importorskip("tilewise.triton_kernels.linear_cross_entropy")
+        assert held == twin.lines_at_a_time(count, length, item, 0, least)

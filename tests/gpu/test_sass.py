@@ -13,7 +13,7 @@ each_architecture = pytest.mark.parametrize("arch", ARCHITECTURES)
 # levels; logits of float64 are read as what they are.
 DOUBLES = ["row_reduction", "row_statistics", "merge_parts", "prepare", "decide", "finish", "half_step", "small"]
 DOUBLES += ["matrix_half_step", "product_half_step", "sparse_cut", "sparse_long_cut", "sparse_step", "sparse_finish"]
-DOUBLES += ["wta_crs_norms", "wta_crs_sample"]
+DOUBLES += [f"wta_crs_{part}" for part in ("norms", "sample", "sizes", "weigh", "place", "draw")]
 TENSOR_CORES = ["product_half_step"]  # other matrix products are the BLAS's, or not yet there
 # Once a call, over rows or columns of a problem, or few numbers of each.
 NO_HOT_LOOP = ["merge_parts", "prepare", "decide", "finish", "sparse_begin", "sparse_step", "sparse_accept"]

@@ -359,3 +359,69 @@ def test_bad_arguments(change, error, message):
     arguments = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in (arguments | change).items()}
     with pytest.raises(error, match=rf"^tilewise\.linear_cross_entropy: expected .*{message}"):
         tilewise.linear_cross_entropy(**arguments)
+
+
+@pytest.mark.parametrize("chunk_bytes", [0, SMALL_CHUNK], ids=["one chunk", "chunks"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_bfloat16_gradients_of_the_forward(reduction, chunk_bytes):
+    """Formed with the loss and scaled by what arrives, they are rounded twice: against float64, judged by eager."""
+    n, d, v = (19, 24, 700) if INTERPRETED else (300, 64, 3001)
+    torch.manual_seed(4)
+    x, w, b = (t.bfloat16() for t in (torch.randn(n, d), torch.randn(v, d) / 4, torch.randn(v)))
+    target, grad = class_targets(n, v, ignored=0.2), torch.tensor(-1.7)
+    flags = {f"form_{name}_grad": True for name in ("input", "weight", "bias")}
+    options = {"reduction": reduction, "chunk_bytes": chunk_bytes}
+
+    def formed(x, w, b, target):
+        return torch.ops.tilewise.linear_cross_entropy(x, w, target, b, None, **options, **flags)
+
+    def gradients(function, device, dtype):
+        leaves = [t.to(device, dtype).requires_grad_() for t in (x, w, b)]
+        loss = function(*leaves, target.to(device))
+        return torch.autograd.grad(loss, leaves, grad.to(loss))
+
+    def of(function):
+        return lambda x, w, b, target: function(x, w, target, linear_bias=b, reduction=reduction)
+
+    ours = gradients(lambda *tensors: formed(*tensors)[0], DEVICE, torch.bfloat16)
+    truth = gradients(of(reference), "cpu", torch.float64)
+    eager = gradients(of(dense), "cpu", torch.bfloat16)
+    assert [g.numel() for g in formed(*(t.to(DEVICE) for t in (x, w, b, target)))[2:]] == [n * d, v * d, v]
+    slack = 3 * torch.finfo(torch.bfloat16).eps if INTERPRETED else 0.0
+    for what, mine, expected, theirs in zip(("input", "weight", "bias"), ours, truth, eager, strict=True):
+        assert mine.dtype == torch.bfloat16
+        assert_accurate(mine, expected, theirs, torch.bfloat16, f"{what} gradient", slack=slack)
+
+
+def test_where_the_forward_forms_bfloat16_gradients(monkeypatch):
+    """On a GPU: that of the input alone, or all where one chunk holds the logits; the rest is the backward's."""
+    from tilewise.ops import linear_cross_entropy as op
+
+    monkeypatch.setattr(op, "_forms_bfloat16", lambda input: True)
+    monkeypatch.setattr(op, "FEW_BYTES", 2 * 8 * 40)
+    few, many = torch.empty(8, 4, dtype=torch.bfloat16), torch.empty(9, 4, dtype=torch.bfloat16)
+    w, every = torch.empty(40, 4, dtype=torch.bfloat16), [True, True, False]
+    assert op._formed_on_the_way(few, w, every, 0) == (every, 2 * 8 * 40)
+    assert op._formed_on_the_way(many, w, every, 0) == ([False] * 3, 0)
+    assert op._formed_on_the_way(many, w, every, 2 * 9 * 40) == (every, 2 * 9 * 40)
+    assert op._formed_on_the_way(many, w, [True, False, False], 0) == ([True, False, False], 0)
+    assert op._formed_on_the_way(many.half(), w.half(), every, 7) == (every, 7)
+    monkeypatch.undo()
+    assert op._formed_on_the_way(few, w, every, 0) == ([False] * 3, 0)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="torch.compile does not trace into the interpreter's NumPy")
+def test_bfloat16_gradients_of_the_forward_compile(monkeypatch):
+    from tilewise.ops import linear_cross_entropy as op
+
+    monkeypatch.setattr(op, "_forms_bfloat16", lambda input: True)
+    torch._dynamo.reset()
+    for dynamic in (False, True):
+        compiled = torch.compile(tilewise.linear_cross_entropy, fullgraph=True, dynamic=dynamic)
+        for n in (6, 11):
+            x, w, _ = layer(n=n, v=40, dtype=torch.float32, bias=False, grad=False)
+            leaves = [t.bfloat16().requires_grad_() for t in (x, w)]
+            target = targets(n, 40, False)
+            found = [torch.autograd.grad(f(*leaves, target), leaves) for f in (compiled, tilewise.linear_cross_entropy)]
+            torch.testing.assert_close(*found, rtol=2**-6, atol=2**-9)  # a step at most in either rounding
+    torch._dynamo.reset()

@@ -128,6 +128,6 @@ const char* sparse_transport(const SparseCall& call);
 const char* wta_crs_norms(const RowsCall& call);
 const char* wta_crs_gather(const RowsCall& call);
 const char* wta_crs_sample(const RowsCall& call, const float* x_norms, const float* y_norms, const int64_t* seed,
-                           int64_t* weights, int64_t method, int64_t mix);
+                           int64_t method, int64_t mix);
 const char* wrong_kernel(int which);
 }

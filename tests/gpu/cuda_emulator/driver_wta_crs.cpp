@@ -1,6 +1,7 @@
 // As driver.cpp, for wta_crs.
 #include "calls.h"
-#include "wta_crs/wta_crs.h"
+#include "common/launch.cuh"
+#include "wta_crs/wta_crs_launch.h"
 
 namespace {
 
@@ -29,7 +30,7 @@ extern "C" const char* wta_crs_gather(const RowsCall& call) {
 }
 
 extern "C" const char* wta_crs_sample(const RowsCall& call, const float* x_norms, const float* y_norms,
-                                      const int64_t* seed, int64_t* weights, int64_t method, int64_t mix) {
+                                      const int64_t* seed, int64_t method, int64_t mix) {
   tilewise::RowSample op{.batch = call.batch, .rows = call.rows, .k = call.k};
   op.bits = tilewise::weight_bits(call.rows, call.k);
   op.mix = mix;
@@ -37,8 +38,8 @@ extern "C" const char* wta_crs_sample(const RowsCall& call, const float* x_norms
   op.x_norms = x_norms;
   op.y_norms = y_norms;
   op.seed = seed;
-  op.weights = weights;
   op.indices = call.indices;
   op.scales = call.scales;
-  return tilewise::wta_crs_sample_cuda(op, nullptr);
+  emulator::Scratch scratch(tilewise::WtaCrsLaunches::bytes(op), tilewise::quiet_nan<float>());
+  return tilewise::WtaCrsLaunches(op, scratch.data()).sample(nullptr);
 }

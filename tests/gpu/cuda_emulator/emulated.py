@@ -179,7 +179,7 @@ def build() -> ctypes.CDLL:
     loaded.simplex_topk.restype = loaded.sparse_transport.restype = c_char_p
     for function in (loaded.wta_crs_norms, loaded.wta_crs_gather, loaded.wta_crs_sample):
         function.argtypes, function.restype = [ctypes.POINTER(RowsCall)], c_char_p
-    loaded.wta_crs_sample.argtypes += [c_void_p] * 4 + [c_int64] * 2
+    loaded.wta_crs_sample.argtypes += [c_void_p] * 3 + [c_int64] * 2
     for function in (loaded.clip_statistics, loaded.clip_finish, loaded.clip_gradient):
         function.argtypes, function.restype = [ctypes.POINTER(ClipCall)], c_char_p
     loaded.pairwise.argtypes = [ctypes.POINTER(PairCall)]

@@ -34,7 +34,9 @@ ALLOWED = [
         "sparse_ot_router", "sparse_(guess|long_cut|lists)_kernel", "a block has a column: a router's are its experts"
     ),
     Idle("sparse_ot", "sparse_(begin|step|accept|finish)_kernel", "a block has a problem: sums one after the other"),
-    Idle("wta_crs_linear", "wta_crs_sample_kernel", "one block draws all rows of a problem"),
+    Idle(
+        "wta_crs_linear", "wta_crs_(sizes|weigh|place)_kernel", "a lane has few of the rows: more blocks end no sooner"
+    ),
 ]
 
 

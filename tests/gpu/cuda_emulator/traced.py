@@ -13,6 +13,7 @@ import torch
 from emulated import AttentionCall, Call, ClipCall, Matrix, PairCall, RowsCall, SparseCall, TokenCall, TransportCall
 from recorded import SOMEWHERE, Launch, Phase, Product, Recorder, Sizes, Step, Torch
 
+FEW_BYTES = 512 << 20  # of bfloat16 logits that are held at once (pysrc/ops/linear_cross_entropy.py)
 BFLOAT, FLOAT = torch.bfloat16, torch.float32
 
 
@@ -73,15 +74,16 @@ def z_loss(record, rows, classes, dtype, *_):
 
 def linear_cross_entropy(record, size, dtype, *_):
     rows, features, classes = size
-    item, formed = dtype.itemsize, dtype == FLOAT  # float32 gradients are formed in the forward
-    held = record.library.logit_rows(rows, classes, item)
+    item, few = dtype.itemsize, rows * classes * dtype.itemsize <= FEW_BYTES
+    formed = dtype == FLOAT or (dtype == BFLOAT and few)  # gradients, in the forward
+    held = rows if formed and dtype == BFLOAT else record.library.logit_rows(rows, classes, item)
     forward: list[Step] = []
     for count in parts(rows, held):
         statistics, gradient = row_phases(record, "cross_entropy", count, classes, dtype)
         forward += [Product(count, classes, features, item, item), statistics[0]]
         if formed:
             forward += [*gradient, Product(count, features, classes, item, item)]
-            forward += [Product(classes, features, count, item, 2 * item)]  # added to what is there
+            forward += [Product(classes, features, count, item, 2 * item if held < rows else item)]  # or added
     forward += record("row_reduction", rows, sizes=Sizes(rows=rows))
     scratch = held * classes * item
     if formed:
@@ -341,7 +343,7 @@ def wta_crs_linear(record, dtype, rows, width, layers, *_, ratio):
     sizes = Sizes(rows=rows, columns=width, item=item, k=k)
     whole, gather = Product(rows, width, width, item, item), record("wta_crs_gather", byref(call), sizes=sizes)
     layer: list[Step] = [*record("wta_crs_norms", byref(call), sizes=sizes)]
-    layer += record("wta_crs_sample", byref(call), None, None, None, None, 0, 3277, sizes=sizes)
+    layer += record("wta_crs_sample", byref(call), None, None, None, 0, 3277, sizes=sizes)
     layer += [*gather, whole]
     back = [*gather, whole, Product(width, width, k, item, item)]
     cells = rows * width * item
@@ -355,6 +357,7 @@ def wta_crs_linear(record, dtype, rows, width, layers, *_, ratio):
 
 MORE = {  # beside the sizes of bench/cases
     cross_entropy: [(16, 128256, BFLOAT)],
+    linear_cross_entropy: [((2048, 4096, 128256), BFLOAT)],
     multi_similarity_loss: [((65536, 512), BFLOAT), ((65536, 512), FLOAT)],
     siglip_loss: [((65536, 768), BFLOAT)],
     mala_causal: [((8, 16, 4096, 64), BFLOAT)],

@@ -37,10 +37,9 @@ void sample(int64_t batch, int64_t rows, int64_t k, int64_t method, bool heavy) 
   if (heavy && batch > 0) x_norms[rows / 2] = 1e3f;
   const float* y_norms = heavy ? nullptr : memory.numbers(batch * rows, 0.1f, 1.0f);
   const int64_t* seed = memory.integers(1, 1 << 30);
-  int64_t* weights = memory.integer_output(batch * rows);
   const int64_t mix = (int64_t{1} << tilewise::kMixBits) / 20;
   call("sample " + std::to_string(k) + " of " + std::to_string(rows) + ", method " + std::to_string(method), memory,
-       [&] { return wta_crs_sample(of_rows, x_norms, y_norms, seed, weights, method, mix); });
+       [&] { return wta_crs_sample(of_rows, x_norms, y_norms, seed, method, mix); });
 }
 
 }  // namespace
@@ -62,7 +61,8 @@ void wta_crs_calls() {
         sample(kBatch, rows, k, method, true);
       }
     }
-    sample(kBatch, 2100, 50, method, true);  // 1024 threads
+    sample(kBatch, 2100, 50, method, true);   // 512 threads
+    sample(kBatch, 9000, 900, method, true);  // many blocks
   }
 }
 
