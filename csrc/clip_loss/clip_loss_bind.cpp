@@ -5,9 +5,8 @@
 
 #include <algorithm>
 
-#include "common/gemm.h"
 #include "common/operator.h"
-#include "pairwise/chunks.h"
+#include "pairwise/gradient_products.h"
 #include "rows/rows_bind.h"
 
 namespace tilewise {
@@ -38,25 +37,30 @@ void check(const Problem& problem) {
   require(problem.chunk_bytes >= 0, kOp, "expected chunk_bytes not below 0, got ", problem.chunk_bytes);
 }
 
-// Calls f(chunk, images of the chunk, similarities) after they are formed.
+template <typename T>
+int64_t rows_at_a_time(const Problem& problem) {
+  const int64_t n = problem.image.size(0);
+  return pair_rows_at_a_time(n, n, sizeof(T), problem.chunk_bytes, kOnGpu);
+}
+
+// Calls f(chunk, similarities) after they are formed.
 template <typename T, typename Function>
 void for_chunks(const Problem& problem, const ClipState<T>& state, Function f) {
   const int64_t n = problem.image.size(0);
-  const int64_t rows = pair_rows_at_a_time(n, n, sizeof(T), problem.chunk_bytes, kOnGpu);
+  const int64_t rows = rows_at_a_time<T>(problem);
   const Tensor buffer = new_output(problem.image, {rows, n}, statistics_type(problem.image));
   const RowProducts products(problem.image, rows, n);
   for (int64_t begin = 0; begin < n; begin += rows) {
     const int64_t count = std::min(rows, n - begin);
-    const Tensor image = rows_of(problem.image, begin, count);
     const Tensor similarities = rows_of(buffer, 0, count);
-    products.form(similarities, image, problem.text);
+    products.form(similarities, rows_of(problem.image, begin, count), problem.text);
     ClipChunk<T> chunk{.similarities = static_cast<T*>(similarities.data_ptr())};
     chunk.first = begin;
     chunk.rows = count;
     chunk.columns = n;
     chunk.scale = static_cast<const T*>(problem.logit_scale.data_ptr());
     chunk.state = state;
-    f(chunk, image, similarities);
+    f(chunk, similarities);
   }
 }
 
@@ -134,7 +138,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& image, const Tensor& text, cons
     const int64_t n = image.size(0);
     const ClipState<T> state = clip_state(outputs.row_state<T>(), n);
     Statistics statistics(image);
-    for_chunks<T>(problem, state, [&](const ClipChunk<T>& chunk, auto&&...) { statistics.take(chunk); });
+    for_chunks<T>(problem, state, [&](const ClipChunk<T>& chunk, const Tensor&) { statistics.take(chunk); });
     finish(ClipLosses<T>{state, outputs.loss_rows<T>(), outputs.share_rows<T>(), n}, outputs.reduction<T>(), image);
   });
   return {outputs.loss, outputs.state};
@@ -146,36 +150,25 @@ std::tuple<Tensor, Tensor> backward(const Tensor& image, const Tensor& text, con
   const Problem problem{image, text, logit_scale, chunk_bytes};
   check(problem);
   const DeviceScope scope(image);
-  const int64_t n = image.size(0), d = image.size(1);
-  const ScalarType dtype = image.scalar_type(), statistics = statistics_type(image);
-  const auto output = [&](bool is_wanted) {
-    return torch::stable::new_empty(image, is_wanted ? std::vector{n, d} : std::vector<int64_t>{0}, dtype);
-  };
-  const Tensor grad_image = output(image_grad), grad_text = output(text_grad);
-  std::optional<ProductSum> text_sum;
-  if (text_grad) text_sum.emplace(grad_text);
-  std::optional<Tensor> narrow;
-  with_statistics(image, [&](auto zero) {
+  const int64_t n = image.size(0);
+  return with_statistics(image, [&](auto zero) -> std::tuple<Tensor, Tensor> {
     using T = decltype(zero);
+    GradientProducts gradients(image, text, image_grad, text_grad, rows_at_a_time<T>(problem), n, chunk_bytes);
     // The maxima and weights are read alone.
     T* lines = const_cast<T*>(state_of<T>(state, image, kClipState, kOp));
-    const T* upstream = dense<T>(grad_loss, {n}, statistics, kOp, "grad_loss");
-    if (!image_grad && !text_grad) return;
-    for_chunks<T>(problem, clip_state(lines, n), [&](ClipChunk<T> chunk, const Tensor& images, const Tensor& s) {
-      if (dtype != statistics && !narrow.has_value()) narrow = new_output(image, {chunk.rows, n}, dtype);
-      const Tensor g = narrow.has_value() ? rows_of(*narrow, 0, chunk.rows) : s;
-      chunk.grad_loss = upstream;
-      chunk.gradient = g.data_ptr();
-      chunk.gradient_dtype = *storage_of(g);
-      write_gradient(chunk, image);
-      if (image_grad) {
-        const Tensor out = rows_of(grad_image, chunk.first, chunk.rows);
-        add_product(out, out, g, text, 0.0);
-      }
-      if (text_grad) text_sum->add(transposed(g), images, chunk.first == 0, chunk.first + chunk.rows == n);
-    });
+    const T* upstream = dense<T>(grad_loss, {n}, statistics_type(image), kOp, "grad_loss");
+    if (image_grad || text_grad) {
+      for_chunks<T>(problem, clip_state(lines, n), [&](ClipChunk<T> chunk, const Tensor& similarities) {
+        const Tensor g = gradients.place_of(similarities, chunk.first);
+        chunk.grad_loss = upstream;
+        chunk.gradient = g.data_ptr();
+        chunk.gradient_dtype = *storage_of(g);
+        write_gradient(chunk, image);
+        gradients.add(similarities, chunk.first);
+      });
+    }
+    return {gradients.grad_x, gradients.grad_y};
   });
-  return {grad_image, grad_text};
 }
 
 }  // namespace

@@ -7,9 +7,8 @@
 // The gradients are those of z = s + bias: with z = scale s + bias a caller multiplies them by scale.
 #include <algorithm>
 
-#include "common/gemm.h"
 #include "common/operator.h"
-#include "pairwise/chunks.h"
+#include "pairwise/gradient_products.h"
 #include "pairwise/programs.h"
 #include "rows/rows_bind.h"
 
@@ -132,12 +131,11 @@ class ShortLabelTensors {
 #endif
 };
 
-// Rows that begin at multiples of 16 bytes on a GPU, which reads them by vectors.
-Tensor row_buffer(const Tensor& like, int64_t rows, int64_t columns, ScalarType dtype) {
-  constexpr int64_t kUnit = kOnGpu ? 8 : 1;
-  const int64_t whole = (columns + kUnit - 1) / kUnit * kUnit;
-  const Tensor buffer = new_output(like, {rows, whole}, dtype);
-  return whole == columns ? buffer : columns_of(buffer, 0, columns);
+// Between rows that begin at multiples of 16 bytes on a GPU, which reads them by vectors.
+int64_t pitch_of(int64_t columns) { return kOnGpu ? (columns + 7) / 8 * 8 : columns; }
+
+Tensor row_buffer(const Tensor& like, int64_t rows, int64_t columns) {
+  return columns_of(new_output(like, {rows, pitch_of(columns)}, statistics_type(like)), 0, columns);
 }
 
 template <typename T>
@@ -157,71 +155,24 @@ void run(const PairwiseChunk<T>& chunk, [[maybe_unused]] const Tensor& like) {
 #endif
 }
 
-// What the gradients G of chunks, which come one after the other, add to those of embeddings.
-class GradientProducts {
- public:
-  GradientProducts(const Problem& problem, const Wanted& wanted, int64_t rows_at_a_time)
-      : problem_(problem), wanted_(wanted), rows_(problem.x.size(0)), kept_(rows_at_a_time) {
-    const int64_t n = rows_, m = problem.y.size(0), d = problem.x.size(1);
-    const ScalarType dtype = problem.x.scalar_type(), statistics = statistics_type(problem.x);
-    const auto output = [&](bool is_wanted, std::vector<int64_t> shape, ScalarType type) {
-      return torch::stable::new_empty(problem.x, is_wanted ? shape : std::vector<int64_t>{0}, type);
-    };
-    gradients = {output(wanted.x, {n, d}, dtype), output(wanted.y, {m, d}, dtype),
-                 output(wanted.any(), {n}, statistics)};
-    if (n == 0 || m == 0) {
-      torch::stable::zero_(gradients.x);
-      torch::stable::zero_(gradients.y);
-      torch::stable::zero_(gradients.bias);
-    }
-    if (wanted.y) y_gradient_.emplace(gradients.y);
-    if (!wanted.any() || dtype == statistics) return;
-    const int64_t item_bytes = static_cast<int64_t>(problem.x.element_size());
-    kept_ = pair_gradient_rows(rows_at_a_time, m, item_bytes, problem.chunk_bytes);
-    narrow_ = row_buffer(problem.x, std::min(kept_, n), m, dtype);
-  }
-
-  // Where G of the rows from `begin` on is written: over their similarities, or in 16 bits behind that of rows before.
-  Tensor place_of(const Tensor& similarities, int64_t begin) const {
-    return narrow_.has_value() ? rows_of(*narrow_, begin % kept_, similarities.size(0)) : similarities;
-  }
-
-  // G of these rows is there.
-  void add(const Tensor& similarities, int64_t begin) {
-    const int64_t before = begin % kept_, count = before + similarities.size(0), end = begin + similarities.size(0);
-    if (count < kept_ && end < rows_) return;
-    const Tensor g = narrow_.has_value() ? rows_of(*narrow_, 0, count) : similarities;
-    if (wanted_.x) {
-      const Tensor out = rows_of(gradients.x, begin - before, count);
-      add_product(out, out, g, problem_.y, 0.0);
-    }
-    if (wanted_.y)
-      y_gradient_->add(transposed(g), rows_of(problem_.x, begin - before, count), begin == before, end == rows_);
-  }
-
-  Gradients gradients;
-
- private:
-  const Problem& problem_;
-  Wanted wanted_;
-  int64_t rows_;
-  int64_t kept_;
-  std::optional<Tensor> narrow_;
-  std::optional<ProductSum> y_gradient_;
-};
-
 // Row losses, and the gradients with the upstream of each row.
 template <typename T>
 Gradients run_chunks(const Problem& problem, const LossOutputs& outputs, const Upstream<T>& upstream,
                      const Wanted& wanted) {
   const int64_t n = problem.x.size(0), m = problem.y.size(0), rows = rows_at_a_time(problem);
-  GradientProducts of_gradients(problem, wanted, rows);
-  const Tensor buffer = row_buffer(problem.x, rows, m, statistics_type(problem.x));
+  GradientProducts gradients(problem.x, problem.y, wanted.x, wanted.y, rows, pitch_of(m), problem.chunk_bytes);
+  Tensor bias_rows = torch::stable::new_empty(problem.x, {wanted.any() ? n : 0}, statistics_type(problem.x));
+  if (n == 0 || m == 0) {
+    torch::stable::zero_(gradients.grad_x);
+    torch::stable::zero_(gradients.grad_y);
+    torch::stable::zero_(bias_rows);
+  }
+  const Tensor buffer = row_buffer(problem.x, rows, m);
   const RowProducts products(problem.x, rows, m);
   std::optional<Tensor> guide;
   std::optional<RowProducts> guide_products;
   if (problem.guide_x.has_value()) {
-    guide = row_buffer(problem.x, rows, m, statistics_type(problem.x));
+    guide = row_buffer(problem.x, rows, m);
     guide_products.emplace(*problem.guide_x, rows, m);
   }
   PairwiseChunk<T> all = whole<T>(problem);
@@ -245,16 +196,16 @@ Gradients run_chunks(const Problem& problem, const LossOutputs& outputs, const U
     chunk.loss_rows = outputs.loss_rows<T>() + begin;
     chunk.active_rows = outputs.share_rows<T>() + begin;
     chunk.wants_gradient = wanted.any();
-    const Tensor g = of_gradients.place_of(similarities, begin);
+    const Tensor g = gradients.place_of(similarities, begin);
     chunk.gradient = g.data_ptr();
     chunk.gradient_dtype = row_matrix(g, kOp, "gradient").dtype;
     chunk.upstream = upstream;
     if (chunk.upstream.grad_loss != nullptr) chunk.upstream.grad_loss += begin * upstream.stride;
-    if (wanted.any()) chunk.bias_rows = static_cast<T*>(of_gradients.gradients.bias.data_ptr()) + begin;
+    if (wanted.any()) chunk.bias_rows = static_cast<T*>(bias_rows.data_ptr()) + begin;
     run(chunk, problem.x);
-    if (m > 0) of_gradients.add(similarities, begin);
+    if (m > 0) gradients.add(similarities, begin);
   }
-  return of_gradients.gradients;
+  return {gradients.grad_x, gradients.grad_y, bias_rows};
 }
 
 struct Reduced {

@@ -147,20 +147,33 @@ def pair_steps(record, loss: str, size: tuple[int, int, int], dtype: torch.dtype
     """Chunks of rows; with `gradient` those of both sides, of 16 bits for several chunks together and the columns' in a
     sum apart."""
     rows, columns, features = size
-    item, narrow, steps, kept = dtype.itemsize, dtype != FLOAT, [Torch("zero", 4)], 0
-    at_a_time = record.library.pair_rows(rows, columns)
-    most = record.library.pair_gradient_rows(at_a_time, columns, item) if narrow else at_a_time
-    for i, count in enumerate(parts(rows, at_a_time)):
+    item, steps = dtype.itemsize, [Torch("zero", 4)]
+    for i, count in enumerate(parts(rows, record.library.pair_rows(rows, columns))):
         sizes = Sizes(rows=count, columns=columns, item=item, gradient=gradient)
         steps += [Product(count, columns, features, item, 4), *pair_kernels(record, loss, sizes, dtype, i == 0)]
-        kept += count
-        if not gradient or (kept < most and (i + 1) * at_a_time < rows):
-            continue
+    return [*steps, *gradient_products(record, size, dtype)] if gradient else steps
+
+
+def gradient_products(record, size: tuple[int, int, int], dtype: torch.dtype) -> list[Step]:
+    """As csrc/pairwise/gradient_products.h takes them."""
+    rows, columns, features = size
+    item, narrow, steps = dtype.itemsize, dtype != FLOAT, []
+    at_a_time = record.library.pair_rows(rows, columns)
+    for kept in parts(rows, record.library.pair_gradient_rows(at_a_time, columns, item) if narrow else at_a_time):
         steps += [Product(kept, features, columns, item, item)]
         steps += [Product(columns, features, kept, item, item if narrow else 2 * item)]
         steps += accumulate(record, columns * features, dtype) if narrow else []
-        kept = 0
     return steps
+
+
+def gradient_bytes(record, size: tuple[int, int, int], dtype: torch.dtype) -> int:
+    """What is held between these products."""
+    rows, columns, features = size
+    item, at_a_time = dtype.itemsize, record.library.pair_rows(rows, columns)
+    if dtype == FLOAT:
+        return 0
+    kept = min(rows, record.library.pair_gradient_rows(at_a_time, columns, item))
+    return item * kept * columns + columns * features * (item + 4)
 
 
 def pairs(record, case: str, loss: str, size: tuple[int, int, int], dtype: torch.dtype) -> Trace:
@@ -171,11 +184,7 @@ def pairs(record, case: str, loss: str, size: tuple[int, int, int], dtype: torch
     forward = [Torch("unit rows", 5 * cells, 7), *pair_steps(record, loss, size, dtype, True), *reduction]
     backward = [Torch("times the upstream gradient", 2 * item * (rows + columns) * features, 3)]
     backward += [Torch("unit rows", 8 * cells, 12)]
-    at_a_time = record.library.pair_rows(rows, columns)
-    scratch = 4 * at_a_time * columns
-    if dtype != FLOAT:
-        scratch += item * min(rows, record.library.pair_gradient_rows(at_a_time, columns, item)) * columns
-        scratch += columns * features * (item + 4)
+    scratch = 4 * record.library.pair_rows(rows, columns) * columns + gradient_bytes(record, size, dtype)
     return Trace(case, (rows, features), dtype, Phase.of(forward, scratch), Phase.of(backward))
 
 
@@ -194,8 +203,7 @@ def siglip_loss(record, size, dtype, *_):
 def clip_loss(record, size, dtype, *_):
     """A product forward, three backward; gradients are scaled once they are formed."""
     rows, features = size
-    item, narrow, held = dtype.itemsize, dtype != FLOAT, record.library.pair_rows(rows, rows)
-    forward, backward = [], []
+    item, held, forward, backward = dtype.itemsize, record.library.pair_rows(rows, rows), [], []
     for count in parts(rows, held):
         call = ClipCall(rows=count, columns=rows, gradient_dtype=emulated.DTYPES[dtype], gradient=SOMEWHERE)
         call.similarities = SOMEWHERE
@@ -203,14 +211,11 @@ def clip_loss(record, size, dtype, *_):
         formed = Product(count, rows, features, item, 4)
         forward += [formed, *record("clip_statistics", byref(call), sizes=sizes)]
         backward += [formed, *record("clip_gradient", byref(call), sizes=sizes)]
-        backward += [Product(count, features, rows, item, item)]
-        backward += [Product(rows, features, count, item, item if narrow else 2 * item)]
-        backward += accumulate(record, rows * features, dtype) if narrow else []
+    backward += gradient_products(record, (rows, rows, features), dtype)
     forward += record("clip_finish", byref(ClipCall(columns=rows)), sizes=Sizes(rows=rows))
     backward += [Torch("times the upstream gradient", 4 * item * rows * features, 4)]
     tiles = 8 * (held * (rows // 256) + rows * (held // 32))
-    sums = rows * features * (item + 4) + item * held * rows if narrow else 0
-    scratch = 4 * held * rows + tiles, 4 * held * rows + sums
+    scratch = 4 * held * rows + tiles, 4 * held * rows + gradient_bytes(record, (rows, rows, features), dtype)
     return Trace("clip_loss", size, dtype, *map(Phase.of, (forward, backward), scratch))
 
 
