@@ -13,6 +13,7 @@ CASES = {  # B, H, Hk, N, M, D, Dv
     "one chunk": (1, 1, 1, 5, 5, 4, 3),
     "several chunks": (2, 2, 2, 70, 70, 16, 16),
     "grouped, odd tiles": (1, 4, 2, 37, 37, 36, 70),
+    "several runs": (1, 1, 1, 270, 270, 6, 10),
     "cross": (1, 2, 1, 3, 600, 8, 8),
     "wide": (1, 1, 1, 33, 33, 256, 96),
     "wider than shared memory": (1, 1, 1, 9, 9, 640, 8),
