@@ -68,7 +68,6 @@ def test_every_launch_has_enough_shared_memory(arch):
 
 def test_no_size_needs_more_shared_memory():
     assert launches.mala_bytes(5, 12) <= LEAST_SHARED  # of any number of features and values
-    assert launches.query_gradient_bytes(608) > launches.query_gradient_bytes(640)  # W is formed twice from here on
 
 
 @pytest.mark.skipif(emulated.COMPILER is None, reason="needs g++ (or CXX) to build the emulator")
