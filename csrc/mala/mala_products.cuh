@@ -13,10 +13,13 @@ constexpr int kThreads = 256;
 constexpr int kTile = 64;  // tokens, features or values
 constexpr int kTileFloats = kTile * kTile;
 constexpr int kRows = 2, kColumns = 8;  // of a lane
+constexpr int kDepths = 16;             // of an operand at a time
 
-// Where four numbers of a tile lie: lanes that read or write at once meet in no bank.
+// Where four numbers of a tile lie: lanes that read or write at once meet in no bank. Every bit of row and column has
+// its own mask, so that of 16 depths and a lane's place among them each is computed alone.
+__device__ __forceinline__ int spread(int column) { return column ^ column / 32 * 4; }
 __device__ __forceinline__ int quad_at(int row, int column) {
-  return row * kTile + (column ^ column / 32 * 4 ^ row / 4 % 2 * 20 ^ row / 8 % 2 * 8);
+  return row * kTile + (spread(column) ^ row / 4 % 2 * 20 ^ row / 8 % 2 * 8);
 }
 
 __device__ __forceinline__ int warp_of_thread() { return static_cast<int>(threadIdx.x) / kWarp; }
@@ -70,28 +73,38 @@ struct Product {
   }
 };
 
-// An operand whose depth runs along the columns of a tile, as it does in Rows{a} Rows{b} = a b^T.
+// The first of a lane's four columns of a right operand.
+__device__ __forceinline__ int right_column() { return warp_of_thread() % 2 * 32 + lane_of_thread() / 4 * 4; }
+__device__ __forceinline__ int lane_depth() { return lane_of_thread() % 4 * 4; }
+
+// An operand whose depth runs along the columns of a tile, as it does in Rows{a} Rows{b} = a b^T. left() and right()
+// are what a lane has of it: its address, once for a product.
 template <bool kSplitsIt>
 struct Rows {
   static constexpr bool kSplits = kSplitsIt;
   const float* tile;
 
-  __device__ __forceinline__ void load_left(int depth, float (&value)[2][4]) const {
+  struct Lane {
+    const float* row;
+    int quad;
+
+    __device__ __forceinline__ void load_row(int after, int depth, float (&value)[4]) const {
+      const Quad four = load_quad(row + after * kTile + (quad ^ spread(depth)));
+      memcpy(value, &four, sizeof(four));
+    }
+    template <int kCount>
+    __device__ __forceinline__ void load(int depth, float (&value)[kCount][4]) const {
 #pragma unroll
-    for (int r = 0; r < 2; ++r) load_row(lane_row() + r, depth, value[r]);
-  }
-  __device__ __forceinline__ void load_right(int depth, float (&value)[4][4]) const {
-#pragma unroll
-    for (int u = 0; u < 4; ++u) load_column(u, depth, value[u]);
-  }
-  __device__ __forceinline__ void load_column(int u, int depth, float (&value)[4]) const {
-    load_row(warp_of_thread() % 2 * 32 + lane_of_thread() / 4 * 4 + u, depth, value);
-  }
+      for (int r = 0; r < kCount; ++r) load_row(r, depth, value[r]);
+    }
+  };
+
+  __device__ __forceinline__ Lane left() const { return of_row(lane_row()); }
+  __device__ __forceinline__ Lane right() const { return of_row(right_column()); }
 
  private:
-  __device__ __forceinline__ void load_row(int row, int depth, float (&value)[4]) const {
-    const Quad quad = load_quad(tile + quad_at(row, depth + lane_of_thread() % 4 * 4));
-    memcpy(value, &quad, sizeof(quad));
+  __device__ __forceinline__ Lane of_row(int row) const {
+    return {tile + row * kTile, quad_at(row, lane_depth()) - row * kTile};
   }
 };
 
@@ -102,36 +115,58 @@ struct Columns {
   const float* tile;
   const float* factors = nullptr;  // of every depth, of a left operand
 
-  __device__ __forceinline__ void load_left(int depth, float (&value)[2][4]) const {
-    const int column = lane_row(), at = depth + lane_of_thread() % 4 * 4;
+  struct Left {
+    const float* pair;
+    const float* factors;
+
+    __device__ __forceinline__ void load(int depth, float (&value)[2][4]) const {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float* pair = tile + quad_at(at + i, column / 4 * 4) + column % 4;
-      const float factor = factors == nullptr ? 1.0f : factors[at + i];
+      for (int i = 0; i < 4; ++i) {
+        const uint64_t both = *reinterpret_cast<const uint64_t*>(pair + (depth + i) * kTile);
+        value[0][i] = bits_to_float(static_cast<uint32_t>(both));
+        value[1][i] = bits_to_float(static_cast<uint32_t>(both >> 32));
+      }
+      if (factors == nullptr) return;
+      const Quad factor = load_quad(factors + depth);
 #pragma unroll
-      for (int r = 0; r < 2; ++r) value[r][i] = factors == nullptr ? pair[r] : factor * pair[r];
+      for (int i = 0; i < 4; ++i) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) value[r][i] *= factor.value[i];
+      }
     }
-  }
-  __device__ __forceinline__ void load_right(int depth, float (&value)[4][4]) const {
-    const int column = warp_of_thread() % 2 * 32 + lane_of_thread() / 4 * 4, at = depth + lane_of_thread() % 4 * 4;
+  };
+
+  struct Right {
+    const float* quad;
+
+    __device__ __forceinline__ void load(int depth, float (&value)[4][4]) const {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const Quad quad = load_quad(tile + quad_at(at + i, column));
+      for (int i = 0; i < 4; ++i) {
+        const Quad four = load_quad(quad + (depth + i) * kTile);
 #pragma unroll
-      for (int u = 0; u < 4; ++u) value[u][i] = quad.value[u];
+        for (int u = 0; u < 4; ++u) value[u][i] = four.value[u];
+      }
     }
+  };
+
+  __device__ __forceinline__ Left left() const {
+    const float* pair = tile + quad_at(lane_depth(), lane_row() / 4 * 4) + lane_row() % 4;
+    return {pair, factors == nullptr ? nullptr : factors + lane_depth()};
   }
+  __device__ __forceinline__ Right right() const { return {tile + quad_at(lane_depth(), right_column())}; }
 };
 
 // sum += left right, over so many depths; tiles have zeros up to the next 16.
 template <typename Left, typename Right>
 __device__ __forceinline__ void add_product(Product& sum, const Left& left, const Right& right, int depths) {
   const int end = depths < kTile ? depths : kTile;
+  const auto of_left = left.left();
+  const auto of_right = right.right();
 #pragma unroll 1
-  for (int depth = 0; depth < end; depth += 16) {
+  for (int depth = 0; depth < end; depth += kDepths) {
     float a[2][4], b[4][4];
-    left.load_left(depth, a);
-    right.load_right(depth, b);
+    of_left.load(depth, a);
+    of_right.load(depth, b);
 #pragma unroll
     for (int i = 0; i < 4; i += 2) {
 #pragma unroll
@@ -147,14 +182,16 @@ template <bool kSplits, typename Takes>
 __device__ __forceinline__ void add_row_sums(float (&sums)[kRows], const Rows<kSplits>& left,
                                              const Rows<kSplits>& right, int depths, const Takes& takes) {
   const int end = depths < kTile ? depths : kTile;
+  const auto of_left = left.left();
+  auto of_right = right.right();
 #pragma unroll 1
-  for (int u = 0; u < 4; ++u) {
+  for (int u = 0; u < 4; ++u, of_right.row += kTile) {
     float part[4] = {};
 #pragma unroll 1
-    for (int depth = 0; depth < end; depth += 16) {
+    for (int depth = 0; depth < end; depth += kDepths) {
       float a[2][4], b[4];
-      left.load_left(depth, a);
-      right.load_column(u, depth, b);
+      of_left.load(depth, a);
+      of_right.load_row(0, depth, b);
 #pragma unroll
       for (int i = 0; i < 4; i += 2)
         multiply<kSplits, kSplits>(part, {a[0][i], a[1][i], a[0][i + 1], a[1][i + 1]}, {b[i], b[i + 1]});
