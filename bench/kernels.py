@@ -51,16 +51,14 @@ def folds(s: SimpleNamespace, walks: int, instructions: float, special: float, g
     return each(s.cells, instructions + more, special + functions, 8, bytes=moved * s.cells)
 
 
-def attention(
-    s: SimpleNamespace, tensors: int, products: int, others: float, rounds: int, splits: bool = False
-) -> Work:
+def attention(s: SimpleNamespace, tensors: int, products: int, others: float, rounds: int, split: int = 0) -> Work:
     """Of tensors like q: products of tiles of tokens, and what a feature takes beside them. A block waits for memory a
-    few times for each of its four chunks. Floats are split for three products in tf32, sums of 16 bits for two.
+    few times for each of its four chunks. Floats are split for three products in tf32, of 16 bits some for two.
     """
-    terms, instructions = (3, 47) if s.item == 4 else (2, 42) if splits else (1, 34)
+    instructions, terms = (17 * products + 5 * split, products + split) if s.item < 4 else (31 * products, 3 * products)
     moved = tensors * s.item * s.cells + s.causal * 4 * s.batch * s.steps * s.width**2
-    work = each(s.cells, others + products * instructions, 1, bytes=moved, rounds=4 * rounds)
-    return work._replace(tensor=2.0 * terms * products * s.width * s.cells)
+    work = each(s.cells, others + instructions, 1, bytes=moved, rounds=4 * rounds)
+    return work._replace(tensor=2.0 * terms * s.width * s.cells)
 
 
 def by_products(s: SimpleNamespace, times: int, instructions: float, flop: float) -> Work:
@@ -107,14 +105,14 @@ KERNELS = {
     "pairwise_kernel<.*Softmax": Kernel(47, lambda s: folds(s, 2, 99, 1, (60, 1))),  # assumed
     "pairwise_kernel<.*Sigmoid": Kernel(39, lambda s: folds(s, 1, 69, 2, (63, 2))),
     # attention: a token's feature is an element
-    "mala_sums_kernel": Kernel(100, lambda s: attention(s, 2, 1, 22, 2, splits=True)),  # assumed
+    "mala_sums_kernel": Kernel(128, lambda s: attention(s, 2, 1, 22, 2, split=1)),  # assumed
     "mala_scan_kernel": Kernel(32, lambda s: each(s.parts, 3, bytes=4 * (1 + s.causal) * s.parts)),
     "mala_forward_kernel<.*true": Kernel(126, lambda s: attention(s, 4, 4, 75, 3)),  # assumed
-    "mala_forward_kernel": Kernel(116, lambda s: attention(s, 2, 1, 24, 2)),  # assumed
-    "mala_query_gradient_kernel<.*true": Kernel(128, lambda s: attention(s, 5, 5, 120, 4)),  # assumed
-    "mala_query_gradient_kernel": Kernel(126, lambda s: attention(s, 3, 1, 45, 3)),  # assumed
-    "mala_key_gradient_kernel<.*true": Kernel(127, lambda s: attention(s, 6, 7, 120, 5)),  # assumed
-    "mala_key_gradient_kernel": Kernel(127, lambda s: attention(s, 4, 2, 50, 4)),  # assumed
+    "mala_forward_kernel": Kernel(112, lambda s: attention(s, 2, 1, 24, 2)),  # assumed
+    "mala_query_gradient_kernel<.*true": Kernel(128, lambda s: attention(s, 5, 5, 128, 4, split=1)),  # assumed
+    "mala_query_gradient_kernel": Kernel(115, lambda s: attention(s, 3, 1, 53, 3, split=1)),  # assumed
+    "mala_key_gradient_kernel<.*true": Kernel(126, lambda s: attention(s, 6, 7, 120, 5)),  # assumed
+    "mala_key_gradient_kernel": Kernel(115, lambda s: attention(s, 4, 2, 50, 4)),  # assumed
     # transport: a pair is an element
     "matrix_half_step_kernel<false": Kernel(64, lambda s: each(s.cells, 8.1, 1.25, 4, bytes=s.read)),
     "matrix_half_step_kernel<true": Kernel(64, lambda s: each(s.cells, 10.9, 1.25, 4, bytes=s.read)),

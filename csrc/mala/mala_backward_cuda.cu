@@ -16,6 +16,7 @@ __device__ __forceinline__ void rotate_back(const MalaCall& call, int64_t begin,
 // A block per run of queries of a head. W = dL/d(R phi), before what the magnitudes add, stays in registers for the
 // second pass where it is one tile, and is formed again where it is not. Causal, within a chunk
 // beta W = beta S do + sum over j <= i of (beta_i do_i . v_j) b_j, to which zeta_i g_j joins if b is g.
+// W and zeta Z cancel over many keys of values alike, so S is that of floats whatever is stored.
 template <typename Storage, bool kCausal>
 __global__ void __launch_bounds__(kThreads, 2) mala_query_gradient_kernel(const __grid_constant__ MalaCall call) {
   const bool by_tiles = has_tiles(call), rotates = call.cos != nullptr;
@@ -48,7 +49,7 @@ __global__ void __launch_bounds__(kThreads, 2) mala_query_gradient_kernel(const 
     if (!by_tiles && first == 0) {
       stage_vector(from.sums.z, 0, call.features, zs);
       stage_vector(from.sums.u, 0, call.values, us);
-      stage_sums<Storage>(call, from.sums.s, 0, 0, s);
+      stage_sums<float>(call, from.sums.s, 0, 0, s);
       __syncthreads();
     }
     const auto rotate_if = [&](int length, int feature, float* tile) {
@@ -72,7 +73,7 @@ __global__ void __launch_bounds__(kThreads, 2) mala_query_gradient_kernel(const 
       __syncthreads();
       if (kCausal)
         add_product(seen, TokenRows<Storage>{d}, TokenRows<Storage>{v}, static_cast<int>(call.values) - value);
-      if (!by_tiles) add_product(w, TokenRows<Storage>{d}, OtherRows<Storage>{s}, static_cast<int>(call.values));
+      if (!by_tiles) add_product(w, TokenRows<Storage>{d}, Rows<true>{s}, static_cast<int>(call.values));
     }
     store_dots(mean, mean_parts + 2 * kTile, false);
     if (kCausal) {
@@ -84,7 +85,7 @@ __global__ void __launch_bounds__(kThreads, 2) mala_query_gradient_kernel(const 
       __syncthreads();
       seen.store(pairs);
       if (goes_on) {
-        add_to_sums<Storage>(OtherColumns<Storage>{b}, TokenColumns<Storage>{v}, s);
+        add_to_sums<float>(OtherColumns<Storage>{b}, TokenColumns<Storage>{v}, s);
         if (threadIdx.x < kTile) add_columns(v, nullptr, threadIdx.x, us);
       }
     }
@@ -99,9 +100,9 @@ __global__ void __launch_bounds__(kThreads, 2) mala_query_gradient_kernel(const 
           for (int value = 0; value == 0 || value < call.values; value += kTile) {
             __syncthreads();
             stage_values(from.grad_out, first, value, call.values, d);
-            stage_sums<Storage>(call, from.sums.s, feature, value, s);
+            stage_sums<float>(call, from.sums.s, feature, value, s);
             __syncthreads();
-            add_product(w, TokenRows<Storage>{d}, OtherRows<Storage>{s}, static_cast<int>(call.values) - value);
+            add_product(w, TokenRows<Storage>{d}, Rows<true>{s}, static_cast<int>(call.values) - value);
           }
         }
         if (!kCausal && (pass == 0 || by_tiles)) load_features(call, from.q, first, feature, own, f);

@@ -90,6 +90,16 @@ def test_against_the_reference(library, name, causal, rope, dtype):
     expect(run(library, q, k, v, grad, **options), q, k, v, grad, **options)
 
 
+@pytest.mark.parametrize("dtype", [BFLOAT, HALF], ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+def test_values_that_are_alike(library, causal, dtype):
+    """The terms of the queries' gradient cancel: S has more bits than the values."""
+    torch.manual_seed(0)
+    q, k, v, grad = (torch.randn(1, 1, 140, 8).to(dtype) for _ in range(4))
+    v += 4
+    expect(run(library, q, k, v, grad, causal=causal), q, k, v, grad, causal=causal)
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_packed_sequences(library, causal):
     torch.manual_seed(0)
