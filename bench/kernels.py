@@ -57,10 +57,14 @@ def one_walk(s: SimpleNamespace, loss: tuple[float, float], gradient: tuple[floa
     return folds(s, 0, 0, 0, gradient) if s.gradient else folds(s, 1, *loss, gradient)
 
 
-def attention(s: SimpleNamespace, instructions: float, tensors: int, flop: float) -> Work:
-    """Of tensors like q. Causal: half as much again for pairs within a chunk, and the sums of every chunk."""
+def attention(s: SimpleNamespace, tensors: int, products: int, others: float, rounds: int, split: int = 0) -> Work:
+    """Of tensors like q: products of tiles of tokens, and what a feature takes beside them. A block waits for memory a
+    few times for each of its four chunks. Floats are split for three products in tf32, of 16 bits some for two.
+    """
+    instructions, terms = (17 * products + 5 * split, products + split) if s.item < 4 else (31 * products, 3 * products)
     moved = tensors * s.item * s.cells + s.causal * 4 * s.batch * s.steps * s.width**2
-    return each(s.cells, instructions * (1.5 if s.causal else 1), 1, flop * s.width, bytes=moved)
+    work = each(s.cells, others + instructions, 1, bytes=moved, rounds=4 * rounds)
+    return work._replace(tensor=2.0 * terms * s.width * s.cells)
 
 
 def by_products(s: SimpleNamespace, times: int, instructions: float, flop: float) -> Work:
@@ -119,11 +123,14 @@ KERNELS = {
     "clip_finish_kernel": Kernel(32, lambda s: each(s.rows, 150, 8, 60, bytes=48 * s.rows)),  # assumed
     "clip_gradient_kernel": Kernel(64, lambda s: each(s.cells, 14, 2, 8, bytes=(4 + s.item) * s.cells)),
     # attention: a token's feature is an element
-    "mala_sums_kernel": Kernel(60, lambda s: attention(s, 350, 2, 2)),  # assumed
+    "mala_sums_kernel": Kernel(128, lambda s: attention(s, 2, 1, 22, 2, split=1)),  # assumed
     "mala_scan_kernel": Kernel(32, lambda s: each(s.parts, 3, bytes=4 * (1 + s.causal) * s.parts)),
-    "mala_forward_kernel": Kernel(64, lambda s: attention(s, 412, 2, 2)),
-    "mala_query_gradient_kernel": Kernel(122, lambda s: attention(s, 825, 3, 4)),  # assumed
-    "mala_key_gradient_kernel": Kernel(122, lambda s: attention(s, 825, 4, 4)),  # assumed
+    "mala_forward_kernel<.*true": Kernel(126, lambda s: attention(s, 4, 4, 75, 3)),  # assumed
+    "mala_forward_kernel": Kernel(112, lambda s: attention(s, 2, 1, 24, 2)),  # assumed
+    "mala_query_gradient_kernel<.*true": Kernel(128, lambda s: attention(s, 5, 5, 128, 4, split=1)),  # assumed
+    "mala_query_gradient_kernel": Kernel(115, lambda s: attention(s, 3, 1, 53, 3, split=1)),  # assumed
+    "mala_key_gradient_kernel<.*true": Kernel(126, lambda s: attention(s, 6, 7, 120, 5)),  # assumed
+    "mala_key_gradient_kernel": Kernel(115, lambda s: attention(s, 4, 2, 50, 4)),  # assumed
     # transport: a pair is an element
     "matrix_half_step_kernel<false": Kernel(64, lambda s: each(s.cells, 8.1, 1.25, 4, bytes=s.read)),
     "matrix_half_step_kernel<true": Kernel(64, lambda s: each(s.cells, 10.9, 1.25, 4, bytes=s.read)),

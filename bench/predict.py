@@ -118,7 +118,8 @@ def too_fast(found: list[dict], gpu: Gpu, traffic: dict[tuple, dict], flops: dic
         key = row["case"], tuple(row["shape"]), row["dtype"]
         if row["phase"] != "both" or key not in traffic:
             continue
-        product = gpu.product(2 if row["dtype"] == "bfloat16" else 4)
+        # Floats are multiplied as floats, or as three products in tf32.
+        product = gpu.product(2) if row["dtype"] == "bfloat16" else max(gpu.product(4), gpu.tf32 / 3)
         least = 1e3 * max(traffic[key]["both"] / gpu.copy, flops[key]["both"] / product)
         if row["predicted_ms"] < least * 0.99:
             wrong.append(f"{key}: predicted {row['predicted_ms']:.3g} ms, its bytes and products take {least:.3g} ms")

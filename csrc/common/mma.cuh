@@ -49,4 +49,30 @@ __device__ __forceinline__ void multiply_split(float (&d)[4], const Split (&a)[4
   multiply_high(d, a, b_high);
 }
 
+// To tf32, the nearest; of two as near the larger one. What is not finite stays.
+__device__ __forceinline__ float rounded_to_tf32(float x) {
+  return ::fabsf(x) < infinity<float>() ? bits_to_float((float_to_bits(x) + 0x1000u) & 0xffffe000u) : x;
+}
+
+// d += a b in as many products as it takes: an operand that is not split has numbers of tf32.
+template <bool kSplitsA, bool kSplitsB>
+__device__ __forceinline__ void multiply(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
+  float a_high[4], a_low[4], b_high[2], b_low[2];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const Split split(a[i]);
+    a_high[i] = kSplitsA ? split.high : a[i];
+    a_low[i] = split.low;
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const Split split(b[i]);
+    b_high[i] = kSplitsB ? split.high : b[i];
+    b_low[i] = split.low;
+  }
+  if constexpr (kSplitsB) multiply_tf32(d, a_high, b_low);
+  if constexpr (kSplitsA) multiply_tf32(d, a_low, b_high);
+  multiply_tf32(d, a_high, b_high);
+}
+
 }  // namespace tilewise

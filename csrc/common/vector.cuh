@@ -14,6 +14,24 @@ struct Run {
   Storage value[kCount];
 };
 
+// Four floats of shared or global memory, on a 16-byte boundary.
+struct Quad {
+  float value[4];
+};
+
+__device__ __forceinline__ Quad load_quad(const float* address) {
+  const uint4 piece = *reinterpret_cast<const uint4*>(address);
+  Quad quad;
+  memcpy(&quad, &piece, sizeof(quad));
+  return quad;
+}
+
+__device__ __forceinline__ void store_quad(float* address, const Quad& quad) {
+  uint4 piece;
+  memcpy(&piece, &quad, sizeof(piece));
+  *reinterpret_cast<uint4*>(address) = piece;
+}
+
 // Elements in one 16-byte vector.
 template <typename Storage>
 inline constexpr int kVector = 16 / sizeof(Storage);

@@ -76,9 +76,10 @@ struct TokenTensor {
   int64_t token = 0;
 };
 
-// All heads of a call on a GPU, in chunks of kMalaChunk tokens. Sums are float32: S, Z, U of every (sequence, key
-// head), and causal of every chunk, then those of the keys before it; their gradients those of the queries after it.
-constexpr int64_t kMalaChunk = 32;
+// All heads of a call on a GPU; a block takes a run of chunks of kMalaChunk tokens. Sums are float32: S, Z, U of every
+// (sequence, key head), and causal of every run, then those of the keys before it; their gradients those of the queries
+// after it.
+constexpr int64_t kMalaChunk = 64;
 
 struct MalaCall {
   Dtype dtype = Dtype::kFloat32;
@@ -93,6 +94,7 @@ struct MalaCall {
   float eps = 0;
   bool causal = false;
   int64_t seen = 0;
+  int64_t run = kMalaChunk;  // tokens
   TokenTensor q, k, v, out, grad_out, grad_q;
   const float* cos = nullptr;
   const float* sin = nullptr;
@@ -105,6 +107,9 @@ struct MalaCall {
   TokenTensor grad_k, grad_v;
   Dtype grad_dtype = Dtype::kFloat32;  // of grad_k and grad_v
 };
+
+// S is of more than one (kMalaChunk, kMalaChunk) tile.
+TILEWISE_FN bool has_tiles(const MalaCall& call) { return call.features > kMalaChunk || call.values > kMalaChunk; }
 
 // The sums over shares of `share` tokens: of the keys (c = 1), or of the queries with their coefficients.
 struct MalaShares {

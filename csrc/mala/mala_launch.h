@@ -1,6 +1,8 @@
 // The launches of one call on a GPU, in order, and the scratch memory between them (host only, raw pointers).
 #pragma once
 
+#include <algorithm>
+
 #include "mala/mala.h"
 
 namespace tilewise {
@@ -8,7 +10,9 @@ namespace tilewise {
 class MalaLaunches {
  public:
   // Tensors, sizes and options of `call` are set. scratch has room for scratch_floats().
-  MalaLaunches(const MalaCall& call, float* scratch, void* stream) : call_(call), next_(scratch), stream_(stream) {}
+  MalaLaunches(const MalaCall& call, float* scratch, void* stream) : call_(call), next_(scratch), stream_(stream) {
+    call_.run = run_of(call);
+  }
 
   static int64_t scratch_floats(const MalaCall& call, bool backward) {
     const int64_t state = state_floats(call);
@@ -55,9 +59,17 @@ class MalaLaunches {
     return call.features * call.values + call.features + call.values;
   }
   static int64_t chunks_of(int64_t tokens) { return tokens > 0 ? (tokens + kMalaChunk - 1) / kMalaChunk : 1; }
-  // Causal, a share is a chunk; else there are at most 16.
+  // Causal, a block takes S, Z and U along from chunk to chunk if they are one tile; else it keeps what it has loaded
+  // of them, as far as there are enough blocks.
+  static int64_t run_of(const MalaCall& call) {
+    constexpr int64_t kMost = 4, kEnough = 2048;
+    const int64_t chunks = call.sequences * call.heads * chunks_of(call.queries);
+    if (call.causal) return (has_tiles(call) ? 1 : kMost) * kMalaChunk;
+    return std::clamp<int64_t>(chunks / kEnough, 1, kMost) * kMalaChunk;
+  }
+  // Causal, a share is a run; else there are at most 16.
   static int64_t share_of(const MalaCall& call, int64_t tokens) {
-    return call.causal ? kMalaChunk : (chunks_of(tokens) + 15) / 16 * kMalaChunk;
+    return call.causal ? run_of(call) : (chunks_of(tokens) + 15) / 16 * kMalaChunk;
   }
   static int64_t shares_of(const MalaCall& call, int64_t tokens) {
     return (chunks_of(tokens) * kMalaChunk + share_of(call, tokens) - 1) / share_of(call, tokens);

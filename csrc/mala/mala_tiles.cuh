@@ -1,69 +1,56 @@
-// What the kernels of mala share (CUDA): tiles of float32 in shared memory, products of them in registers, who a block
-// is and the tokens and sums that it sees.
+// What the kernels of mala share (CUDA): how tokens and sums come into tiles, who a block is and the sums that it sees.
 #pragma once
+
+#include <new>
 
 #include "common/math.h"
 #include "common/team.cuh"
 #include "mala/mala.h"
+#include "mala/mala_products.cuh"
 #include "rows/rows.cuh"
 
 namespace tilewise {
 
-constexpr int kThreads = 256;
-constexpr int kC = kMalaChunk;  // tokens of a chunk
-constexpr int kD = 32;          // features of a tile
+static_assert(kTile == kMalaChunk);
 
-// A (32, kColumns) product in registers: thread t has rows 2 (t / 16), + 1 and columns t % 16 + 16 u.
-template <int kColumns>
-struct Tile {
-  static constexpr int kPerThread = kColumns / 16;
-  float value[2][kPerThread] = {};
-
-  // += a b over `depth`; a[i, k] and b[k, j] anywhere
-  __device__ __forceinline__ void add(const float* a, int a_row, int a_depth, const float* b, int b_depth, int b_column,
-                                      int depth) {
-    const int row = threadIdx.x / 16 * 2;
-    const int column = threadIdx.x % 16;
-    for (int k = 0; k < depth; ++k) {
-      const float first = a[row * a_row + k * a_depth];
-      const float second = a[(row + 1) * a_row + k * a_depth];
-#pragma unroll
-      for (int u = 0; u < kPerThread; ++u) {
-        const float x = b[k * b_depth + (column + 16 * u) * b_column];
-        value[0][u] = fmaf(first, x, value[0][u]);
-        value[1][u] = fmaf(second, x, value[1][u]);
-      }
-    }
-  }
-
-  template <typename Function>
-  __device__ __forceinline__ void each(Function f) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-#pragma unroll
-      for (int u = 0; u < kPerThread; ++u)
-        f(static_cast<int>(threadIdx.x) / 16 * 2 + r, static_cast<int>(threadIdx.x) % 16 + 16 * u, value[r][u]);
-    }
-  }
+// Which operands of a product are split in two: tokens of 16 bits are numbers of tf32; what is computed of them is
+// rounded to that where the output has fewer bits.
+template <typename Storage>
+struct Precision {
+  static constexpr bool kRounds = std::is_same_v<Storage, BFloat16>;
+  static constexpr bool kSplitsTokens = std::is_same_v<Storage, float>, kSplitsOthers = !kRounds;
 };
 
-// f(row, column) for the elements of a (rows, columns) tile, over the threads.
-template <typename Function>
-__device__ __forceinline__ void for_tile(int rows, int columns, Function f) {
-  for (int i = threadIdx.x; i < rows * columns; i += kThreads) f(i / columns, i % columns);
+template <typename Storage>
+using TokenRows = Rows<Precision<Storage>::kSplitsTokens>;
+template <typename Storage>
+using TokenColumns = Columns<Precision<Storage>::kSplitsTokens>;
+template <typename Storage>
+using OtherRows = Rows<Precision<Storage>::kSplitsOthers>;
+template <typename Storage>
+using OtherColumns = Columns<Precision<Storage>::kSplitsOthers>;
+
+// As an operand of a product.
+template <typename Storage>
+__device__ __forceinline__ float operand(float x) {
+  return Precision<Storage>::kRounds ? rounded_to_tf32(x) : x;
 }
 
-__device__ __forceinline__ float phi(float x) { return x > 0.0f ? x + 1.0f : ::expf(x); }
+template <typename Storage>
+__device__ __forceinline__ float phi(float x) {
+  const float below = std::is_same_v<Storage, float> ? ::expf(x) : fast_exp(x);
+  return x > 0.0f ? x + 1.0f : below;
+}
 
-// The tokens [begin, begin + length) of one head of one sequence, from the chunk at `first` on.
+// Tokens of one head, from the first of a block's on.
 template <typename Storage>
 struct Head {
   const Storage* rows;
   int64_t stride;
-  int64_t left;  // tokens from the chunk's first to the sequence's end
+  int length;
 
-  __device__ float at(int token, int64_t column, int64_t width) const {
-    return token < left && column < width ? to_float(rows[token * stride + column]) : 0.0f;
+  __device__ __forceinline__ bool by_vectors() const {
+    return is_vector_aligned(rows) && stride * static_cast<int64_t>(sizeof(Storage)) % 16 == 0;
   }
 };
 
@@ -79,109 +66,319 @@ __device__ __forceinline__ Sequence sequence_of(const int64_t* bounds, int64_t i
   return {begin, within(bounds[index + 1], begin) - begin};
 }
 
-template <typename Storage>
-__device__ Head<Storage> head_of(const TokenTensor& tensor, const int64_t* bounds, int64_t index, int64_t head,
-                                 Sequence sequence, int64_t first) {
-  const int64_t batch = bounds == nullptr ? index : 0;
-  const Storage* data = static_cast<const Storage*>(tensor.data);
-  return {data + batch * tensor.batch + head * tensor.head + (sequence.begin + first) * tensor.token, tensor.token,
-          sequence.length - first};
-}
+// Eight columns of two rows of a tile, so many rows apart, are a thread's: of a tile that it fills, or of a product.
+struct Spot {
+  int row, apart, column;
+};
 
-// phi of a (32, 32) tile of features and its rotation, 0 beyond the tokens and the features.
+__device__ __forceinline__ Spot staged_spot() {
+  return {static_cast<int>(threadIdx.x) / 8, kTile / kRows, static_cast<int>(threadIdx.x) % 8 * kColumns};
+}
+__device__ __forceinline__ Spot product_spot() { return {lane_row(), 1, lane_column()}; }
+
+// Of a (tokens, width) matrix from (first, column) on; `outside` beyond it. All loads are on their way before one is
+// waited for.
 template <typename Storage>
-__device__ void load_features(const MalaCall& call, const Head<Storage>& head, int64_t first, int64_t feature, float* f,
-                              float* rotated) {
-  for_tile(kC, kD, [&](int i, int j) {
-    const int64_t d = feature + j;
-    const bool inside = i < head.left && d < call.features;
-    f[i * kD + j] = inside ? phi(head.at(i, d, call.features)) : 0.0f;
-    if (call.cos == nullptr) return;
-    float result = 0.0f;
-    if (inside) {
-      const int64_t angle = (first + i) * (call.features / 2) + d / 2;
-      const float other = phi(head.at(i, d ^ 1, call.features));
-      result = call.cos[angle] * f[i * kD + j] + (d % 2 == 0 ? -call.sin[angle] : call.sin[angle]) * other;
+__device__ __forceinline__ void load_spot(const Head<Storage>& head, int first, int column, int64_t width,
+                                          float outside, const Spot& spot, float (&x)[kRows][kColumns]) {
+  const int left = head.length - first - spot.row;
+  const int columns = static_cast<int>(width) - column - spot.column;
+  const Storage* from = head.rows + (first + spot.row) * head.stride + column + spot.column;
+  Run<Storage, kColumns> run[kRows];
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) from_float(outside, run[r].value[c]);
+  }
+  if (head.by_vectors() && columns >= kColumns) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      if (r * spot.apart < left) run[r] = load_vectors<false, kColumns>(from + r * spot.apart * head.stride);
     }
-    rotated[i * kD + j] = result;
-  });
+  } else {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) {
+        if (r * spot.apart < left && c < columns) run[r].value[c] = from[r * spot.apart * head.stride + c];
+      }
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) widen(run[r], x[r]);
+}
+
+// phi of them, 0 outside.
+template <typename Storage>
+__device__ __forceinline__ void load_features(const MalaCall& call, const Head<Storage>& head, int first, int feature,
+                                              const Spot& spot, float (&f)[kRows][kColumns]) {
+  load_spot(head, first, feature, call.features, -infinity<float>(), spot, f);
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) f[r][c] = phi<Storage>(f[r][c]);
+  }
+}
+
+__device__ __forceinline__ void stage_spot(const float (&x)[kRows][kColumns], float* tile) {
+  const Spot spot = staged_spot();
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+    for (int c = 0; c < kColumns; c += 4)
+      store_quad(tile + quad_at(spot.row + r * spot.apart, spot.column + c),
+                 {x[r][c], x[r][c + 1], x[r][c + 2], x[r][c + 3]});
+  }
+}
+
+// The same as an operand of products.
+template <typename Storage>
+__device__ __forceinline__ void stage_operand(float (&x)[kRows][kColumns], float* tile) {
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) x[r][c] = operand<Storage>(x[r][c]);
+  }
+  stage_spot(x, tile);
+}
+
+// R x, or R^T x, of what a thread itself has put into its spot of a tile; the block's tokens begin at `begin` of their
+// sequence and end after `length`. A quad at a time: registers are few.
+template <bool kRounds>
+__device__ __forceinline__ void rotate_spot(const MalaCall& call, int64_t begin, int length, int first, int feature,
+                                            bool back, const Spot& spot, float* tile) {
+  const int pairs = static_cast<int>(call.features / 2);
+#pragma unroll 1
+  for (int i = 0; i < kRows * kColumns / 4; ++i) {
+    const int row = spot.row + i / 2 * spot.apart, column = spot.column + i % 2 * 4, pair = (feature + column) / 2;
+    if (first + row >= length || pair >= pairs) continue;
+    const int64_t at = (begin + first + row) * pairs + pair;
+    Quad x = load_quad(tile + quad_at(row, column));
+#pragma unroll
+    for (int of_quad = 0; of_quad < 2; ++of_quad) {
+      if (pair + of_quad >= pairs) continue;
+      const float cos = call.cos[at + of_quad], sin = back ? -call.sin[at + of_quad] : call.sin[at + of_quad];
+      const float even = x.value[2 * of_quad], odd = x.value[2 * of_quad + 1];
+      const float turned[2] = {cos * even - sin * odd, sin * even + cos * odd};
+#pragma unroll
+      for (int of_pair = 0; of_pair < 2; ++of_pair)
+        x.value[2 * of_quad + of_pair] = kRounds ? rounded_to_tf32(turned[of_pair]) : turned[of_pair];
+    }
+    store_quad(tile + quad_at(row, column), x);
+  }
+}
+
+// R f of what stage_features() staged, by the same threads.
+template <typename Storage>
+__device__ __forceinline__ void rotate_features(const MalaCall& call, int64_t begin, int length, int first, int feature,
+                                                float* tile) {
+  rotate_spot<Precision<Storage>::kRounds>(call, begin, length, first, feature, false, staged_spot(), tile);
+}
+
+// f of a chunk, 0 outside.
+template <typename Storage>
+__device__ __forceinline__ void stage_features(const MalaCall& call, const Head<Storage>& head, int first, int feature,
+                                               float* tile) {
+  float f[kRows][kColumns];
+  load_features(call, head, first, feature, staged_spot(), f);
+  stage_operand<Storage>(f, tile);
 }
 
 template <typename Storage>
-__device__ void load_values(const Head<Storage>& head, int64_t column, int64_t width, int columns, float* out) {
-  for_tile(kC, columns, [&](int i, int j) { out[i * columns + j] = head.at(i, column + j, width); });
+__device__ __forceinline__ void stage_values(const Head<Storage>& head, int first, int value, int64_t width,
+                                             float* tile) {
+  float x[kRows][kColumns];
+  load_spot(head, first, value, width, 0.0f, staged_spot(), x);
+  stage_spot(x, tile);
 }
 
-// A (32, columns) tile of S, 0 outside.
-__device__ __forceinline__ void load_sums(const float* s, const MalaCall& call, int64_t feature, int64_t value,
-                                          int columns, float* out) {
-  for_tile(kD, columns, [&](int i, int j) {
-    const int64_t d = feature + i, v = value + j;
-    out[i * columns + j] = d < call.features && v < call.values ? s[d * call.values + v] : 0.0f;
-  });
+// A tile of S, 0 outside.
+template <typename Storage>
+__device__ __forceinline__ void stage_sums(const MalaCall& call, const float* s, int feature, int value, float* tile) {
+  const int left = static_cast<int>(call.features) - feature;
+  float x[kRows][kColumns];
+  load_spot(Head<float>{s + feature * call.values, call.values, left}, 0, value, call.values, 0.0f, staged_spot(), x);
+  stage_operand<Storage>(x, tile);
+}
+
+// A tile of S += left right.
+template <typename Storage, typename Left, typename Right>
+__device__ __forceinline__ void add_to_sums(const Left& left, const Right& right, float* tile) {
+  Product sums;
+  sums.load(tile);
+  add_product(sums, left, right, kTile);
+  sums.each([](int, int, float& x) { x = operand<Storage>(x); });
+  sums.store(tile);
+}
+
+// 64 numbers of Z or U from `first` on.
+__device__ __forceinline__ void stage_vector(const float* from, int first, int64_t width, float* out) {
+  const int i = static_cast<int>(threadIdx.x);
+  if (i < kTile) out[i] = first + i < width ? from[first + i] : 0.0f;
+}
+
+// Down the columns of a tile: out[j] += sum of rows' weights[i] tile[i, j], or without weights; column by a thread.
+__device__ __forceinline__ void add_columns(const float* tile, const float* weights, int column, float* out) {
+  float sums[4] = {};
+#pragma unroll 4
+  for (int row = 0; row < kTile; row += 4) {
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      const float x = tile[quad_at(row + r, column / 4 * 4) + column % 4];
+      sums[r] += weights == nullptr ? x : weights[row + r] * x;
+    }
+  }
+  out[column] += (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
+// dots[r] += <a thread's columns of row r, vector>
+__device__ __forceinline__ void add_dots(const float (&x)[kRows][kColumns], const float* vector, float (&dots)[kRows]) {
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) dots[r] = fmaf(x[r][c], vector[c], dots[r]);
+  }
+}
+
+// Of staged rows, over the eight threads that have one; or added to what is there.
+__device__ __forceinline__ void store_dots(const float (&dots)[kRows], float* out, bool adds) {
+  const Spot spot = staged_spot();
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    const float sum = over_lanes<8>(dots[r], Plus{});
+    float* at = out + spot.row + r * spot.apart;
+    if (spot.column == 0) *at = adds ? *at + sum : sum;
+  }
+}
+
+// The same of rows of a product: parts[half of the columns][row], over the four lanes that have one.
+__device__ __forceinline__ void store_row_sums(const float (&sums)[kRows], float* parts, bool adds) {
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    const float sum = over_lanes<4>(sums[r], Plus{});
+    float* at = parts + warp_of_thread() % 2 * kTile + lane_row() + r;
+    if (lane_of_thread() % 4 == 0) *at = adds ? *at + sum : sum;
+  }
+}
+
+// A lane's part of a product, rounded, to the tokens that are left of a block's from `first` on.
+template <typename Storage>
+__device__ __forceinline__ void store_product(Product& product, Storage* to, int64_t stride, int left, int64_t column,
+                                              int64_t width) {
+  const Spot own = product_spot();
+  const int columns = static_cast<int>(width) - column - own.column;
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    if (own.row + r >= left) return;
+    Storage* at = to + (own.row + r) * stride + column + own.column;
+    if (columns >= kColumns && is_vector_aligned(at)) {
+#pragma unroll
+      for (int c = 0; c < kColumns; c += kVector<Storage>) {
+        float part[kVector<Storage>];
+#pragma unroll
+        for (int i = 0; i < kVector<Storage>; ++i) part[i] = product.at(r, c + i);
+        store_vectors(at + c, narrow<Storage>(part));
+      }
+    } else {
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) {
+        if (c < columns) from_float(product.at(r, c), at[c]);
+      }
+    }
+  }
 }
 
 __device__ __forceinline__ MalaSums<float> sums_at(const MalaSums<float>& sums, const MalaCall& call, int64_t line) {
   return {sums.s + line * call.features * call.values, sums.z + line * call.features, sums.u + line * call.values};
 }
 
-__device__ __forceinline__ int64_t chunks_of(int64_t tokens) { return (tokens + kC - 1) / kC; }
+TILEWISE_FN int64_t tiles(int64_t size, int64_t tile = kTile) { return (size + tile - 1) / tile; }
 
-// What the kernels over chunks of queries share: who they are and the sums that they see.
-template <typename Storage>
-struct QueryChunk {
-  int64_t index, head, first, line;  // line: of the sums
-  Sequence queries, keys;
-  Head<Storage> q, k, v, grad_out;
+// Who a block is: a run of the tokens of one head of one sequence. With as many queries as keys both have the same.
+struct Block {
+  int64_t index, head, key_head, batch;
+  int64_t run, line;          // of the sequence, of all heads
+  int64_t first;              // token of the sequence
+  int queries = 0, keys = 0;  // tokens from there to the end of the run
+  Sequence of_queries, of_keys;
 
-  __device__ QueryChunk(const MalaCall& call, int64_t place) {
-    const int64_t chunks = chunks_of(call.queries);
-    const int64_t chunk = place % chunks;
-    index = place / chunks / call.heads;
-    head = place / chunks % call.heads;
-    first = chunk * kC;
-    queries = sequence_of(call.q_bounds, index, call.queries);
-    keys = sequence_of(call.k_bounds, index, call.keys);
-    const int64_t key_head = head / (call.heads / call.key_heads);
-    line = index * call.key_heads + key_head;
-    if (call.causal) line = line * chunks + chunk;
-    q = head_of<Storage>(call.q, call.q_bounds, index, head, queries, first);
-    k = head_of<Storage>(call.k, call.k_bounds, index, key_head, keys, first);
-    v = head_of<Storage>(call.v, call.k_bounds, index, key_head, keys, first);
-    grad_out = head_of<Storage>(call.grad_out, call.q_bounds, index, head, queries, first);
+  __device__ Block(const MalaCall& call, int64_t place, int64_t tokens, int64_t heads) {
+    const int64_t runs = tiles(tokens, call.run);
+    run = place % runs;
+    line = place / runs;
+    index = line / heads;
+    head = line % heads;
+    key_head = head / (heads / call.key_heads);
+    first = run * call.run;
+    if (index >= call.sequences) return;
+    of_queries = sequence_of(call.q_bounds, index, call.queries);
+    of_keys = sequence_of(call.k_bounds, index, call.keys);
+    batch = call.q_bounds == nullptr ? index : 0;
+    const auto left = [&](const Sequence& sequence) {
+      const int64_t tokens = sequence.length - first;
+      return static_cast<int>(tokens < 0 ? 0 : tokens < call.run ? tokens : call.run);
+    };
+    queries = left(of_queries);
+    keys = left(of_keys);
   }
 
-  __device__ bool empty() const { return first >= queries.length; }
+  // Where the block's tokens of a head begin.
+  template <typename T>
+  __device__ __forceinline__ T* tokens_of(const TokenTensor& tensor, int64_t head, const Sequence& sequence) const {
+    return static_cast<T*>(tensor.data) + batch * tensor.batch + head * tensor.head +
+           (sequence.begin + first) * tensor.token;
+  }
 
-  __device__ float seen(const MalaCall& call, int i) const {
-    const int64_t count = call.causal ? call.seen + first + i + 1 : keys.length;
-    return static_cast<float>(count > 0 ? count : 1);
+  // The first kind of its queries; the others follow coefficient_count() apart.
+  __device__ __forceinline__ float* coefficients_of(const MalaCall& call, const Sequence& sequence) const {
+    return call.coefficients + (batch * call.heads + head) * call.queries + sequence.begin + first;
   }
 };
 
-// Running sums down the rows of a (32, columns) tile, from `start`; backwards those up to the row from the last.
-__device__ __forceinline__ void accumulate_rows(float* tile, int columns, const float* start, int64_t column,
-                                                int64_t width, bool back) {
-  if (static_cast<int>(threadIdx.x) >= columns) return;
-  float sum = start != nullptr && column + threadIdx.x < width ? start[column + threadIdx.x] : 0.0f;
-  for (int step = 0; step < kC; ++step) {
-    float* at = tile + (back ? kC - 1 - step : step) * columns + threadIdx.x;
-    sum += *at;
-    *at = sum;
+// Where a block reads, in shared memory: registers are few. `queries_at`: where those of a chunk lie as tokens of
+// queries; the block of a key gradient finds them among its keys.
+template <typename Storage>
+struct Sources {
+  Block block;
+  MalaSums<float> sums;
+  Head<Storage> q, k, v, grad_out;
+
+  __device__ Sources(const MalaCall& call, const Block& block, const MalaSums<float>& sums, const Sequence& queries_at,
+                     int queries)
+      : block(block), sums(sums) {
+    const auto head_of = [&](const TokenTensor& tensor, int64_t head, const Sequence& sequence, int length) {
+      return Head<Storage>{block.tokens_of<const Storage>(tensor, head, sequence), tensor.token, length};
+    };
+    q = head_of(call.q, block.head, queries_at, queries);
+    grad_out = head_of(call.grad_out, block.head, queries_at, queries);
+    k = head_of(call.k, block.key_head, block.of_keys, block.keys);
+    v = head_of(call.v, block.key_head, block.of_keys, block.keys);
   }
+};
+
+constexpr int kSourceFloats = 64;  // that they take
+static_assert(sizeof(Sources<float>) <= kSourceFloats * sizeof(float));
+
+// Numbers of a kind: how queries enter dS, dZ and dU.
+__device__ __forceinline__ int64_t coefficient_count(const MalaCall& call) {
+  return (call.q_bounds == nullptr ? call.sequences : 1) * call.heads * call.queries;
 }
 
-// Rows of a (32, width) product with a vector per row: out[i] += sum_j a[i, j] b[i, j]; eight threads a row.
-__device__ __forceinline__ void add_row_dots(const float* a, const float* b, int columns, float* out) {
-  const int row = threadIdx.x / 8, lane = threadIdx.x % 8;
-  float sum = 0.0f;
-  for (int j = lane; j < columns; j += 8) sum += a[row * columns + j] * b[row * columns + j];
-  sum = over_lanes<8>(sum, Plus{});
-  if (lane == 0) out[row] += sum;
+// How many keys a query sees.
+__device__ __forceinline__ float keys_seen(const MalaCall& call, const Block& block, int query) {
+  const int64_t count = call.causal ? call.seen + block.first + query + 1 : block.of_keys.length;
+  return static_cast<float>(count > 0 ? count : 1);
 }
 
-inline int64_t tiles(int64_t size, int64_t tile) { return (size + tile - 1) / tile; }
+// f(is causal) as a constant.
+template <typename Function>
+const char* with_causal(const MalaCall& call, Function f) {
+  return call.causal ? f(std::true_type{}) : f(std::false_type{});
+}
 
-constexpr size_t kTileBytes = kC * kD * sizeof(float);
+constexpr size_t shared_bytes(int tiles, int vectors) {
+  return (kSourceFloats + static_cast<size_t>(tiles) * kTileFloats + static_cast<size_t>(vectors) * kTile) *
+         sizeof(float);
+}
 
 }  // namespace tilewise

@@ -4,7 +4,7 @@
 
 #include <type_traits>
 
-#include "common/launch.cuh"
+#include "common/vector.cuh"
 #include "sinkhorn/sinkhorn_launch.h"
 
 namespace tilewise {
@@ -13,23 +13,6 @@ constexpr int kThreads = 256;
 constexpr int kTile = kTileRows;
 constexpr int kPitch = kTile + 4;  // of shared tiles: keeps groups of 4 on 16-byte boundaries
 constexpr int kDepth = 32;         // features at a time
-
-struct Quad {
-  float value[4];
-};
-
-__device__ __forceinline__ Quad load_quad(const float* address) {
-  const uint4 piece = *reinterpret_cast<const uint4*>(address);
-  Quad quad;
-  memcpy(&quad, &piece, sizeof(quad));
-  return quad;
-}
-
-__device__ __forceinline__ void store_quad(float* address, const Quad& quad) {
-  uint4 piece;
-  memcpy(&piece, &quad, sizeof(piece));
-  *reinterpret_cast<uint4*>(address) = piece;
-}
 
 __device__ __forceinline__ int own_row() { return static_cast<int>(threadIdx.x) / 16 * 4; }
 __device__ __forceinline__ int own_column() { return static_cast<int>(threadIdx.x) % 16 * 4; }

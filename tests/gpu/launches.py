@@ -4,12 +4,9 @@ multiprocessor is to hold of each. A launch that was recorded has the same four 
 from collections.abc import Callable
 from typing import NamedTuple
 
-from multiprocessors import LEAST_SHARED
 from occupancy import Launch
 
 TEAM_BYTES = 32 * 8  # a number of each warp (csrc/common/team.cuh)
-MALA_TILE = 32 * 32 * 4  # (csrc/mala/mala_tiles.cuh)
-MALA_FEATURES = 1024  # at most (csrc/mala/mala_bind.h)
 LONG_ROOM = 24576  # numbers of a long row that a block keeps (csrc/simplex_topk/long_rows.cuh)
 PITCH = 64 + 4  # of a tile of pairs (csrc/sinkhorn/pairs.cuh)
 
@@ -34,12 +31,9 @@ def by_warps(size: int) -> tuple[tuple[int, int], int]:
     return WARP, 0
 
 
-def query_gradient_bytes(features: int) -> int:
-    def needed(tiles: int) -> int:
-        return (5 + tiles) * MALA_TILE + 5 * 32 * 4
-
-    kept = needed(-(-features // 32))
-    return kept if kept <= LEAST_SHARED else needed(1)
+def mala_bytes(tiles: int, vectors: int) -> int:
+    """Tiles of 64 x 64 and rows of 64 (csrc/mala/mala_tiles.cuh), and where a block reads."""
+    return 4 * (64 + tiles * 64 * 64 + vectors * 64)
 
 
 def apply_bytes(values: int) -> int:
@@ -84,14 +78,14 @@ ROWS = [
 ]
 
 MALA = [
-    case("mala_sums_kernel<*", BLOCK, 4 * MALA_TILE + 3 * 32 * 4, (32, 32, 48, 32)),
-    case("mala_forward_kernel<*", BLOCK, 7 * MALA_TILE + 32 * 4, (16, 32, 32, 16)),
-    case("mala_query_gradient_kernel<*", BLOCK, query_gradient_bytes(64), (16, 16, 16, 16)),
-    case("mala_query_gradient_kernel<*", BLOCK, query_gradient_bytes(128), (16, 16, 16, 16)),
-    case(
-        "mala_query_gradient_kernel<*", BLOCK, max(map(query_gradient_bytes, range(MALA_FEATURES + 1))), (8, 16, 16, 8)
-    ),
-    case("mala_key_gradient_kernel<*", BLOCK, 8 * MALA_TILE + 3 * 32 * 4, (16, 16, 16, 16)),
+    case("mala_sums_kernel<*", BLOCK, mala_bytes(2, 0), (16, 16, 16, 16)),
+    case("mala_forward_kernel<*, false>", BLOCK, mala_bytes(2, 7), (16, 16, 16, 16)),
+    case("mala_forward_kernel<*, true>", BLOCK, mala_bytes(4, 7), (16, 16, 16, 8)),
+    case("mala_query_gradient_kernel<*, false>", BLOCK, mala_bytes(2, 12), (16, 16, 16, 16)),
+    case("mala_query_gradient_kernel<*, true>", BLOCK, mala_bytes(4, 12), (16, 16, 16, 8)),
+    case("mala_query_gradient_kernel<*, true>", BLOCK, mala_bytes(5, 12), (8, 16, 16, 8)),
+    case("mala_key_gradient_kernel<*, false>", BLOCK, mala_bytes(2, 5), (16, 16, 16, 16)),
+    case("mala_key_gradient_kernel<*, true>", BLOCK, mala_bytes(4, 5), (16, 16, 16, 8)),
     case("mala_scan_kernel", BLOCK, 0, (64, 64, 64, 48)),
     case("mala_group_sum_kernel<*", BLOCK, 0, (64, 64, 64, 48)),
 ]

@@ -13,6 +13,7 @@ CASES = {  # B, H, Hk, N, M, D, Dv
     "one chunk": (1, 1, 1, 5, 5, 4, 3),
     "several chunks": (2, 2, 2, 70, 70, 16, 16),
     "grouped, odd tiles": (1, 4, 2, 37, 37, 36, 70),
+    "several runs": (1, 1, 1, 270, 270, 6, 10),
     "cross": (1, 2, 1, 3, 600, 8, 8),
     "wide": (1, 1, 1, 33, 33, 256, 96),
     "wider than shared memory": (1, 1, 1, 9, 9, 640, 8),
@@ -87,6 +88,16 @@ def test_against_the_reference(library, name, causal, rope, dtype):
     angle = torch.randn(max(n, m), d // 2)
     options = {"causal": causal, "rope": (angle.cos(), angle.sin()) if rope else None}
     expect(run(library, q, k, v, grad, **options), q, k, v, grad, **options)
+
+
+@pytest.mark.parametrize("dtype", [BFLOAT, HALF], ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+def test_values_that_are_alike(library, causal, dtype):
+    """The terms of the queries' gradient cancel: S has more bits than the values."""
+    torch.manual_seed(0)
+    q, k, v, grad = (torch.randn(1, 1, 140, 8).to(dtype) for _ in range(4))
+    v += 4
+    expect(run(library, q, k, v, grad, causal=causal), q, k, v, grad, causal=causal)
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -14,7 +14,13 @@ each_architecture = pytest.mark.parametrize("arch", ARCHITECTURES)
 DOUBLES = ["row_reduction", "row_statistics", "merge_parts", "prepare", "decide", "finish", "half_step", "small"]
 DOUBLES += ["matrix_half_step", "product_half_step", "sparse_cut", "sparse_long_cut", "sparse_step", "sparse_finish"]
 DOUBLES += [f"wta_crs_{part}" for part in ("norms", "sample", "sizes", "weigh", "place", "draw")]
-TENSOR_CORES = ["product_half_step"]  # other matrix products are the BLAS's, or not yet there
+TENSOR_CORES = [
+    "product_half_step",
+    "mala_sums",
+    "mala_forward",
+    "mala_query_gradient",
+    "mala_key_gradient",
+]  # other matrix products are the BLAS's, or not yet there
 # Once a call, over rows or columns of a problem, or few numbers of each.
 NO_HOT_LOOP = ["merge_parts", "prepare", "decide", "finish", "sparse_begin", "sparse_step", "sparse_accept"]
 NO_HOT_LOOP += ["sparse_finish", "small_plan", "small_apply", "short_labels", "clip_merge", "clip_finish"]

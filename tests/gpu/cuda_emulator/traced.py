@@ -230,7 +230,7 @@ def attention(record, size, dtype, *_, causal=False):
     for name in ("q", "k", "v", "out", "grad_q", "grad_k", "grad_v"):
         setattr(call, name, TokenCall(SOMEWHERE, heads * tokens * features, tokens * features, features))
     sums = Sizes(batch=batch * heads, rows=tokens, columns=features, width=features, item=dtype.itemsize, causal=causal)
-    shares = (tokens + 31) // 32 if causal else min(16, (tokens + 31) // 32)
+    shares = (tokens + 255) // 256 if causal else min(16, (tokens + 63) // 64)
     sizes, tensor = sums._replace(steps=shares), batch * heads * tokens * features * dtype.itemsize
     state = 4 * batch * heads * features * (features + 2)
     forward = [Torch("zeros", 2 * state, 6), *record("attention", byref(call), sizes=sizes)]

@@ -1,4 +1,4 @@
-// mala: forward and backward, with features that backward keeps and that it forms again.
+// mala: forward and backward, of one tile and of several, of one run of chunks and of two.
 #include <array>
 
 #include "race.h"
@@ -19,7 +19,8 @@ constexpr std::array kCases = {
     Case{70, 2, 2, 16, 40},
     Case{70, 2, 1, 16, 40, Dtype::kBFloat16},
     Case{33, 2, 1, 70, 40},
-    Case{33, 1, 1, 610, 4},
+    Case{33, 1, 1, 130, 4},
+    Case{260, 1, 1, 8, 8},
 };
 
 struct Option {
