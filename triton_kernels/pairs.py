@@ -42,7 +42,7 @@ class Tile(NamedTuple):
     BLOCK_N: int
     BLOCK_M: int
     BLOCK_D: int = 1
-    PRECISION: str = "tf32x3"  # of products: as exact as of floats, or "tf32"
+    ALLOW_TF32: bool = False  # in products, which else are as exact as of floats
 
 
 class Penalties(NamedTuple):
@@ -63,16 +63,17 @@ def to_tf32(x):
 
 
 @triton.jit
-def products(x_ptr, y_ptr, x_at, y_at, in_rows, in_columns, D, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):
+def products(x_ptr, y_ptr, x_at, y_at, in_rows, in_columns, D, BLOCK_D: tl.constexpr, ALLOW_TF32: tl.constexpr):
     """<x_i, y_j> of points that begin at x_at and y_at."""
     z = tl.zeros([x_at.shape[0], y_at.shape[0]], tl.float32)
     for begin in range(0, D, BLOCK_D):
         d = begin + tl.arange(0, BLOCK_D)
         x = load_columns(x_ptr, x_at[:, None], d[None, :], in_rows[:, None], D)
         y = load_columns(y_ptr, y_at[None, :], d[:, None], in_columns[None, :], D)
-        if PRECISION == "tf32":
-            x, y = to_tf32(x), to_tf32(y)
-        z = tl.dot(x, y, z, input_precision=PRECISION)
+        if ALLOW_TF32:
+            z = tl.dot(to_tf32(x), to_tf32(y), z, input_precision="tf32")
+        else:
+            z = tl.dot(x, y, z, input_precision="tf32x3")
     return z
 
 
@@ -103,7 +104,7 @@ def pairs_of_tile(pairs, problem, i, j, tile: tl.constexpr):
         inside = in_rows[:, None] & in_columns[None, :]
         z = tl.load(pairs.x + x_at[:, None] + y_at[None, :], mask=inside, other=float("inf"))
     elif KIND == "products":
-        z = products(pairs.x, pairs.y, x_at, y_at, in_rows, in_columns, pairs.D, tile.BLOCK_D, tile.PRECISION)
+        z = products(pairs.x, pairs.y, x_at, y_at, in_rows, in_columns, pairs.D, tile.BLOCK_D, tile.ALLOW_TF32)
     else:
         z = tl.zeros([i.shape[0], j.shape[0]], tl.float32)
         for d in range(0, pairs.D):
@@ -180,8 +181,7 @@ class Pairs(NamedTuple):
     def tile(self, max_rows=64):
         """As many rows a program as leave every multiprocessor two programs."""
         fits = (n for n in (64, 32) if n <= max_rows and self.batch * triton.cdiv(self.tensors.N, n) >= FULL_GRID)
-        precision = "tf32" if self.allow_tf32 else "tf32x3"
-        return Tile(self.kind, next(fits, 16), 64, 32 if self.tensors.D > 16 else 16, precision)
+        return Tile(self.kind, next(fits, 16), 64, 32 if self.tensors.D > 16 else 16, self.allow_tf32)
 
     def row_programs(self, tile):
         return self.batch * triton.cdiv(self.tensors.N, tile.BLOCK_N)

@@ -191,7 +191,7 @@ def sinkhorn_apply_kernel(
         offset_j = load_offset(plan.g, pairs.y_squares, plan.log_b, columns, j < M, inverse)
         weights = tl.exp(factor_of(inverse, KIND) * z + (offset_i[:, None] + offset_j[None, :]))
         if h.ptr is not None:
-            weights *= products(h.ptr, k.ptr, rows * h.size, columns * h.size, i < N, j < M, h.size, BLOCK_K, "tf32x3")
+            weights *= products(h.ptr, k.ptr, rows * h.size, columns * h.size, i < N, j < M, h.size, BLOCK_K, False)
         if OVER_DISTANCE:
             weights = tl.where(z > 0, weights / z, 0.0)
         tile_values = load_columns(values.ptr, columns[:, None] * V, v[None, :], (j < M)[:, None], V)

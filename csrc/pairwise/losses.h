@@ -163,7 +163,7 @@ struct MultiSimilarity {
     const T positive_shift = least < base ? -alpha * (least - base) : T(0);
     const T negative_shift = most > base ? beta * (most - base) : T(0);
     const auto exponential = [=](auto z, auto relation) {  // 0 of pairs that are not kept
-      const auto x = relation > 0 ? -alpha * (z - base) - positive_shift : beta * (z - base) - negative_shift;
+      const auto x = (relation > 0 ? -alpha : beta) * (z - base) - (relation > 0 ? positive_shift : negative_shift);
       return fast_exp(kept(z, relation) ? x : -infinity<T>());
     };
     const Values<T, 2> sums = row.template fold<Sum, Sum>([=](auto z, auto relation) {
