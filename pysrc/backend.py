@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from tilewise import loading, preferences
+from tilewise import loading
 from tilewise.ops import register
 
 NAMES = ("auto", "cuda", "triton", "cpu", "reference")
@@ -30,8 +30,7 @@ class backend:
 
     Args:
         name: ``"auto"`` (the default): the C++ kernels for CPU tensors; for CUDA tensors the CUDA library when it is
-            loaded, but Triton where ``tilewise.preferences`` says why; without the library Triton when it is
-            installed, else an error when an operator is called.
+            loaded, without it Triton when it is installed, else an error when an operator is called.
             ``"cuda"``, ``"triton"``: these kernels for CUDA tensors; CPU tensors keep the C++ kernels (with
             ``TRITON_INTERPRET=1`` Triton's interpreter serves them).
             ``"cpu"``: the C++ kernels for CPU tensors; CUDA tensors are refused.
@@ -166,11 +165,8 @@ def _plan(name: str) -> tuple[dict[str, str], dict[str, dict[str, Callable]]]:
         if _interpreting():
             return {"CPU": "Triton interpreter", "CUDA": "Triton interpreter"}, {"CPU": functions, "CUDA": functions}
         return {"CPU": cpu, "CUDA": "Triton"}, {"CUDA": functions}
-    if name == "cuda" or (not _why_not_cuda() and _why_not_triton()):
+    if name == "cuda" or not _why_not_cuda():
         return {"CPU": cpu, "CUDA": "CUDA C++"}, {}
-    if not _why_not_cuda():
-        calls = ", ".join(preference.calls for preference in preferences.TRITON_FIRST)
-        return {"CPU": cpu, "CUDA": f"CUDA C++; Triton: {calls}"}, {"CUDA": preferences.choosers()}
     if not torch.backends.cuda.is_built():
         return {"CPU": cpu, "CUDA": f"nothing: torch {torch.__version__} is built without CUDA"}, {}
     if not _why_not_triton():

@@ -6,13 +6,11 @@ import os
 import subprocess
 import sys
 import threading
-import types
 
 import pytest
 import torch
 
 import tilewise
-from tilewise import preferences
 from tilewise.ops import register
 from tilewise.reference import z_loss as z_loss_reference
 
@@ -172,37 +170,6 @@ def test_auto_without_library_takes_triton(monkeypatch):
     served, functions = module._plan("auto")
     assert served["CUDA"] == "Triton"
     assert sorted(functions["CUDA"]) == OPERATORS
-
-
-def mala_call(q, causal):
-    return ops.mala(q, q, q, causal=causal, scale=1.0, eps=1e-6)
-
-
-def test_auto_prefers_triton_where_the_table_says_so():
-    """The table's functions, here over the CPU's kernels, with another function in the place of Triton's."""
-    q = torch.randn(1, 2, 8, 16)
-    expected = [mala_call(q, causal) for causal in (False, True)]
-    functions = preferences.choosers("CPU", "here")
-    assert set(functions) == {"mala", "mala_backward"}
-    register.serve({"CPU": functions})
-    try:
-        sys.modules["here.mala"] = types.SimpleNamespace(OPS={"mala": lambda q, *_, **options: (q, q, q, q)})
-        for causal, results in zip((False, True), expected, strict=True):
-            assert all(map(torch.equal, mala_call(q, causal), results))
-        assert torch.equal(mala_call(q.bfloat16(), False)[0], q.bfloat16())
-        with pytest.raises(RuntimeError, match=r"tilewise\.mala: expected q to be float32 or float64"):
-            mala_call(q.bfloat16(), True)  # the compiled kernel's word
-    finally:
-        del sys.modules["here.mala"]
-        register.serve({})
-
-
-def test_the_preferred_modules_have_the_operators():
-    pytest.importorskip("triton")
-    for preference in preferences.TRITON_FIRST:
-        for op in preference.ops:
-            assert op in importlib.import_module(f"tilewise.triton_kernels.{op}").OPS
-        assert preference.calls and preference.why
 
 
 def run(code, **env):
