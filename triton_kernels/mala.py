@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .rows import to_tf32
+
 SHARES = 16  # of the tokens, at most, whose sums are kept apart
 
 
@@ -77,6 +79,22 @@ def phi(x):
 @triton.jit
 def product(a, b, acc, PRECISION: tl.constexpr):
     return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def product_of_all_bits(a, b, acc, PRECISION: tl.constexpr):
+    """Of an a that was stored in 16 bits where PRECISION is tf32, and of all bits of b."""
+    if PRECISION == "tf32":
+        acc = product(a, b - to_tf32(b), acc, PRECISION)
+        b = to_tf32(b)
+    return product(a, b, acc, PRECISION)
+
+
+@triton.jit
+def other_of_pairs(x):
+    """x with the columns 2i and 2i + 1 in each other's place."""
+    even, odd = tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
+    return tl.reshape(tl.join(odd, even), [x.shape[0], x.shape[1]])
 
 
 @triton.jit

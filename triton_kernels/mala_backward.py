@@ -16,7 +16,9 @@ from .mala import (
     load_features,
     load_sums,
     load_tokens,
+    other_of_pairs,
     product,
+    product_of_all_bits,
     rows_of,
     sequence,
     store_tokens,
@@ -56,16 +58,13 @@ def mala_query_gradient_kernel(
     grad_rows = rows_of(grad, batch, head, begin)
     v_rows = rows_of(given.v, batch, key_head, begin)
     w = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)  # S do
-    w_other = w
     mean = tl.zeros([BLOCK_N], tl.float32)  # do . U
     scores = tl.zeros([BLOCK_N, BLOCK_N], tl.float32)  # do . v
     for start in range(0, DV, tile.BLOCK_V):
         v = start + tl.arange(0, tile.BLOCK_V)
         d_out = load_tokens(grad_rows, grad.token, n, inside, v, DV, 0.0)
-        w = product(d_out, tl.trans(load_sums(sums.s + at * D * DV, d, v, D, DV)), w, PRECISION)
-        if ROTATES:
-            s_other = load_sums(sums.s + at * D * DV, d ^ 1, v, D, DV)
-            w_other = product(d_out, tl.trans(s_other), w_other, PRECISION)
+        # Of values that are alike the terms of dq cancel: S has more bits than they.
+        w = product_of_all_bits(d_out, tl.trans(load_sums(sums.s + at * D * DV, d, v, D, DV)), w, PRECISION)
         value_sums = tl.load(sums.u + at * DV + v, mask=v < DV, other=0.0)[None, :]
         if tile.CAUSAL:
             values = load_tokens(v_rows, given.v.token, n, inside, v, DV, 0.0)
@@ -74,11 +73,9 @@ def mala_query_gradient_kernel(
         mean += tl.sum(d_out * value_sums, axis=1)
     if tile.CAUSAL:
         k_rows = rows_of(given.k, batch, key_head, begin)
-        g, b, b_other = load_features(k_rows, given.k.token, given.rotation, n, inside, d, D)
+        g, b, _ = load_features(k_rows, given.k.token, given.rotation, n, inside, d, D)
         scores = tl.where(n[:, None] >= n[None, :], scores, 0.0)
         w = product(scores, b, w, PRECISION)
-        if ROTATES:
-            w_other = product(scores, b_other, w_other, PRECISION)
         key_sums = key_sums + tl.cumsum(g, axis=0)
         count = (lengths.seen + n + 1).to(tl.float32)
     share = given.scale / count
@@ -88,7 +85,7 @@ def mala_query_gradient_kernel(
     beta = 1.0 + inverse
     if ROTATES:
         cos, sin = angles(given.rotation, n, inside, d, D)
-        w = w * cos - w_other * sin
+        w = w * cos - other_of_pairs(w) * sin
     df = (share * zeta)[:, None] * key_sums + (share * beta)[:, None] * w
     store_tokens(rows_of(grad_q, batch, head, begin), grad_q.token, n, inside, d, D, df * tl.minimum(f, 1.0))
     coefficients = coefficient_ptr + (batch * heads + head) * lengths.queries + begin + n

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .rows import check_float32, finite_max
+from .rows import check_float32, finite_max, to_tf32
 
 SMALL = 64  # rows and columns of a problem that one program solves in its registers
 MIN_PRODUCTS = 16  # features from which products are worth their cancellation
@@ -54,12 +54,6 @@ class Penalties(NamedTuple):
 def load_columns(x_ptr, at, d, inside, D):
     """Features d of points that begin at `at`; both broadcast."""
     return tl.load(x_ptr + at + d, mask=inside & (d < D), other=0.0)
-
-
-@triton.jit
-def to_tf32(x):
-    """To the nearest number of tf32: a product would cut off."""
-    return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
 
 
 @triton.jit

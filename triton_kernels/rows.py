@@ -212,6 +212,12 @@ def class_weight(weight, y, kept, known):
 
 
 @triton.jit
+def to_tf32(x):
+    """To the nearest number of tf32: a product would cut off."""
+    return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def finite_max(row_max):
     """0 for -inf: x - finite_max(m) is -inf, not NaN, in a row that has shown nothing but -inf so far."""
     return tl.where(row_max == float("-inf"), 0.0, row_max)
