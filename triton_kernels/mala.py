@@ -148,16 +148,13 @@ def angles(rotation, n, inside, d, D):
 
 @triton.jit
 def load_features(rows, stride, rotation, n, inside, d, D):
-    """f, R f, and R f at the other feature of each pair."""
+    """f and R f."""
     f = phi(load_tokens(rows, stride, n, inside, d, D, float("-inf")))
     a = f
-    a_other = f
     if rotation.cos is not None:
-        other = phi(load_tokens(rows, stride, n, inside, d ^ 1, D, float("-inf")))
         cos, sin = angles(rotation, n, inside, d, D)
-        a = f * cos + other * sin
-        a_other = other * cos - f * sin
-    return f, a, a_other
+        a = f * cos + other_of_pairs(f) * sin
+    return f, a
 
 
 @triton.jit
@@ -200,7 +197,7 @@ def mala_sum_kernel(
     for chunk in range(share * per_share, (share + 1) * per_share):
         n = chunk * tile.BLOCK_N + tl.arange(0, tile.BLOCK_N)
         inside = n < length
-        f, a, _ = load_features(x_rows, x.token, rotation, n, inside, d, D)
+        f, a = load_features(x_rows, x.token, rotation, n, inside, d, D)
         y_values = load_tokens(y_rows, y.token, n, inside, v, DV, 0.0)
         weighted = y_values
         if coefficient_ptr is not None:
@@ -238,7 +235,7 @@ def mala_forward_kernel(given, sums, out, lengths, tile: tl.constexpr):
     n = chunk * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = n < length
     q_rows = rows_of(given.q, batch, head, begin)
-    f, a, _ = load_features(q_rows, given.q.token, given.rotation, n, inside, d, D)
+    f, a = load_features(q_rows, given.q.token, given.rotation, n, inside, d, D)
     key_head = head // given.group
     at = index * given.key_heads + key_head
     if tile.CAUSAL:
@@ -250,7 +247,7 @@ def mala_forward_kernel(given, sums, out, lengths, tile: tl.constexpr):
     count = tl.maximum(k_length, 1).to(tl.float32)
     if tile.CAUSAL:
         k_rows = rows_of(given.k, batch, key_head, begin)
-        g, b, _ = load_features(k_rows, given.k.token, given.rotation, n, inside, d, D)
+        g, b = load_features(k_rows, given.k.token, given.rotation, n, inside, d, D)
         values = load_tokens(rows_of(given.v, batch, key_head, begin), given.v.token, n, inside, v, DV, 0.0)
         scores = product(a, tl.trans(b), tl.zeros([BLOCK_N, BLOCK_N], tl.float32), PRECISION)
         y = product(tl.where(n[:, None] >= n[None, :], scores, 0.0), values, y, PRECISION)

@@ -48,7 +48,7 @@ def mala_query_gradient_kernel(
     n = chunk * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = n < length
     q_rows = rows_of(given.q, batch, head, begin)
-    f, a, _ = load_features(q_rows, given.q.token, given.rotation, n, inside, d, D)
+    f, a = load_features(q_rows, given.q.token, given.rotation, n, inside, d, D)
     key_head = head // given.group
     at = index * given.key_heads + key_head
     if tile.CAUSAL:
@@ -73,7 +73,7 @@ def mala_query_gradient_kernel(
         mean += tl.sum(d_out * value_sums, axis=1)
     if tile.CAUSAL:
         k_rows = rows_of(given.k, batch, key_head, begin)
-        g, b, _ = load_features(k_rows, given.k.token, given.rotation, n, inside, d, D)
+        g, b = load_features(k_rows, given.k.token, given.rotation, n, inside, d, D)
         scores = tl.where(n[:, None] >= n[None, :], scores, 0.0)
         w = product(scores, b, w, PRECISION)
         key_sums = key_sums + tl.cumsum(g, axis=0)
@@ -115,13 +115,12 @@ def mala_key_gradient_kernel(
     n = chunk * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = n < length
     k_rows = rows_of(given.k, batch, key_head, begin)
-    g, b, _ = load_features(k_rows, given.k.token, given.rotation, n, inside, d, D)
+    g, b = load_features(k_rows, given.k.token, given.rotation, n, inside, d, D)
     v_rows = rows_of(given.v, batch, key_head, begin)
     grad_v_rows = rows_of(grad_v, batch, key_head, begin)
     sees = n[:, None] <= n[None, :]  # key (row), query (column)
     dg = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     w = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)  # dS v
-    w_other = w
     for start in range(0, DV, BLOCK_V):
         v = start + tl.arange(0, BLOCK_V)
         values = load_tokens(v_rows, given.v.token, n, inside, v, DV, 0.0)
@@ -133,15 +132,12 @@ def mala_key_gradient_kernel(
             dv = product(b, load_sums(sums.s + at * D * DV, d, v, D, DV), dv, PRECISION)
             dv += tl.load(sums.u + at * DV + v, mask=v < DV, other=0.0)[None, :]
             w = product(values, tl.trans(load_sums(sums.s + at * D * DV, d, v, D, DV)), w, PRECISION)
-            if ROTATES:
-                s_other = load_sums(sums.s + at * D * DV, d ^ 1, v, D, DV)
-                w_other = product(values, tl.trans(s_other), w_other, PRECISION)
             if start == 0:
                 dg += tl.load(sums.z + at * D + d, mask=d < D, other=0.0)[None, :]
             if tile.CAUSAL:
                 head = key_head * given.group + member
                 q_rows = rows_of(given.q, batch, head, begin)
-                f, a, a_other = load_features(q_rows, given.q.token, given.rotation, n, inside, d, D)
+                f, a = load_features(q_rows, given.q.token, given.rotation, n, inside, d, D)
                 line_of_head = batch * given.key_heads * given.group + head
                 coefficients = coefficient_ptr + line_of_head * lengths.queries + begin
                 c0, c1, c2 = load_coefficients(coefficients, coefficient_stride, n, inside)
@@ -153,15 +149,13 @@ def mala_key_gradient_kernel(
                 dv += tl.sum(weighted, axis=0)[None, :] - tl.cumsum(weighted, axis=0) + weighted
                 scores = tl.where(sees, product(values, tl.trans(d_out), zero, PRECISION), 0.0)
                 w = product(scores, a * c0[:, None], w, PRECISION)
-                if ROTATES:
-                    w_other = product(scores, a_other * c0[:, None], w_other, PRECISION)
                 if start == 0:
                     weighted_f = f * c1[:, None]
                     dg += tl.sum(weighted_f, axis=0)[None, :] - tl.cumsum(weighted_f, axis=0) + weighted_f
         store_tokens(grad_v_rows, grad_v.token, n, inside, v, DV, dv)
     if ROTATES:
         cos, sin = angles(given.rotation, n, inside, d, D)
-        w = w * cos - w_other * sin
+        w = w * cos - other_of_pairs(w) * sin
     store_tokens(rows_of(grad_k, batch, key_head, begin), grad_k.token, n, inside, d, D, (dg + w) * tl.minimum(g, 1.0))
 
 

@@ -28,9 +28,8 @@ LOOSE_STACK_LIMIT = 320  # bytes, of any kernel for Ampere or by a Triton before
 # Bytes that may lie on the stack: a few of the many addresses of attention with 96 features, rotated or causal, and of
 # the problems of a batch, do; so do four of the statistics that cross entropy with all its options keeps lane by lane.
 STACK_LIMIT = {
-    "mala_query_gradient_kernel": 96,
-    "mala_key_gradient_kernel": 96,
-    "mala_sum_kernel": 16,
+    "mala_key_gradient_kernel": 32,
+    "mala_sum_kernel": 8,
     "sinkhorn_apply_kernel": 48,
     "sinkhorn_half_step_kernel": 8,
     "cross_entropy_forward_kernel": 16,
