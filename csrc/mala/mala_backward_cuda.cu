@@ -20,7 +20,6 @@ __device__ __forceinline__ void rotate_back(const MalaCall& call, int64_t begin,
 template <typename Storage, bool kCausal>
 __global__ void __launch_bounds__(kThreads, 2) mala_query_gradient_kernel(const __grid_constant__ MalaCall call) {
   const bool by_tiles = has_tiles(call), rotates = call.cos != nullptr;
-  auto& from = *static_cast<Sources<Storage>*>(dynamic_shared());
   float* zs = static_cast<float*>(dynamic_shared()) + kSourceFloats;
   float *us = zs + kTile, *z_parts = us + kTile, *weight_parts = z_parts + 3 * kTile;
   float *mean_parts = weight_parts + 2 * kTile, *beta = mean_parts + 3 * kTile, *zeta = beta + kTile;
@@ -29,13 +28,7 @@ __global__ void __launch_bounds__(kThreads, 2) mala_query_gradient_kernel(const 
   float* v = s + kTileFloats;  // causal: values of keys, then features of queries
   float* b = v + kTileFloats;  // causal: features of keys
   float* pairs = by_tiles ? b + kTileFloats : d;
-  if (threadIdx.x == 0) {
-    const Block block(call, flat_block(), call.queries, call.heads);
-    const int64_t line = block.index * call.key_heads + block.key_head;
-    const int64_t state = kCausal ? line * tiles(call.queries, call.run) + block.run : line;
-    new (&from) Sources<Storage>(call, block, sums_at(call.sums, call, state), block.of_queries, block.queries);
-  }
-  __syncthreads();
+  const auto& from = sources_of_queries<Storage, kCausal>(call, flat_block());
   const Block& block = from.block;
   if (block.queries == 0) return;
   const Spot staged = staged_spot(), own = product_spot();

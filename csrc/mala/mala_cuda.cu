@@ -119,7 +119,6 @@ __global__ void __launch_bounds__(kScanThreads) mala_group_sum_kernel(const __gr
 // chunk o = y + sum over j <= i of (weight (a_i . b_j) - mean) v_j.
 template <typename Storage, bool kCausal>
 __global__ void __launch_bounds__(kThreads, 2) mala_forward_kernel(const __grid_constant__ MalaCall call) {
-  auto& from = *static_cast<Sources<Storage>*>(dynamic_shared());
   float* zs = static_cast<float*>(dynamic_shared()) + kSourceFloats;
   float *us = zs + kTile, *parts = us + kTile;  // of z: (3, 64)
   float *weight = parts + 3 * kTile, *mean = weight + kTile;
@@ -129,13 +128,7 @@ __global__ void __launch_bounds__(kThreads, 2) mala_forward_kernel(const __grid_
   float* v = b + kTileFloats;
   const int64_t value_tiles = tiles(call.values);
   const int value = static_cast<int>(flat_block() % value_tiles) * kTile;
-  if (threadIdx.x == 0) {
-    const Block block(call, flat_block() / value_tiles, call.queries, call.heads);
-    const int64_t line = block.index * call.key_heads + block.key_head;
-    const int64_t state = kCausal ? line * tiles(call.queries, call.run) + block.run : line;
-    new (&from) Sources<Storage>(call, block, sums_at(call.sums, call, state), block.of_queries, block.queries);
-  }
-  __syncthreads();
+  const auto& from = sources_of_queries<Storage, kCausal>(call, flat_block() / value_tiles);
   const Block& block = from.block;
   if (block.queries == 0) return;
   const bool rotates = call.cos != nullptr;

@@ -359,6 +359,20 @@ struct Sources {
 constexpr int kSourceFloats = 64;  // that they take
 static_assert(sizeof(Sources<float>) <= kSourceFloats * sizeof(float));
 
+// Of a run of queries, with the sums of the keys before it, or of all.
+template <typename Storage, bool kCausal>
+__device__ __forceinline__ const Sources<Storage>& sources_of_queries(const MalaCall& call, int64_t place) {
+  auto* from = static_cast<Sources<Storage>*>(dynamic_shared());
+  if (threadIdx.x == 0) {
+    const Block block(call, place, call.queries, call.heads);
+    const int64_t line = block.index * call.key_heads + block.key_head;
+    const int64_t state = kCausal ? line * tiles(call.queries, call.run) + block.run : line;
+    new (from) Sources<Storage>(call, block, sums_at(call.sums, call, state), block.of_queries, block.queries);
+  }
+  __syncthreads();
+  return *from;
+}
+
 // Numbers of a kind: how queries enter dS, dZ and dU.
 __device__ __forceinline__ int64_t coefficient_count(const MalaCall& call) {
   return (call.q_bounds == nullptr ? call.sequences : 1) * call.heads * call.queries;
